@@ -1,0 +1,1399 @@
+"""What the scripts share: options, data, augmentation, models, the training loop and its run directory.
+
+The sections follow the data: options -> data -> augmentation -> models -> one epoch -> early stopping
+-> run directory -> fit. A script supplies its flags' defaults and calls `run_job(parse_arguments(...))`.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import difflib
+import hashlib
+import inspect
+import io
+import json
+import math
+import os
+import platform
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no advisory locks: there, do not resume one run from two processes.
+    fcntl = None
+
+
+class UsageError(Exception):
+    """A request that cannot be met as it was asked: one line, exit status 2."""
+
+
+class RunError(Exception):
+    """A failure that the user can cause and mend (data, disk, checkpoint): one line, exit status 1."""
+
+
+# ---------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with one line per error, a suggestion for a mistyped flag, and no abbreviations."""
+
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+            close = difflib.get_close_matches(unknown[1], flags, n=1)
+            message += f" (did you mean {close[0]}?)" if close else ""
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
+def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
+    """An argparse `type`: a finite `kind` (int or float) in [low, high], or in (above, below) where given."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if above is not None:
+            wanted, right = f"above {above}", value > above
+        elif low > -math.inf and high < math.inf:
+            wanted, right = f"from {low} to {high}", low <= value <= high
+        else:
+            wanted, right = f"of at least {low}", low <= value
+        if below is not None:
+            wanted, right = f"{wanted} and below {below}", right and value < below
+        if not (math.isfinite(value) and right):
+            name = {int: "a whole number", float: "a number"}[kind]
+            raise argparse.ArgumentTypeError(f"expected {name} {wanted}, not {text!r}")
+        return value
+
+    return parse
+
+
+def odd_number(text):
+    value = number(int, 1)(text)
+    if value % 2 == 0:
+        raise argparse.ArgumentTypeError(f"expected an odd number, not {text!r}")
+    return value
+
+
+def run_name(text):
+    if not text or text in (".", "..") or "/" in text or os.sep in text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"expected the name of a directory without separators, not {text!r}")
+    return text
+
+
+def add_options(parser, datasets):
+    """The flags that every training script has; a script sets its recipe with `parser.set_defaults`."""
+    positive, fraction = number(int, 1), number(float, 0, 1)
+
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--dataset",
+        metavar="NAME|PATH",
+        help=f"{', '.join(datasets)}, synthetic, or a folder of images, PATH/<class>/* or PATH/train/<class>/* with PATH/test/<class>/* (%(default)s)",
+    )
+    group.add_argument(
+        "--data-dir",
+        type=Path,
+        default=Path("data"),
+        metavar="DIR",
+        help="where the datasets lie or are downloaded to (%(default)s)",
+    )
+    group.add_argument(
+        "--data-url",
+        metavar="URL",
+        help="download from here instead: CIFAR's archive, or the folder of MNIST's .gz files; a local path works too",
+    )
+    group.add_argument(
+        "--image-size",
+        type=positive,
+        metavar="PIXELS",
+        help="images from a folder are resized to this square (%(default)s)",
+    )
+    group.add_argument(
+        "--val-size",
+        type=number(float, 0, below=1),
+        default=0.1,
+        metavar="FRACTION",
+        help="part of the training images kept for validation; 0 selects on the test set as the tutorials do (%(default)s)",
+    )
+    group.add_argument("--limit-train", type=positive, metavar="N", help="train on N images only")
+    group.add_argument(
+        "--normalize",
+        choices=("half", "dataset"),
+        default="half",
+        help="half: mean and std 0.5; dataset: those of the training images (%(default)s)",
+    )
+
+    group = parser.add_argument_group("augmentation of the training images, each with its own parameters")
+    group.add_argument("--augment", action=argparse.BooleanOptionalAction, help="(%(default)s)")
+    group.add_argument(
+        "--rotation", type=number(float, 0, 180), metavar="DEGREES", help="rotate by up to this angle (%(default)s)"
+    )
+    group.add_argument(
+        "--brightness",
+        type=fraction,
+        metavar="FRACTION",
+        help="scale the brightness by up to this fraction (%(default)s)",
+    )
+    group.add_argument(
+        "--hue",
+        type=number(float, 0, 0.5),
+        metavar="TURNS",
+        help="turn the hue by up to this part of the colour circle (%(default)s)",
+    )
+    group.add_argument("--flip", type=fraction, metavar="PROBABILITY", help="mirror left to right (%(default)s)")
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", choices=tuple(MODELS), help="(%(default)s)")
+    for flag, kind, metavar, text in (
+        ("c1", positive, "CHANNELS", "channels of the first convolutions"),
+        ("c2", positive, "CHANNELS", "channels of the later convolutions"),
+        ("l1", positive, "UNITS", "units of the hidden dense layer"),
+        ("d1", number(float, 0, below=1), "PROBABILITY", "dropout"),
+        ("kernel-size", odd_number, "PIXELS", "side of the convolution kernels, odd"),
+    ):
+        defaults = ", ".join(f"{name} {options[flag]}" for name, options in model_options().items() if flag in options)
+        group.add_argument(f"--{flag}", type=kind, metavar=metavar, help=f"{text} ({defaults})")
+
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=positive, metavar="N", help="(%(default)s)")
+    group.add_argument("--batch-size", type=positive, metavar="IMAGES", help="(%(default)s)")
+    group.add_argument(
+        "--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="sgd is with Nesterov momentum (%(default)s)"
+    )
+    group.add_argument(
+        "--lr",
+        type=number(float, above=0),
+        metavar="RATE",
+        help="learning rate, the peak of the schedule (%(default)s)",
+    )
+    group.add_argument(
+        "--schedule", choices=tuple(SCHEDULES), default="constant", help="course of the learning rate (%(default)s)"
+    )
+    group.add_argument(
+        "--momentum", type=number(float, 0, below=1), default=0.9, metavar="FACTOR", help="of sgd (%(default)s)"
+    )
+    group.add_argument(
+        "--weight-decay", type=number(float, 0), default=0.0, metavar="FACTOR", help="decoupled in adamw (%(default)s)"
+    )
+    group.add_argument(
+        "--label-smoothing", type=number(float, 0, below=1), default=0.0, metavar="FRACTION", help="(%(default)s)"
+    )
+    group.add_argument(
+        "--tolerance",
+        type=number(int, 0),
+        metavar="EPOCHS",
+        help="stop after so many epochs without a lower validation loss; 0 never (%(default)s)",
+    )
+    group.add_argument(
+        "--seed",
+        type=number(int, 0),
+        default=42,
+        metavar="N",
+        help="of the split, the weights, the order and the augmentation (%(default)s)",
+    )
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
+    group.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="auto: bf16 or fp16 where the hardware computes in it, else fp32 (%(default)s)",
+    )
+    group.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="torch.compile the model: a minute at the start, faster steps on a GPU (%(default)s)",
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="(%(default)s)")
+    group.add_argument(
+        "--run-name",
+        type=run_name,
+        metavar="NAME",
+        help="name of the run's new directory (script, time and four random characters)",
+    )
+    group.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="continue the run in this directory; --epochs may be raised, no other flag is needed",
+    )
+    group.add_argument(
+        "--test",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="read the test set once, at the end (%(default)s)",
+    )
+    group.add_argument("--quiet", action="store_true", help="print only errors")
+    group.add_argument(
+        "--wandb",
+        choices=("disabled", "offline", "online"),
+        default="disabled",
+        help="log to Weights & Biases too (%(default)s)",
+    )
+    group.add_argument("--wandb-project", default="image-classifiers", metavar="NAME", help="(%(default)s)")
+
+
+# What may differ when a run continues: where it runs and how it reports, and how long, never what it computes.
+RESUME_FLAGS = {"resume", "epochs", "data_dir", "data_url", "device", "quiet", "wandb", "wandb_project"}
+
+
+def parse_arguments(parser, argv=None):
+    """`argv` to a Namespace; with --resume, the recorded run's own arguments. Exits with 2 on a bad argument."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    defaults = vars(parser.parse_args([]))
+    unset = object()
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
+    given = {name: value for name, value in vars(given).items() if value is not unset}
+    args = argparse.Namespace(**{**defaults, **given})
+    args.script, args.argv = Path(parser.prog).stem, argv
+    if args.resume:
+        for name in given.keys() - RESUME_FLAGS:
+            parser.error(f"--{name.replace('_', '-')} cannot change when a run is resumed")
+        if not (args.resume / "run.json").is_file():
+            parser.error(f"--resume {args.resume}: no run.json there, so it is not a run directory")
+        recorded = read_json(args.resume / "run.json")
+        if recorded["script"] != args.script:
+            parser.error(f"--resume {args.resume}: that run was made by {recorded['script']}.py")
+        recorded["args"] = {name: Path(value) if isinstance(defaults.get(name), Path) else value for name, value in recorded["args"].items()}  # fmt: skip
+        args = argparse.Namespace(**{**vars(args), **recorded["args"], **given})
+        if args.epochs < recorded["epochs"]:
+            parser.error(f"--epochs {args.epochs}: the run already has {recorded['epochs']} epochs")
+        return args
+    try:
+        args.model_options = choose_model_options(args)
+    except UsageError as error:
+        parser.error(str(error))
+    return args
+
+
+def choose_model_options(args):
+    """The keyword arguments of the chosen model: its own defaults, and the flags that were given."""
+    options = dict(model_options()[args.model])
+    for flag in {name for each in model_options().values() for name in each}:
+        value = getattr(args, flag.replace("-", "_"))
+        if value is not None and flag not in options:
+            takes = " ".join(f"--{name}" for name in options)
+            raise UsageError(f"--{flag} does not apply to --model {args.model}, which takes {takes}")
+        if value is not None:
+            options[flag] = value
+    return {name.replace("-", "_"): value for name, value in options.items()}
+
+
+def choose_device(args):
+    """The torch.device and the autocast dtype (None for fp32) of --device and --precision."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    name = args.device
+    if name == "auto":
+        name = next(name for name in ("cuda", "mps", "cpu") if available[name])
+    if not available[name]:
+        raise UsageError(f"--device {name}: this machine or this build of torch has none; use --device cpu or auto")
+    precision = args.precision
+    if precision == "auto" and name == "cuda":
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif precision == "auto":
+        # Without AVX-512 bf16 or AMX, bf16 on a CPU is emulated and many times slower than fp32.
+        native = name == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+        precision = "bf16" if native else "fp32"
+    if precision == "fp16" and name == "cpu":
+        raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32")
+    # Two runs of one seed are to give the same bytes; cuDNN's fastest kernels do not.
+    torch.backends.cudnn.deterministic = True
+    return torch.device(name), {text: dtype for dtype, text in PRECISIONS.items()}[precision]
+
+
+def keep_freed_memory():
+    """Have glibc reuse the memory that a step frees instead of returning it to the kernel after every tensor.
+
+    Each step takes and frees the same gigabytes, and page by page the kernel clears them anew: on a CPU that was
+    a third of ConfigNet's step. Elsewhere (no glibc) this does nothing.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt:
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        mallopt(m_mmap_max, 0)
+        mallopt(m_trim_threshold, -1)
+
+
+PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+
+
+def command_line(main):
+    """Run `main(argv) -> dict` as a program: print a user's mistake as one line, return the exit status."""
+    program = Path(sys.argv[0]).name
+
+    def fail(status, message):
+        print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        return status
+
+    def terminate(signum, frame):
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        record = main(sys.argv[1:])
+    except UsageError as error:
+        return fail(2, error)
+    except (RunError, OSError, torch.OutOfMemoryError) as error:
+        return fail(1, error)
+    except KeyboardInterrupt:
+        return fail(130, "interrupted")
+    if record["status"] == "diverged":
+        return fail(1, f"{record['error']}; try a lower --lr. The epochs before are in {record['directory']}")
+    if record["status"] == "interrupted":
+        hint = f"continue with: python {program} --resume {record['directory']}"
+        return fail(128 + signal.Signals[record["error"]], f"interrupted by {record['error']}; {hint}")
+    return 0
+
+
+def check_runs_dir(args):
+    """What can be known of --runs-dir and --run-name before anything is loaded."""
+    try:
+        args.runs_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--runs-dir {args.runs_dir} cannot be made: {error.strerror}") from error
+    if not os.access(args.runs_dir, os.W_OK):
+        raise UsageError(f"--runs-dir {args.runs_dir} is not writable")
+    if args.run_name and not args.resume and (args.runs_dir / args.run_name).exists():
+        raise UsageError(f"--run-name {args.run_name}: {args.runs_dir / args.run_name} exists already")
+
+
+class Screen:
+    """Lines for a person: nothing with --quiet; a reader that went away (`| head -1`) does not end a run."""
+
+    def __init__(self, quiet=False):
+        self.quiet = quiet
+        self.bars = not quiet and sys.stderr is not None and sys.stderr.isatty()
+
+    def say(self, line):
+        if self.quiet:
+            return
+        try:
+            print(line, flush=True)
+        except OSError:
+            # Nobody reads: go on in silence, and let the interpreter's own last flush find an open file.
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+    def bar(self, total, description):
+        return tqdm(total=total, desc=description, unit="batch", leave=False, disable=not self.bars)
+
+
+def random_seed(*parts):
+    """A seed below 2**63 that follows from `parts` alone, so that each use of --seed draws numbers of its own."""
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator_for(*parts, device="cpu"):
+    return torch.Generator(device=device).manual_seed(random_seed(*parts))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Data
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ImageSet:
+    """A whole split in memory: `images` uint8 [N, C, H, W], `labels` int64 [N], the names of the classes."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    classes: list
+
+    def __len__(self):
+        return len(self.labels)
+
+    def select(self, indices):
+        return ImageSet(self.images[indices], self.labels[indices], self.classes)
+
+    def to(self, device):
+        """On `device`, in channels_last order, so that a batch, which is an index, is in that order too."""
+        images = self.images.to(device).contiguous(memory_format=torch.channels_last)
+        return ImageSet(images, self.labels.to(device), self.classes)
+
+    def checksum(self):
+        """SHA-256 of images and labels."""
+        digest = hashlib.sha256(self.images.contiguous().numpy())
+        digest.update(self.labels.numpy())
+        return digest.hexdigest()
+
+    def mean_and_std(self):
+        """Per channel, of the values in [0, 1], exactly: from a histogram of the 256 levels."""
+        levels = torch.arange(256, dtype=torch.float64) / 255
+        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in self.images.unbind(1)]).double()
+        share = counts / counts.sum(1, keepdim=True)
+        mean = (share * levels).sum(1)
+        std = ((share * levels**2).sum(1) - mean**2).sqrt()
+        return mean.tolist(), std.tolist()
+
+
+def stratified_sample(labels, size, generator):
+    """`size` indices into `labels` [N], random, each class in its own proportion to within one image; sorted."""
+    counts = torch.bincount(labels)
+    quota = counts.double() * size / len(labels)
+    take = quota.floor().long()
+    # The images that rounding down left over go to the classes that lost most by it.
+    take[(take - quota).argsort(stable=True)[: size - int(take.sum())]] += 1
+    order = torch.randperm(len(labels), generator=generator)
+    return torch.cat([order[labels[order] == c][:n] for c, n in enumerate(take.tolist())]).sort().values
+
+
+def load_split(args, train):
+    """The training or the test images of --dataset as an `ImageSet`, labels checked. RunError says what is wrong."""
+    if args.dataset == "synthetic":
+        image_set = SYNTHETIC[args.script](train)
+    elif args.dataset in TORCHVISION_DATASETS:
+        image_set = load_torchvision(args, train)
+    else:
+        image_set = load_folder(Path(args.dataset), args.image_size, IMAGE_MODES[args.script], train)
+    if len(image_set) < 2:
+        raise RunError(f"{args.dataset}: {len(image_set)} images are too few")
+    if image_set.labels.min() < 0 or image_set.labels.max() >= len(image_set.classes):
+        raise RunError(f"{args.dataset}: a label is outside 0..{len(image_set.classes) - 1}; the files are damaged")
+    return image_set
+
+
+# The name of torchvision's class, and of the folder that it keeps below --data-dir.
+TORCHVISION_DATASETS = {
+    "mnist": ("MNIST", "MNIST"),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST"),
+    "kmnist": ("KMNIST", "KMNIST"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
+    "cifar100": ("CIFAR100", "cifar-100-python"),
+}
+
+
+def load_torchvision(args, train):
+    """A torchvision dataset from --data-dir, downloaded first where it is missing."""
+    from torchvision import datasets
+
+    name, folder = TORCHVISION_DATASETS[args.dataset]
+    dataset_class, target = getattr(datasets, name), args.data_dir / folder
+    if not target.exists():
+        download(dataset_class, target, args)
+    for path, md5 in dataset_files(dataset_class, args.data_dir):
+        if not path.is_file():
+            raise RunError(f"{path} is missing; remove {target} and run again to download it anew")
+        if not is_whole(path, md5):
+            raise RunError(f"{path} is damaged; remove {target} and run again to download it anew")
+    try:
+        dataset = dataset_class(args.data_dir, train=train)
+        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+        raise RunError(f"{target} cannot be read ({error}); remove it and run again to download it anew") from error
+    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+    return ImageSet(images.contiguous(), labels.long(), [str(c) for c in dataset.classes])
+
+
+def dataset_files(dataset_class, root):
+    """The files that torchvision reads, each with its MD5, or None where torchvision has none."""
+    if hasattr(dataset_class, "train_list"):
+        folder = root / dataset_class.base_folder
+        return [(folder / file, md5) for file, md5 in dataset_class.train_list + dataset_class.test_list]
+    folder = root / dataset_class.__name__ / "raw"
+    return [(folder / Path(file).stem, None) for file, _ in dataset_class.resources]
+
+
+def is_whole(path, md5):
+    """Whether a dataset file has its MD5 or, for an IDX file, the size that its header announces."""
+    with open(path, "rb") as file:
+        if md5:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == md5
+        magic = file.read(4)
+        dimensions = magic[3] if len(magic) == 4 else 0
+        header = file.read(4 * dimensions)
+    if magic[:3] != b"\0\0\x08" or len(header) != 4 * dimensions:
+        return False
+    sizes = [int.from_bytes(header[i : i + 4], "big") for i in range(0, len(header), 4)]
+    return path.stat().st_size == 4 + len(header) + math.prod(sizes)
+
+
+def download(dataset_class, target, args):
+    """Download beside `target` and move into place when whole: what a failure leaves is never taken for data."""
+    url = args.data_url
+    if url and Path(url).exists():
+        url = Path(url).resolve().as_uri()
+    # torchvision reads the address from the class, and finds its files by the class's name.
+    overrides = {"url": url, "mirrors": [f"{url}/".replace("//", "/").replace(":/", "://")]} if url else {}
+    source = type(dataset_class.__name__, (dataset_class,), overrides)
+    args.data_dir.mkdir(parents=True, exist_ok=True)
+    with locked(args.data_dir / ".download.lock", wait=True):
+        if target.exists():  # another run has downloaded it while this one waited
+            return
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=args.data_dir) as temporary:
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):
+                    source(temporary, download=True)
+            except (RuntimeError, OSError, EOFError, ValueError) as error:
+                reason = " ".join(str(error).split())
+                raise RunError(
+                    f"{dataset_class.__name__} is not in {target} and could not be downloaded ({reason}); "
+                    "give --data-url a mirror or a local copy, or try --dataset synthetic"
+                ) from error
+            (Path(temporary) / target.name).rename(target)
+
+
+def load_folder(root, size, mode, train):
+    """A folder of images, resized to `size` x `size`; without a test folder a fixed tenth of each class is the test set."""
+    from PIL import Image, ImageOps
+    from torchvision.datasets import ImageFolder
+
+    split = (root / "train").is_dir() and (root / "test").is_dir()
+
+    def read(path):
+        try:
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).convert(mode).resize((size, size), Image.Resampling.BILINEAR)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise RunError(f"{path} is not a readable image; remove or replace it") from error
+
+    def visible(path):
+        return not Path(path).name.startswith(".")
+
+    try:
+        folders = [
+            ImageFolder(root / part, loader=read, is_valid_file=visible)
+            for part in (("train", "test") if split else (".",))
+        ]
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{root}: {error}; expected {root}/<class>/* or {root}/train/<class>/* and {root}/test/<class>/*"
+        ) from error
+    if split and folders[0].classes != folders[1].classes:
+        raise RunError(f"{root}: train and test do not have the same classes")
+    folder = folders[1 if split and not train else 0]
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    images = torch.empty(len(folder), channels, size, size, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label in folder.samples])
+    wanted = torch.ones(len(labels), dtype=torch.bool)
+    if not split:
+        wanted[stratified_sample(labels, len(labels) // 10, generator_for("folder"))] = False
+        wanted = wanted if train else ~wanted
+    for i in wanted.nonzero().flatten().tolist():
+        pixels = torch.frombuffer(bytearray(folder[i][0].tobytes()), dtype=torch.uint8)
+        images[i] = pixels.view(size, size, channels).permute(2, 0, 1)
+    return ImageSet(images[wanted], labels[wanted], folder.classes)
+
+
+def synthetic_digits(count, seed):
+    """`count` grey 28x28 digits from matplotlib's fonts, shifted, turned, scaled, thinned or thickened, noisy."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmss10", "cmtt10")  # fmt: skip
+    glyphs = []
+    for name in fonts:
+        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 44)
+        for digit in range(10):
+            for thickness in range(3):
+                image = Image.new("L", (56, 56))
+                ImageDraw.Draw(image).text((28, 28), str(digit), 255, font, anchor="mm", stroke_width=thickness)
+                glyphs.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 56, 56))
+    glyphs = torch.stack(glyphs).float().view(len(fonts), 10, 3, 1, 56, 56) / 255
+
+    random = generator_for("digits", seed)
+
+    def uniform(low, high):
+        return torch.rand(count, generator=random) * (high - low) + low
+
+    labels = torch.randint(10, (count,), generator=random)
+    chosen = glyphs[
+        torch.randint(len(fonts), (count,), generator=random), labels, torch.randint(3, (count,), generator=random)
+    ]
+    angle, scale, squeeze = uniform(-0.35, 0.35), uniform(0.8, 1.4), uniform(0.8, 1.25)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    rows = (cos * squeeze, -sin, uniform(-0.3, 0.3), sin * squeeze, cos, uniform(-0.3, 0.3))
+    grid = F.affine_grid(torch.stack(rows, 1).view(count, 2, 3), (count, 1, 28, 28), align_corners=False)
+    images = F.grid_sample(chosen, grid, align_corners=False) * uniform(0.5, 1).view(-1, 1, 1, 1)
+    images += torch.randn(images.shape, generator=random) * uniform(0, 0.25).view(-1, 1, 1, 1)
+    return ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, [str(digit) for digit in range(10)])
+
+
+def synthetic_shapes(count, seed):
+    """`count` colour 32x32 images of ten classes, six shapes and four textures, anywhere, any size and colour, noisy."""
+    classes = ["disc", "ring", "square", "triangle", "cross", "crescent", "rows", "columns", "checkerboard", "dots"]
+    random = generator_for("shapes", seed)
+
+    def uniform(low, high):
+        return (torch.rand(count, generator=random) * (high - low) + low).view(-1, 1, 1)
+
+    labels = torch.randint(10, (count,), generator=random)
+    axis = torch.arange(32.0) - 15.5
+    angle, size = uniform(-0.25, 0.25), uniform(6, 12)
+    x, y = axis.view(1, 1, -1) - uniform(-5, 5), axis.view(1, -1, 1) - uniform(-5, 5)
+    x, y = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
+    radius = (x**2 + y**2).sqrt()
+    moon = ((x - size / 2) ** 2 + y**2).sqrt()
+    # Each is positive inside the figure and grows by about one a pixel; a texture has a period of 3 to 8 pixels.
+    period = 2 * math.pi / uniform(3, 8)
+    wave_x, wave_y = (x * period).sin() * 2, (y * period).sin() * 2
+    figures = [
+        size - radius,
+        size / 4 - (radius - size * 0.8).abs(),
+        size * 0.85 - torch.maximum(x.abs(), y.abs()),
+        torch.minimum(size * 0.6 - y, y / 2 + size * 0.6 - x.abs()),
+        torch.maximum(
+            torch.minimum(size / 4 - x.abs(), size - y.abs()), torch.minimum(size / 4 - y.abs(), size - x.abs())
+        ),
+        torch.minimum(size - radius, moon - size * 0.8),
+        wave_y.expand(-1, -1, 32),
+        wave_x.expand(-1, 32, -1),
+        wave_x * wave_y,
+        wave_x + wave_y - 1.5,
+    ]
+    inside = torch.stack([figure.expand(count, 32, 32) for figure in figures])[labels, torch.arange(count)]
+    cover = (inside + 0.5).clamp(0, 1)[:, None]
+    paint, ground = torch.rand(2, count, 3, 1, 1, generator=random)
+    # Push the two colours apart where they would be hard to tell from one another.
+    ground = torch.where((paint - ground).abs().mean(1, keepdim=True) < 0.25, (paint + 0.5) % 1, ground)
+    images = ground + (paint - ground) * cover
+    images += torch.randn(images.shape, generator=random) * uniform(0.02, 0.2)[:, None]
+    return ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, classes)
+
+
+# One per script: drawn once and for all, so that --seed changes the training and not the task.
+SYNTHETIC = {
+    "train_mnist": lambda train: synthetic_digits(10_000, 0) if train else synthetic_digits(2_000, 1),
+    "train_cifar": lambda train: synthetic_shapes(10_000, 0) if train else synthetic_shapes(2_000, 1),
+}
+IMAGE_MODES = {"train_mnist": "L", "train_cifar": "RGB"}
+
+
+# ---------------------------------------------------------------------------------------------------
+# Augmentation and batches
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Augmentation:
+    """What each training image undergoes, with parameters of its own: as torchvision's RandomRotation (nearest
+    neighbour, black corners), ColorJitter (brightness, then hue) and RandomHorizontalFlip, but a batch at a time."""
+
+    rotation: float  # up to so many degrees either way
+    brightness: float  # factor from 1 - brightness to 1 + brightness
+    hue: float  # turn from -hue to hue
+    flip: float  # probability
+
+    def draw(self, count, generator):
+        """Random parameters of `count` images: `angle` in degrees, `brightness`, `hue` in turns, `flip`, each [count]."""
+        uniform = torch.rand(4, count, generator=generator, device=generator.device)
+        return {
+            "angle": (uniform[0] * 2 - 1) * self.rotation,
+            "brightness": 1 + (uniform[1] * 2 - 1) * self.brightness,
+            "hue": (uniform[2] * 2 - 1) * self.hue,
+            "flip": uniform[3] < self.flip,
+        }
+
+    def apply(self, images, angle, brightness, hue, flip):
+        """`images` float [N, C, H, W] in [0, 1], with parameters as from `draw`; a change that is off costs nothing."""
+        if self.rotation or self.flip:
+            images = rotate_and_flip(images, angle, flip)
+        if self.brightness:
+            images = (images * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
+        if self.hue:
+            images = shift_hue(images, hue)
+        return images
+
+
+def rotate_and_flip(images, angle, flip):
+    """`images` [N, C, H, W] turned counter-clockwise by `angle` [N] degrees, then mirrored where `flip` [N] is true."""
+    height, width = images.shape[-2:]
+    radians = angle.deg2rad()
+    cos, sin, mirror, zero = radians.cos(), radians.sin(), 1 - 2 * flip.float(), torch.zeros_like(radians)
+    # From where in the source each pixel comes, in coordinates that run from -1 to 1 along each axis.
+    rows = (cos * mirror, -sin * height / width, zero, sin * width / height * mirror, cos, zero)
+    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
+    return F.grid_sample(images, grid, mode="nearest", align_corners=False)
+
+
+def shift_hue(images, turns):
+    """`images` [N, 3, H, W] in [0, 1] with the hue turned by `turns` [N], saturation and value kept.
+
+    HSV as in A. R. Smith, "Color gamut transform pairs" (1978); back by f(n) = v - c max(0, min(k, 4 - k, 1)),
+    k = (n + 6 h) mod 6, n = 5, 3, 1 for red, green, blue, with value v and chroma c.
+    """
+    red, green, blue = images.unbind(1)
+    value = images.amax(1)
+    chroma = value - images.amin(1)
+    safe = chroma.clamp(min=1e-12)
+    sixths = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
+    sixths = torch.where(value == red, (green - blue) / safe, sixths) + 6 * turns.view(-1, 1, 1)
+    k = torch.remainder(sixths[:, None] + torch.tensor([5.0, 3.0, 1.0], device=images.device).view(-1, 1, 1), 6)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+class Loader:
+    """Batches of an `ImageSet` that lies on the device: indexed, augmented and normalised there.
+
+    With `seed` it shuffles, and the order and the augmentation of epoch k follow from `seed` and k alone;
+    without, it keeps the order. A last batch of a single image is left out of training: batch norm needs two.
+    """
+
+    def __init__(self, image_set, batch_size, mean, std, augmentation=None, seed=None):
+        self.image_set, self.batch_size, self.augmentation, self.seed = image_set, batch_size, augmentation, seed
+        device = image_set.images.device
+        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
+        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+
+    def __len__(self):
+        """Batches an epoch."""
+        full, rest = divmod(len(self.image_set), self.batch_size)
+        return full + (rest > (self.seed is not None and self.batch_size > 1))
+
+    def batches(self, epoch=0):
+        """Yield (`images` float [B, C, H, W], `labels` int64 [B])."""
+        images, labels = self.image_set.images, self.image_set.labels
+        if self.seed is not None:
+            random = generator_for(self.seed, "order", epoch, device=images.device)
+            order = torch.randperm(len(labels), generator=random, device=images.device)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            batch = slice(start, start + self.batch_size)
+            batch = batch if self.seed is None else order[batch]
+            pixels = images[batch].float().div_(255)
+            if self.augmentation:
+                pixels = self.augmentation.apply(pixels, **self.augmentation.draw(len(pixels), random))
+            yield pixels.sub(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last), labels[batch]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Models
+# ---------------------------------------------------------------------------------------------------
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout that draws sixteen random bits an element on a CPU, where torch's own takes a third of a step.
+
+    The probability is rounded to 1/65536, and the scale is that of the rounded one.
+    """
+
+    def forward(self, x):
+        if not self.training or self.p == 0 or x.device.type != "cpu":
+            return super().forward(x)
+        threshold = round(self.p * 65536)
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        # In the order that x has in memory, so that the product runs over both in one sweep.
+        kept = bits.as_strided(x.shape, torch.empty_like(x).stride()) >= threshold - 32768
+        return (x * kept).mul_(65536 / (65536 - threshold))
+
+
+def dense(image_shape, classes, l1=128, d1=0.5):
+    """A dense net: one hidden layer of `l1` units with dropout `d1`."""
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(math.prod(image_shape), l1), nn.ReLU(), Dropout(d1), nn.Linear(l1, classes)
+    )
+
+
+def cnn(image_shape, classes, c1=32, c2=64, l1=512):
+    """Two blocks of a padded 3x3 convolution, batch norm, ReLU and 2x2 max pooling, then two dense layers."""
+    channels, height, width = image_shape
+    if min(height, width) < 4:
+        raise UsageError(f"--model cnn needs images of at least 4x4 pixels, not {height}x{width}")
+    return nn.Sequential(
+        nn.Conv2d(channels, c1, 3, padding=1), nn.BatchNorm2d(c1), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Conv2d(c1, c2, 3, padding=1), nn.BatchNorm2d(c2), nn.ReLU(inplace=True), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(c2 * (height // 4) * (width // 4), l1), nn.ReLU(inplace=True), nn.Linear(l1, classes),
+    )  # fmt: skip
+
+
+def confignet(image_shape, classes, c1=48, c2=96, l1=256, d1=0.1, kernel_size=3):
+    """The tutorial's ConfigNet: four unpadded convolutions, the last of stride 2, and two dense layers.
+
+    Its dropout layers are modules, so that they rest at evaluation.
+    """
+    channels, *sides = image_shape
+    for stride in (1, 1, 1, 2):
+        sides = [(side - kernel_size) // stride + 1 if side >= kernel_size else 0 for side in sides]
+    if min(sides) < 1:
+        raise UsageError(f"--kernel-size {kernel_size} leaves nothing of images of {image_shape[1]}x{image_shape[2]} pixels")  # fmt: skip
+    features = c2 * math.prod(sides)
+    return nn.Sequential(
+        nn.Conv2d(channels, c1, kernel_size), nn.ReLU(inplace=True),
+        nn.Conv2d(c1, c1, kernel_size), nn.ReLU(inplace=True), Dropout(d1),
+        nn.Conv2d(c1, c2, kernel_size), nn.ReLU(inplace=True),
+        nn.Conv2d(c2, c2, kernel_size, stride=2), nn.ReLU(inplace=True), Dropout(0.5),
+        nn.Flatten(), nn.BatchNorm1d(features), nn.ReLU(inplace=True),
+        nn.Linear(features, l1), nn.ReLU(inplace=True), nn.Linear(l1, classes),
+    )  # fmt: skip
+
+
+def convnet(image_shape, classes, kernel_size=3):
+    """The tutorial's ConvNet: ConfigNet at 48 and 96 channels and 256 units."""
+    return confignet(image_shape, classes, kernel_size=kernel_size)
+
+
+# A new model is one function `(image_shape [C, H, W], number of classes, options) -> nn.Module` and one line here;
+# an option is a keyword with a default, and a flag of `add_options`.
+MODELS = {"dense": dense, "cnn": cnn, "convnet": convnet, "confignet": confignet}
+
+
+def model_options():
+    """The options of each model with their defaults, by the names of their flags."""
+    return {
+        name: {
+            option.replace("_", "-"): parameter.default
+            for option, parameter in inspect.signature(function).parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+        for name, function in MODELS.items()
+    }
+
+
+# ---------------------------------------------------------------------------------------------------
+# One epoch
+# ---------------------------------------------------------------------------------------------------
+
+OPTIMIZERS = {
+    "adam": lambda parameters, args, **kwargs: torch.optim.Adam(
+        parameters, args.lr, weight_decay=args.weight_decay, **kwargs
+    ),
+    "adamw": lambda parameters, args, **kwargs: torch.optim.AdamW(
+        parameters, args.lr, weight_decay=args.weight_decay, **kwargs
+    ),
+    "sgd": lambda parameters, args, **kwargs: torch.optim.SGD(
+        parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0, **kwargs
+    ),
+}
+
+
+def cosine(start, end, progress):
+    return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def onecycle(progress):
+    """L. N. Smith and N. Topin, "Super-convergence" (2018), with the phases of torch's OneCycleLR."""
+    if progress < 0.3:
+        return cosine(1 / 25, 1, progress / 0.3)
+    return cosine(1, 1 / 25e4, (progress - 0.3) / 0.7)
+
+
+# The learning rate as a multiple of --lr, from the part of the training that is behind. A function of that alone
+# has no state to save, and an interrupted run continues on the same course.
+SCHEDULES = {"constant": lambda progress: 1.0, "cosine": lambda progress: cosine(1, 0, progress), "onecycle": onecycle}
+
+
+class NotFinite(Exception):
+    """A loss is not a number, or infinite: the training has diverged."""
+
+
+def train_epoch(model, loader, epoch, optimizer, scaler, set_learning_rate, autocast, label_smoothing, after_batch):
+    """Train on every batch once; return the mean loss per image and the accuracy, as seen in training.
+
+    `set_learning_rate(batch)` comes before each batch; `after_batch(loss sum, images seen)` after it may raise to stop.
+    """
+    model.train()
+    device = loader.image_set.images.device
+    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
+    for index, (images, labels) in enumerate(loader.batches(epoch)):
+        set_learning_rate(index)
+        with autocast():
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        # On a CPU reading the loss is free. A GPU would wait for it; there the epoch's mean tells as surely.
+        if device.type == "cpu" and not math.isfinite(loss.item()):
+            raise NotFinite(f"the training loss became {loss.item()} in epoch {epoch}")
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        loss_sum += loss.detach() * len(labels)
+        correct += (logits.detach().argmax(1) == labels).sum()
+        seen += len(labels)
+        after_batch(loss_sum, seen)
+    loss = loss_sum.item() / seen
+    if not math.isfinite(loss):
+        raise NotFinite(f"the training loss of epoch {epoch} is {loss}")
+    return loss, correct.item() / seen
+
+
+@torch.inference_mode()
+def evaluate_epoch(model, loader, autocast, after_batch=lambda: None):
+    """Mean loss per image and accuracy over all batches, with dropout and batch norm at rest."""
+    model.eval()
+    device = loader.image_set.images.device
+    loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
+    for images, labels in loader.batches():
+        with autocast():
+            logits = model(images).float()
+        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+        after_batch()
+    return loss_sum.item() / len(loader.image_set), correct.item() / len(loader.image_set)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Early stopping
+# ---------------------------------------------------------------------------------------------------
+
+
+class EarlyStopping:
+    """Keeps the best weights of the model it is given, and says when to stop.
+
+    The best epoch is that of the lowest validation loss; `should_stop` turns true after `tolerance` epochs in a
+    row without a lower one (0: never).
+    """
+
+    def __init__(self, tolerance):
+        self.tolerance = tolerance
+        self.best_loss, self.best_epoch, self.best_weights, self.epochs_without_improvement = math.inf, 0, None, 0
+
+    def step(self, epoch, val_loss, model):
+        """Take note of an epoch; return whether it is the best so far."""
+        improved = val_loss < self.best_loss
+        if improved:
+            self.best_loss, self.best_epoch, self.epochs_without_improvement = val_loss, epoch, 0
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        else:
+            self.epochs_without_improvement += 1
+        return improved
+
+    @property
+    def should_stop(self):
+        return 0 < self.tolerance <= self.epochs_without_improvement
+
+    def state_dict(self):
+        return {name: value for name, value in vars(self).items() if name != "tolerance"}
+
+    def load_state_dict(self, state):
+        vars(self).update(state)
+
+
+def split_off_validation(args, images):
+    """The training and the validation part of the training images; at --val-size 0 the test set validates."""
+    if args.val_size:
+        size = round(len(images) * args.val_size)
+        if not size:
+            raise UsageError(f"--val-size {args.val_size} of {len(images)} images leaves none for validation")
+        chosen = torch.zeros(len(images), dtype=torch.bool)
+        chosen[stratified_sample(images.labels, size, generator_for(args.seed, "validation"))] = True
+        train_set, val_set = images.select(~chosen), images.select(chosen)
+    else:
+        train_set, val_set = images, load_split(args, train=False)
+    if args.limit_train:
+        if args.limit_train > len(train_set):
+            raise UsageError(f"--limit-train {args.limit_train}: there are only {len(train_set)} training images")
+        train_set = train_set.select(
+            stratified_sample(train_set.labels, args.limit_train, generator_for(args.seed, "limit"))
+        )
+    if len(train_set) < 2:
+        raise RunError(f"{args.dataset}: {len(train_set)} training images are too few")
+    return train_set, val_set
+
+
+# ---------------------------------------------------------------------------------------------------
+# Run directory
+# ---------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, content):
+    """Write bytes beside `path`, flush and rename: a reader sees the old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def locked(path, wait=False):
+    """Hold an exclusive lock on the file `path`, which ends with the process at the latest."""
+    with open(path, "a") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise RunError(f"{path.parent} is in use by another process") from None
+        yield
+
+
+def utc_now():
+    return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def git_state():
+    """The commit of this code and whether it was changed since; None outside a git checkout."""
+
+    def git(*command):
+        here = Path(__file__).resolve().parent
+        done = subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+class Run:
+    """A run directory: `record` is run.json, `history` the rows of log.jsonl; each save is whole or not at all."""
+
+    def __init__(self, directory, record):
+        self.directory, self.record, self.history = directory, record, []
+        self.began, self.earlier_seconds = time.perf_counter(), record["seconds"]
+
+    @classmethod
+    def create(cls, args, **record):
+        """Make runs/<name>/, which must not exist, with a run.json of status `running`."""
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        name = args.run_name or f"{args.script}-{stamp}-{secrets.token_hex(2)}"
+        directory = args.runs_dir / name
+        try:
+            directory.mkdir(parents=True)
+        except FileExistsError:
+            raise UsageError(f"--run-name {name}: {directory} exists already; nothing in it was touched") from None
+        from torchvision import __version__ as torchvision_version
+
+        versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision_version}
+        plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+        for key in ("script", "argv", "resume"):
+            del plain[key]
+        record = {
+            "name": name, "script": args.script, "argv": args.argv, "args": plain, "status": "running", "error": None,
+            "started": utc_now(), "ended": None, "seconds": 0.0, "seed": args.seed, **record, "versions": versions,
+            "host": platform.node(), "git": git_state(), "epochs": 0, "best": None, "test": None,
+        }  # fmt: skip
+        run = cls(directory, record)
+        run.write_record()
+        return run
+
+    def write_record(self, **changes):
+        seconds = self.earlier_seconds + time.perf_counter() - self.began
+        self.record.update(changes, seconds=seconds)
+        write_atomically(self.directory / "run.json", (json.dumps(self.record, indent=2) + "\n").encode())
+
+    def write_log(self):
+        write_atomically(self.directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.history).encode())
+
+    def save(self, file, state):
+        """Save tensors and plain values, to be read with `load`."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        write_atomically(self.directory / file, buffer.getbuffer())
+
+    def load(self, file):
+        """What `save` wrote; only tensors and plain values are read, never code. RunError where it is not that."""
+        path = self.directory / file
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise RunError(f"{path} is missing: this run cannot be continued") from None
+        except Exception as error:
+            raise RunError(
+                f"{path} is not a checkpoint of this project, or is damaged ({type(error).__name__})"
+            ) from error
+
+
+@contextlib.contextmanager
+def weights_and_biases(args, run):
+    """Yield a function that logs a row to Weights & Biases, or to nowhere; the W&B run is finished in any case."""
+    if args.wandb == "disabled":
+        yield lambda row: None
+        return
+    import wandb
+
+    settings = wandb.Settings(silent=args.quiet, console="off")
+    name, config = run.record["name"], run.record["args"]
+    try:
+        tracked = wandb.init(
+            project=args.wandb_project, name=name, id=name, resume="allow", config=config, dir=run.directory,
+            mode=args.wandb, settings=settings,
+        )  # fmt: skip
+    except wandb.errors.Error as error:
+        raise RunError(f"--wandb {args.wandb}: {error}") from error
+    exit_code = 1
+    try:
+        yield tracked.log
+        exit_code = 0
+    finally:
+        for part in ("best", "test"):
+            tracked.summary.update({f"{part}_{key}": value for key, value in (run.record[part] or {}).items()})
+        tracked.finish(exit_code=exit_code)
+
+
+def check_wandb(args):
+    """What can be known of --wandb before anything is loaded."""
+    if args.wandb == "disabled":
+        return
+    try:
+        import wandb
+    except ImportError:
+        raise UsageError(f"--wandb {args.wandb} needs the package wandb: pip install wandb") from None
+    if args.wandb == "online" and not wandb.api.api_key:
+        raise UsageError(
+            "--wandb online needs an API key: run `wandb login`, set WANDB_API_KEY, or use --wandb offline"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------
+# Fit
+# ---------------------------------------------------------------------------------------------------
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM came; the argument is its name."""
+
+
+class GracefulStop:
+    """While active, the first SIGINT or SIGTERM sets `signal` for the loop to read; a second one ends at once."""
+
+    signal = None
+
+    def __enter__(self):
+        # Python lets only the main thread set handlers; in another thread whoever started it does the stopping.
+        main = threading.current_thread() is threading.main_thread()
+        self.previous = {s: signal.signal(s, self.handle) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+        return self
+
+    def __exit__(self, *exception):
+        for signum, handler in self.previous.items():
+            signal.signal(signum, handler)
+
+    def handle(self, signum, frame):
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(signum).name
+
+    def check(self):
+        if self.signal:
+            raise Interrupted(self.signal)
+
+
+EVALUATION_BATCH = 1000
+
+
+def fit(args, model, train_set, val_set, run, blueprint, dtype, stop, screen, log_row):
+    """Train `model` until --epochs or early stopping, and leave it with the weights of its best epoch.
+
+    After each epoch `run` holds best.pt, log.jsonl, run.json and last.pt, written in that order: last.pt, from
+    which a run continues, is never ahead of the others. Every random number of epoch k follows from --seed and k,
+    and the learning rate from the step, so that the weights, the optimiser, the early stopping and the history are
+    the whole state. Returns the final status; raises `NotFinite` and `Interrupted`.
+    """
+    device = train_set.images.device
+    autocast = autocast_to(device, dtype)
+    augmentation = Augmentation(args.rotation, args.brightness, args.hue, args.flip) if args.augment else None
+    normalization = blueprint["mean"], blueprint["std"]
+    loader = Loader(train_set, args.batch_size, *normalization, augmentation, args.seed)
+    val_loader = Loader(val_set, EVALUATION_BATCH, *normalization)
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), args, fused=device.type in ("cpu", "cuda"))
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    early_stopping = EarlyStopping(args.tolerance)
+    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler, "early_stopping": early_stopping}
+    step_model = torch.compile(model) if args.compile else model
+
+    def save_last(epoch):
+        states = {name: part.state_dict() for name, part in stateful.items()}
+        run.save("last.pt", {"epoch": epoch, "history": run.history, **states})
+
+    def save_best(row):
+        run.record["best"] = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
+        run.save("best.pt", {**blueprint, **run.record["best"], "weights": early_stopping.best_weights})
+
+    done = 0
+    if args.resume:
+        state = run.load("last.pt")
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+        done, run.history = state["epoch"], state["history"]
+        run.write_log()
+        if early_stopping.best_epoch:
+            save_best(run.history[early_stopping.best_epoch - 1])
+    else:
+        save_last(0)
+
+    for epoch in range(done + 1, args.epochs + 1):
+        if early_stopping.should_stop:
+            break
+        started = time.perf_counter()
+        torch.manual_seed(random_seed(args.seed, "dropout", epoch))
+
+        def set_learning_rate(batch, epoch=epoch):
+            factor = SCHEDULES[args.schedule]((epoch - 1 + batch / len(loader)) / args.epochs)
+            for group in optimizer.param_groups:
+                group["lr"] = args.lr * factor
+
+        with screen.bar(len(loader), f"epoch {epoch}/{args.epochs}") as bar:
+
+            def after_batch(loss_sum, seen, bar=bar):
+                stop.check()
+                # The bar reads the loss from the device when it redraws itself, not for every batch.
+                if bar.update():
+                    bar.set_postfix(loss=f"{loss_sum.item() / seen:.4f}", refresh=False)
+
+            train_loss, train_acc = train_epoch(
+                step_model,
+                loader,
+                epoch,
+                optimizer,
+                scaler,
+                set_learning_rate,
+                autocast,
+                args.label_smoothing,
+                after_batch,
+            )
+        trained = time.perf_counter()
+        val_loss, val_acc = evaluate_epoch(step_model, val_loader, autocast, stop.check)
+        if not math.isfinite(val_loss):
+            raise NotFinite(f"the validation loss of epoch {epoch} is {val_loss}")
+        row = {
+            "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
+            "val_acc": val_acc, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - started,
+            "images_per_second": len(train_set) / (trained - started),
+        }  # fmt: skip
+        run.history.append(row)
+        improved = early_stopping.step(epoch, val_loss, model)
+        if improved:
+            save_best(row)
+        run.write_log()
+        run.write_record(epochs=epoch)
+        save_last(epoch)
+        log_row(row)
+        screen.say(
+            f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}"
+            f"  validation loss {val_loss:.4f} accuracy {val_acc:.2%}  {row['seconds']:.1f} s{'  best' if improved else ''}"
+        )
+        stop.check()
+    model.load_state_dict(early_stopping.best_weights)
+    return "stopped_early" if early_stopping.should_stop else "finished"
+
+
+def autocast_to(device, dtype):
+    """A context manager factory: the forward pass in `dtype`, or as it is where `dtype` is None."""
+    return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
+
+
+def run_job(args):
+    """Train and test as `args` from `parse_arguments` say; return run.json's object with its `directory` added.
+
+    Raises UsageError and RunError. A loss that is not finite and a signal are no exceptions to the caller: they
+    are the record's `status`.
+    """
+    screen = Screen(args.quiet)
+    device, dtype = choose_device(args)
+    check_wandb(args)
+    check_runs_dir(args)
+    if device.type == "cpu":
+        keep_freed_memory()
+    images = load_split(args, train=True)
+    checksum = images.checksum()
+    train_set, val_set = split_off_validation(args, images)
+    channels = images.images.shape[1]
+    if args.augment and args.hue and channels != 3:
+        raise UsageError(f"--hue {args.hue} needs images in colour, and {args.dataset} has {channels} channel")
+    mean, std = ([0.5] * channels, [0.5] * channels) if args.normalize == "half" else train_set.mean_and_std()
+    blueprint = {
+        "format": 1, "script": args.script, "model": args.model, "model_options": args.model_options,
+        "image_shape": list(images.images.shape[1:]), "classes": images.classes, "mean": mean, "std": std,
+        "dataset": args.dataset,
+    }  # fmt: skip
+    torch.manual_seed(random_seed(args.seed, "weights"))
+    model = MODELS[args.model](blueprint["image_shape"], len(images.classes), **args.model_options)
+    if args.batch_size == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise UsageError(f"--batch-size 1: --model {args.model} has batch norm, which needs at least 2 images")
+    model = model.to(device, memory_format=torch.channels_last)
+    train_set, val_set = train_set.to(device), val_set.to(device)
+
+    if args.resume:
+        run = Run(args.resume, read_json(args.resume / "run.json"))
+        if run.record["data"]["checksum"] != checksum:
+            raise RunError(f"{args.dataset} is not what {args.resume} was trained on: the checksums differ")
+    else:
+        data = {
+            "name": args.dataset, "train": len(train_set), "val": len(val_set), "test": None,
+            "selection": "validation split" if args.val_size else "test set", "checksum": checksum,
+        }  # fmt: skip
+        run = Run.create(
+            args,
+            device=device.type,
+            precision=PRECISIONS[dtype],
+            data=data,
+            parameters=sum(p.numel() for p in model.parameters()),
+        )
+    with locked(run.directory / ".lock"):
+        finished = run.record["status"] in ("finished", "stopped_early")
+        if finished and (run.record["status"] == "stopped_early" or args.epochs == run.record["epochs"]):
+            screen.say(
+                f"{run.directory}: {run.record['status'].replace('_', ' ')} after {run.record['epochs']} epochs, nothing to do"
+            )
+            return {**run.record, "directory": str(run.directory)}
+        if run.record["status"] == "diverged":
+            raise RunError(
+                f"{run.directory} diverged ({run.record['error']}) and would again; start anew with a lower --lr"
+            )
+        run.record["args"]["epochs"] = args.epochs
+        run.write_record(status="running", error=None, ended=None)
+        screen.say(
+            f"{run.record['name']}: {args.model}, {run.record['parameters']:,} parameters; {args.dataset}, "
+            f"{len(train_set):,} training and {len(val_set):,} validation images; {device.type}, {PRECISIONS[dtype]}"
+        )
+        if not args.val_size:
+            screen.say(
+                "--val-size 0: the test set selects the epoch, as in the tutorials, so its accuracy is flattered"
+            )
+        status, error = "failed", None
+        try:
+            with GracefulStop() as stop, weights_and_biases(args, run) as log_row:
+                status = fit(args, model, train_set, val_set, run, blueprint, dtype, stop, screen, log_row)
+                if args.test:
+                    test_set = load_split(args, train=False).to(device)
+                    loader = Loader(test_set, EVALUATION_BATCH, mean, std)
+                    loss, accuracy = evaluate_epoch(model, loader, autocast_to(device, dtype), stop.check)
+                    run.record["data"]["test"] = len(test_set)
+                    run.record["test"] = {"loss": loss, "acc": accuracy}
+        except Interrupted as signal_name:
+            status, error = "interrupted", str(signal_name)
+        except NotFinite as reason:
+            status, error = "diverged", str(reason)
+        except BaseException as exception:
+            status, error = "failed", f"{type(exception).__name__}: {exception}"
+            raise
+        finally:
+            run.write_record(status=status, error=error, ended=utc_now())
+    best, test = run.record["best"], run.record["test"]
+    if best:
+        screen.say(
+            f"best epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, accuracy {best['val_acc']:.2%}"
+        )
+    if test:
+        screen.say(f"test loss {test['loss']:.4f}, accuracy {test['acc']:.2%}")
+    screen.say(f"{status.replace('_', ' ')}: {run.directory}")
+    return {**run.record, "directory": str(run.directory)}
