@@ -17,6 +17,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,10 @@ import threading
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from http.client import HTTPException
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 import torch.nn.functional as F
@@ -51,11 +55,19 @@ class RunError(Exception):
 # ---------------------------------------------------------------------------------------------------
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, and ends the help of each flag with its default."""
+
+    def _get_help_string(self, action):
+        unset = action.default is None or action.default is False or action.default == argparse.SUPPRESS
+        return f"{action.help or ''}{'' if unset else ' (%(default)s)'}".strip()
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one line per error, a suggestion for a mistyped flag, and no abbreviations."""
 
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message):
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
@@ -67,25 +79,18 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
-    """An argparse `type`: a finite `kind` (int or float) in [low, high], or in (above, below) where given."""
+    """An argparse `type`: a finite `kind` (int or float), at least `low` or above `above`, up to `high` or `below`."""
+    bounds = [f"at least {low}"] * (low > -math.inf) + [f"at most {high}"] * (high < math.inf)
+    bounds += [f"above {above}"] * (above is not None) + [f"below {below}"] * (below is not None)
+    wanted = f"{'a whole number' if kind is int else 'a number'} {' and '.join(bounds)}"
 
     def parse(text):
-        try:
+        with contextlib.suppress(ValueError):
             value = kind(text)
-        except ValueError:
-            value = math.nan
-        if above is not None:
-            wanted, right = f"above {above}", value > above
-        elif low > -math.inf and high < math.inf:
-            wanted, right = f"from {low} to {high}", low <= value <= high
-        else:
-            wanted, right = f"of at least {low}", low <= value
-        if below is not None:
-            wanted, right = f"{wanted} and below {below}", right and value < below
-        if not (math.isfinite(value) and right):
-            name = {int: "a whole number", float: "a number"}[kind]
-            raise argparse.ArgumentTypeError(f"expected {name} {wanted}, not {text!r}")
-        return value
+            inside = low <= value <= high and (above is None or above < value) and (below is None or value < below)
+            if inside and math.isfinite(value):
+                return value
+        raise argparse.ArgumentTypeError(f"expected {wanted}, not {text!r}")
 
     return parse
 
@@ -98,166 +103,76 @@ def odd_number(text):
 
 
 def run_name(text):
-    if not text or text in (".", "..") or "/" in text or os.sep in text or "\0" in text:
+    if text in ("", ".", "..") or not {"/", os.sep, "\0"}.isdisjoint(text):
         raise argparse.ArgumentTypeError(f"expected the name of a directory without separators, not {text!r}")
     return text
 
 
 def add_options(parser, datasets):
     """The flags that every training script has; a script sets its recipe with `parser.set_defaults`."""
-    positive, fraction = number(int, 1), number(float, 0, 1)
+    count, share, probability = number(int, 1), number(float, 0, below=1), number(float, 0, 1)
+    switch = argparse.BooleanOptionalAction
 
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--dataset",
-        metavar="NAME|PATH",
-        help=f"{', '.join(datasets)}, synthetic, or a folder of images, PATH/<class>/* or PATH/train/<class>/* with PATH/test/<class>/* (%(default)s)",
+    flag = parser.add_argument_group("data").add_argument
+    names = f"{', '.join(datasets)}, synthetic, or a folder of images"
+    flag("--dataset", metavar="NAME|PATH", help=f"{names}: PATH/<class>/*, or PATH/train/<class>/* and PATH/test/...")
+    flag("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the datasets lie, or are put")
+    flag(
+        "--data-url", metavar="URL", help="download CIFAR's archive, or MNIST's folder of .gz files, from this address"
     )
-    group.add_argument(
-        "--data-dir",
-        type=Path,
-        default=Path("data"),
-        metavar="DIR",
-        help="where the datasets lie or are downloaded to (%(default)s)",
+    flag("--image-size", type=count, metavar="PIXELS", help="images from a folder are resized to this square")
+    flag(
+        "--val-size", type=share, default=0.1, metavar="PART", help="of the training images; 0: select on the test set"
     )
-    group.add_argument(
-        "--data-url",
-        metavar="URL",
-        help="download from here instead: CIFAR's archive, or the folder of MNIST's .gz files; a local path works too",
-    )
-    group.add_argument(
-        "--image-size",
-        type=positive,
-        metavar="PIXELS",
-        help="images from a folder are resized to this square (%(default)s)",
-    )
-    group.add_argument(
-        "--val-size",
-        type=number(float, 0, below=1),
-        default=0.1,
-        metavar="FRACTION",
-        help="part of the training images kept for validation; 0 selects on the test set as the tutorials do (%(default)s)",
-    )
-    group.add_argument("--limit-train", type=positive, metavar="N", help="train on N images only")
-    group.add_argument(
-        "--normalize",
-        choices=("half", "dataset"),
-        default="half",
-        help="half: mean and std 0.5; dataset: those of the training images (%(default)s)",
-    )
+    flag("--limit-train", type=count, metavar="IMAGES", help="train on so many only")
+    flag("--normalize", choices=("half", "dataset"), default="half", help="mean and std: 0.5, or the training images'")
 
-    group = parser.add_argument_group("augmentation of the training images, each with its own parameters")
-    group.add_argument("--augment", action=argparse.BooleanOptionalAction, help="(%(default)s)")
-    group.add_argument(
-        "--rotation", type=number(float, 0, 180), metavar="DEGREES", help="rotate by up to this angle (%(default)s)"
-    )
-    group.add_argument(
-        "--brightness",
-        type=fraction,
-        metavar="FRACTION",
-        help="scale the brightness by up to this fraction (%(default)s)",
-    )
-    group.add_argument(
-        "--hue",
-        type=number(float, 0, 0.5),
-        metavar="TURNS",
-        help="turn the hue by up to this part of the colour circle (%(default)s)",
-    )
-    group.add_argument("--flip", type=fraction, metavar="PROBABILITY", help="mirror left to right (%(default)s)")
+    flag = parser.add_argument_group("augmentation of the training images, each with its own parameters").add_argument
+    flag("--augment", action=switch, help="at all")
+    flag("--rotation", type=number(float, 0, 180), metavar="DEGREES", help="either way, at most")
+    flag("--brightness", type=probability, metavar="PART", help="brighter or darker, at most")
+    flag("--hue", type=number(float, 0, 0.5), metavar="TURNS", help="of the colour circle either way, at most")
+    flag("--flip", type=probability, metavar="PROBABILITY", help="to mirror left to right")
 
-    group = parser.add_argument_group("model")
-    group.add_argument("--model", choices=tuple(MODELS), help="(%(default)s)")
-    for flag, kind, metavar, text in (
-        ("c1", positive, "CHANNELS", "channels of the first convolutions"),
-        ("c2", positive, "CHANNELS", "channels of the later convolutions"),
-        ("l1", positive, "UNITS", "units of the hidden dense layer"),
-        ("d1", number(float, 0, below=1), "PROBABILITY", "dropout"),
-        ("kernel-size", odd_number, "PIXELS", "side of the convolution kernels, odd"),
+    flag = parser.add_argument_group("model").add_argument
+    flag("--model", choices=tuple(MODELS), help="architecture")
+    for name, kind, metavar, text in (
+        ("c1", count, "CHANNELS", "of the first convolutions"),
+        ("c2", count, "CHANNELS", "of the later convolutions"),
+        ("l1", count, "UNITS", "of the hidden dense layer"),
+        ("d1", share, "PROBABILITY", "of dropout"),
+        ("kernel-size", odd_number, "PIXELS", "of the convolutions, odd"),
     ):
-        defaults = ", ".join(f"{name} {options[flag]}" for name, options in model_options().items() if flag in options)
-        group.add_argument(f"--{flag}", type=kind, metavar=metavar, help=f"{text} ({defaults})")
+        defaults = ", ".join(
+            f"{model} {options[name]}" for model, options in model_options().items() if name in options
+        )
+        flag(f"--{name}", type=kind, metavar=metavar, help=f"{text} ({defaults})")
 
-    group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=positive, metavar="N", help="(%(default)s)")
-    group.add_argument("--batch-size", type=positive, metavar="IMAGES", help="(%(default)s)")
-    group.add_argument(
-        "--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="sgd is with Nesterov momentum (%(default)s)"
-    )
-    group.add_argument(
-        "--lr",
-        type=number(float, above=0),
-        metavar="RATE",
-        help="learning rate, the peak of the schedule (%(default)s)",
-    )
-    group.add_argument(
-        "--schedule", choices=tuple(SCHEDULES), default="constant", help="course of the learning rate (%(default)s)"
-    )
-    group.add_argument(
-        "--momentum", type=number(float, 0, below=1), default=0.9, metavar="FACTOR", help="of sgd (%(default)s)"
-    )
-    group.add_argument(
-        "--weight-decay", type=number(float, 0), default=0.0, metavar="FACTOR", help="decoupled in adamw (%(default)s)"
-    )
-    group.add_argument(
-        "--label-smoothing", type=number(float, 0, below=1), default=0.0, metavar="FRACTION", help="(%(default)s)"
-    )
-    group.add_argument(
-        "--tolerance",
-        type=number(int, 0),
-        metavar="EPOCHS",
-        help="stop after so many epochs without a lower validation loss; 0 never (%(default)s)",
-    )
-    group.add_argument(
-        "--seed",
-        type=number(int, 0),
-        default=42,
-        metavar="N",
-        help="of the split, the weights, the order and the augmentation (%(default)s)",
-    )
+    flag = parser.add_argument_group("training").add_argument
+    flag("--epochs", type=count, metavar="N", help="at most")
+    flag("--batch-size", type=count, metavar="IMAGES", help="in one step")
+    flag("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="sgd has Nesterov momentum")
+    flag("--lr", type=number(float, above=0), metavar="RATE", help="learning rate, the peak of the schedule")
+    flag("--schedule", choices=tuple(SCHEDULES), default="constant", help="of the learning rate")
+    flag("--momentum", type=share, default=0.9, metavar="FACTOR", help="of sgd")
+    flag("--weight-decay", type=number(float, 0), default=0.0, metavar="FACTOR", help="decoupled in adamw only")
+    flag("--label-smoothing", type=share, default=0.0, metavar="PART", help="of the target, spread over all classes")
+    flag("--tolerance", type=number(int, 0), metavar="EPOCHS", help="stop after so many without a new best; 0: never")
+    flag("--seed", type=number(int, 0), default=42, metavar="N", help="of split, weights, order, augmentation, dropout")
 
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="(%(default)s)")
-    group.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="auto: bf16 or fp16 where the hardware computes in it, else fp32 (%(default)s)",
-    )
-    group.add_argument(
-        "--compile",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="torch.compile the model: a minute at the start, faster steps on a GPU (%(default)s)",
-    )
+    flag = parser.add_argument_group("machine").add_argument
+    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU where there is one")
+    flag("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: what the hardware computes fast")
+    flag("--compile", action=switch, default=False, help="torch.compile: a slow start, faster steps on a GPU")
 
-    group = parser.add_argument_group("run")
-    group.add_argument("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="(%(default)s)")
-    group.add_argument(
-        "--run-name",
-        type=run_name,
-        metavar="NAME",
-        help="name of the run's new directory (script, time and four random characters)",
-    )
-    group.add_argument(
-        "--resume",
-        type=Path,
-        metavar="RUN",
-        help="continue the run in this directory; --epochs may be raised, no other flag is needed",
-    )
-    group.add_argument(
-        "--test",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="read the test set once, at the end (%(default)s)",
-    )
-    group.add_argument("--quiet", action="store_true", help="print only errors")
-    group.add_argument(
-        "--wandb",
-        choices=("disabled", "offline", "online"),
-        default="disabled",
-        help="log to Weights & Biases too (%(default)s)",
-    )
-    group.add_argument("--wandb-project", default="image-classifiers", metavar="NAME", help="(%(default)s)")
+    flag = parser.add_argument_group("run").add_argument
+    flag("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where the run's directory is made")
+    flag("--run-name", type=run_name, metavar="NAME", help="of that directory (script, time, four random characters)")
+    flag("--resume", type=Path, metavar="RUN", help="continue the run in this directory; --epochs may be raised")
+    flag("--test", action=switch, default=True, help="read the test set, once, at the end")
+    flag("--quiet", action="store_true", help="print only errors")
+    flag("--wandb", choices=("disabled", "offline", "online"), default="disabled", help="log to Weights & Biases too")
+    flag("--wandb-project", default="image-classifiers", metavar="NAME", help="where W&B files the run")
 
 
 # What may differ when a run continues: where it runs and how it reports, and how long, never what it computes.
@@ -281,11 +196,17 @@ def parse_arguments(parser, argv=None):
         recorded = read_json(args.resume / "run.json")
         if recorded["script"] != args.script:
             parser.error(f"--resume {args.resume}: that run was made by {recorded['script']}.py")
-        recorded["args"] = {name: Path(value) if isinstance(defaults.get(name), Path) else value for name, value in recorded["args"].items()}  # fmt: skip
-        args = argparse.Namespace(**{**vars(args), **recorded["args"], **given})
+        for name in ("data_dir", "runs_dir"):
+            recorded["args"][name] = Path(recorded["args"][name])
+        # What `auto` meant then, so that another machine does not go on in another arithmetic.
+        resolved = {"device": recorded["device"], "precision": recorded["precision"], "quiet": False}
+        args = argparse.Namespace(**{**vars(args), **recorded["args"], **resolved, **given})
         if args.epochs < recorded["epochs"]:
             parser.error(f"--epochs {args.epochs}: the run already has {recorded['epochs']} epochs")
         return args
+    if args.dataset not in ("synthetic", *TORCHVISION_DATASETS) and not Path(args.dataset).is_dir():
+        names = ", ".join(("synthetic", *TORCHVISION_DATASETS))
+        parser.error(f"--dataset {args.dataset}: neither a folder nor one of {names}")
     try:
         args.model_options = choose_model_options(args)
     except UsageError as error:
@@ -307,7 +228,7 @@ def choose_model_options(args):
 
 
 def choose_device(args):
-    """The torch.device and the autocast dtype (None for fp32) of --device and --precision."""
+    """The torch.device and the name of the precision that --device and --precision mean on this machine."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     name = args.device
     if name == "auto":
@@ -325,7 +246,7 @@ def choose_device(args):
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32")
     # Two runs of one seed are to give the same bytes; cuDNN's fastest kernels do not.
     torch.backends.cudnn.deterministic = True
-    return torch.device(name), {text: dtype for dtype, text in PRECISIONS.items()}[precision]
+    return torch.device(name), precision
 
 
 def keep_freed_memory():
@@ -341,7 +262,8 @@ def keep_freed_memory():
         mallopt(m_trim_threshold, -1)
 
 
-PRECISIONS = {None: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# The type that autocast computes in; None leaves everything in float32.
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def command_line(main):
@@ -373,15 +295,16 @@ def command_line(main):
 
 
 def check_runs_dir(args):
-    """What can be known of --runs-dir and --run-name before anything is loaded."""
+    """What can be known of --runs-dir, --run-name and --resume before anything is loaded."""
+    directory = args.resume or args.runs_dir
     try:
-        args.runs_dir.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--runs-dir {args.runs_dir} cannot be made: {error.strerror}") from error
-    if not os.access(args.runs_dir, os.W_OK):
-        raise UsageError(f"--runs-dir {args.runs_dir} is not writable")
-    if args.run_name and not args.resume and (args.runs_dir / args.run_name).exists():
-        raise UsageError(f"--run-name {args.run_name}: {args.runs_dir / args.run_name} exists already")
+        raise UsageError(f"--runs-dir {directory} cannot be made ({error.strerror})") from error
+    if not os.access(directory, os.W_OK):
+        raise UsageError(f"{directory} is not writable")
+    if args.run_name and not args.resume and (directory / args.run_name).exists():
+        raise UsageError(f"--run-name {args.run_name}: {directory / args.run_name} exists already")
 
 
 class Screen:
@@ -481,6 +404,28 @@ def load_split(args, train):
     return image_set
 
 
+def split_off_validation(args, images):
+    """The training and the validation part of the training images; at --val-size 0 the test set validates."""
+    if args.val_size:
+        size = round(len(images) * args.val_size)
+        if not size:
+            raise UsageError(f"--val-size {args.val_size} of {len(images)} images leaves none for validation")
+        chosen = torch.zeros(len(images), dtype=torch.bool)
+        chosen[stratified_sample(images.labels, size, generator_for(args.seed, "validation"))] = True
+        train_set, val_set = images.select(~chosen), images.select(chosen)
+    else:
+        train_set, val_set = images, load_split(args, train=False)
+    if args.limit_train:
+        if args.limit_train > len(train_set):
+            raise UsageError(f"--limit-train {args.limit_train}: there are only {len(train_set)} training images")
+        train_set = train_set.select(
+            stratified_sample(train_set.labels, args.limit_train, generator_for(args.seed, "limit"))
+        )
+    if len(train_set) < 2:
+        raise RunError(f"{args.dataset}: {len(train_set)} training images are too few")
+    return train_set, val_set
+
+
 # The name of torchvision's class, and of the folder that it keeps below --data-dir.
 TORCHVISION_DATASETS = {
     "mnist": ("MNIST", "MNIST"),
@@ -538,31 +483,47 @@ def is_whole(path, md5):
 
 def download(dataset_class, target, args):
     """Download beside `target` and move into place when whole: what a failure leaves is never taken for data."""
-    url = args.data_url
-    if url and Path(url).exists():
-        url = Path(url).resolve().as_uri()
+    name, url = dataset_class.__name__, args.data_url
+    if hasattr(dataset_class, "tgz_md5"):
+        archives, folder = [(dataset_class.filename, dataset_class.tgz_md5)], ""
+    else:
+        archives, folder = dataset_class.resources, f"{name}/raw"
     # torchvision reads the address from the class, and finds its files by the class's name.
-    overrides = {"url": url, "mirrors": [f"{url}/".replace("//", "/").replace(":/", "://")]} if url else {}
-    source = type(dataset_class.__name__, (dataset_class,), overrides)
+    overrides = {"url": url, "mirrors": [f"{url.rstrip('/')}/"]} if url else {}
+    source = type(name, (dataset_class,), overrides)
+    local = Path(url2pathname(urlsplit(url).path) if url.startswith("file:") else url) if url else None
+    show = sys.stderr is not None and sys.stderr.isatty() and not args.quiet
     args.data_dir.mkdir(parents=True, exist_ok=True)
     with locked(args.data_dir / ".download.lock", wait=True):
         if target.exists():  # another run has downloaded it while this one waited
             return
         with tempfile.TemporaryDirectory(prefix=".download-", dir=args.data_dir) as temporary:
+            if local and local.exists():
+                # torchvision downloads nothing that lies there whole, so a local copy only has to be put there.
+                (Path(temporary) / folder).mkdir(parents=True, exist_ok=True)
+                for file, md5 in archives:
+                    path = local / file if local.is_dir() else local
+                    if not (path.is_file() and is_whole(path, md5)):
+                        raise RunError(
+                            f"--data-url {url}: {path} is not torchvision's {file} (missing, or another MD5)"
+                        )
+                    shutil.copy(path, Path(temporary) / folder / file)
             try:
-                with contextlib.redirect_stdout(io.StringIO()):
+                with contextlib.ExitStack() as stack:
+                    stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+                    if not show:
+                        stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
                     source(temporary, download=True)
-            except (RuntimeError, OSError, EOFError, ValueError) as error:
-                reason = " ".join(str(error).split())
+            except (RuntimeError, OSError, EOFError, ValueError, HTTPException) as error:
                 raise RunError(
-                    f"{dataset_class.__name__} is not in {target} and could not be downloaded ({reason}); "
+                    f"{name} is not in {target} and could not be downloaded ({error}); "
                     "give --data-url a mirror or a local copy, or try --dataset synthetic"
                 ) from error
             (Path(temporary) / target.name).rename(target)
 
 
 def load_folder(root, size, mode, train):
-    """A folder of images, resized to `size` x `size`; without a test folder a fixed tenth of each class is the test set."""
+    """A folder of images, resized to `size` pixels square; without PATH/test a tenth of each class is the test set."""
     from PIL import Image, ImageOps
     from torchvision.datasets import ImageFolder
 
@@ -608,7 +569,8 @@ def synthetic_digits(count, seed):
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
-    fonts = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmss10", "cmtt10")  # fmt: skip
+    fonts = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif"]
+    fonts += ["DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmss10", "cmtt10"]
     glyphs = []
     for name in fonts:
         font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 44)
@@ -638,7 +600,7 @@ def synthetic_digits(count, seed):
 
 
 def synthetic_shapes(count, seed):
-    """`count` colour 32x32 images of ten classes, six shapes and four textures, anywhere, any size and colour, noisy."""
+    """`count` noisy 32x32 images of six shapes and four textures, each anywhere, of any size and in two colours."""
     classes = ["disc", "ring", "square", "triangle", "cross", "crescent", "rows", "columns", "checkerboard", "dots"]
     random = generator_for("shapes", seed)
 
@@ -703,7 +665,7 @@ class Augmentation:
     flip: float  # probability
 
     def draw(self, count, generator):
-        """Random parameters of `count` images: `angle` in degrees, `brightness`, `hue` in turns, `flip`, each [count]."""
+        """Random parameters, each [count]: `angle` in degrees, `brightness` factor, `hue` in turns, `flip` boolean."""
         uniform = torch.rand(4, count, generator=generator, device=generator.device)
         return {
             "angle": (uniform[0] * 2 - 1) * self.rotation,
@@ -797,7 +759,7 @@ class Dropout(nn.Dropout):
     def forward(self, x):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
-        threshold = round(self.p * 65536)
+        threshold = min(round(self.p * 65536), 65535)
         bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         # In the order that x has in memory, so that the product runs over both in one sweep.
         kept = bits.as_strided(x.shape, torch.empty_like(x).stride()) >= threshold - 32768
@@ -832,7 +794,8 @@ def confignet(image_shape, classes, c1=48, c2=96, l1=256, d1=0.1, kernel_size=3)
     for stride in (1, 1, 1, 2):
         sides = [(side - kernel_size) // stride + 1 if side >= kernel_size else 0 for side in sides]
     if min(sides) < 1:
-        raise UsageError(f"--kernel-size {kernel_size} leaves nothing of images of {image_shape[1]}x{image_shape[2]} pixels")  # fmt: skip
+        size = "x".join(map(str, image_shape[1:]))
+        raise UsageError(f"--kernel-size {kernel_size} leaves nothing of images of {size} pixels")
     features = c2 * math.prod(sides)
     return nn.Sequential(
         nn.Conv2d(channels, c1, kernel_size), nn.ReLU(inplace=True),
@@ -983,28 +946,6 @@ class EarlyStopping:
 
     def load_state_dict(self, state):
         vars(self).update(state)
-
-
-def split_off_validation(args, images):
-    """The training and the validation part of the training images; at --val-size 0 the test set validates."""
-    if args.val_size:
-        size = round(len(images) * args.val_size)
-        if not size:
-            raise UsageError(f"--val-size {args.val_size} of {len(images)} images leaves none for validation")
-        chosen = torch.zeros(len(images), dtype=torch.bool)
-        chosen[stratified_sample(images.labels, size, generator_for(args.seed, "validation"))] = True
-        train_set, val_set = images.select(~chosen), images.select(chosen)
-    else:
-        train_set, val_set = images, load_split(args, train=False)
-    if args.limit_train:
-        if args.limit_train > len(train_set):
-            raise UsageError(f"--limit-train {args.limit_train}: there are only {len(train_set)} training images")
-        train_set = train_set.select(
-            stratified_sample(train_set.labels, args.limit_train, generator_for(args.seed, "limit"))
-        )
-    if len(train_set) < 2:
-        raise RunError(f"{args.dataset}: {len(train_set)} training images are too few")
-    return train_set, val_set
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1200,7 +1141,7 @@ class GracefulStop:
 EVALUATION_BATCH = 1000
 
 
-def fit(args, model, train_set, val_set, run, blueprint, dtype, stop, screen, log_row):
+def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen, log_row):
     """Train `model` until --epochs or early stopping, and leave it with the weights of its best epoch.
 
     After each epoch `run` holds best.pt, log.jsonl, run.json and last.pt, written in that order: last.pt, from
@@ -1209,13 +1150,13 @@ def fit(args, model, train_set, val_set, run, blueprint, dtype, stop, screen, lo
     the whole state. Returns the final status; raises `NotFinite` and `Interrupted`.
     """
     device = train_set.images.device
-    autocast = autocast_to(device, dtype)
+    autocast = autocast_to(device, precision)
     augmentation = Augmentation(args.rotation, args.brightness, args.hue, args.flip) if args.augment else None
     normalization = blueprint["mean"], blueprint["std"]
     loader = Loader(train_set, args.batch_size, *normalization, augmentation, args.seed)
     val_loader = Loader(val_set, EVALUATION_BATCH, *normalization)
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), args, fused=device.type in ("cpu", "cuda"))
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     early_stopping = EarlyStopping(args.tolerance)
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler, "early_stopping": early_stopping}
     step_model = torch.compile(model) if args.compile else model
@@ -1234,10 +1175,12 @@ def fit(args, model, train_set, val_set, run, blueprint, dtype, stop, screen, lo
         for name, part in stateful.items():
             part.load_state_dict(state[name])
         done, run.history = state["epoch"], state["history"]
+        run.record.update(epochs=done, best=None)
         run.write_log()
         if early_stopping.best_epoch:
             save_best(run.history[early_stopping.best_epoch - 1])
     else:
+        run.write_log()
         save_last(0)
 
     for epoch in range(done + 1, args.epochs + 1):
@@ -1288,16 +1231,17 @@ def fit(args, model, train_set, val_set, run, blueprint, dtype, stop, screen, lo
         save_last(epoch)
         log_row(row)
         screen.say(
-            f"epoch {epoch:{len(str(args.epochs))}}/{args.epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}"
-            f"  validation loss {val_loss:.4f} accuracy {val_acc:.2%}  {row['seconds']:.1f} s{'  best' if improved else ''}"
+            f"epoch {epoch:2}/{args.epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  "
+            f"validation loss {val_loss:.4f} accuracy {val_acc:.2%}  {row['seconds']:.1f} s{' best' * improved}"
         )
         stop.check()
     model.load_state_dict(early_stopping.best_weights)
     return "stopped_early" if early_stopping.should_stop else "finished"
 
 
-def autocast_to(device, dtype):
-    """A context manager factory: the forward pass in `dtype`, or as it is where `dtype` is None."""
+def autocast_to(device, precision):
+    """Return a function that makes the context of a forward pass in `precision`."""
+    dtype = PRECISIONS[precision]
     return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
@@ -1308,7 +1252,7 @@ def run_job(args):
     are the record's `status`.
     """
     screen = Screen(args.quiet)
-    device, dtype = choose_device(args)
+    device, precision = choose_device(args)
     check_wandb(args)
     check_runs_dir(args)
     if device.type == "cpu":
@@ -1344,16 +1288,15 @@ def run_job(args):
         run = Run.create(
             args,
             device=device.type,
-            precision=PRECISIONS[dtype],
+            precision=precision,
             data=data,
             parameters=sum(p.numel() for p in model.parameters()),
         )
     with locked(run.directory / ".lock"):
         finished = run.record["status"] in ("finished", "stopped_early")
         if finished and (run.record["status"] == "stopped_early" or args.epochs == run.record["epochs"]):
-            screen.say(
-                f"{run.directory}: {run.record['status'].replace('_', ' ')} after {run.record['epochs']} epochs, nothing to do"
-            )
+            ended = run.record["status"].replace("_", " ")
+            screen.say(f"{run.directory}: {ended} after {run.record['epochs']} epochs, nothing to do")
             return {**run.record, "directory": str(run.directory)}
         if run.record["status"] == "diverged":
             raise RunError(
@@ -1363,7 +1306,7 @@ def run_job(args):
         run.write_record(status="running", error=None, ended=None)
         screen.say(
             f"{run.record['name']}: {args.model}, {run.record['parameters']:,} parameters; {args.dataset}, "
-            f"{len(train_set):,} training and {len(val_set):,} validation images; {device.type}, {PRECISIONS[dtype]}"
+            f"{len(train_set):,} training and {len(val_set):,} validation images; {device.type}, {precision}"
         )
         if not args.val_size:
             screen.say(
@@ -1372,11 +1315,11 @@ def run_job(args):
         status, error = "failed", None
         try:
             with GracefulStop() as stop, weights_and_biases(args, run) as log_row:
-                status = fit(args, model, train_set, val_set, run, blueprint, dtype, stop, screen, log_row)
+                status = fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen, log_row)
                 if args.test:
                     test_set = load_split(args, train=False).to(device)
                     loader = Loader(test_set, EVALUATION_BATCH, mean, std)
-                    loss, accuracy = evaluate_epoch(model, loader, autocast_to(device, dtype), stop.check)
+                    loss, accuracy = evaluate_epoch(model, loader, autocast_to(device, precision), stop.check)
                     run.record["data"]["test"] = len(test_set)
                     run.record["test"] = {"loss": loss, "acc": accuracy}
         except Interrupted as signal_name:

@@ -1,0 +1,138 @@
+"""Small data in the real file formats, and the real command line."""
+
+import gzip
+import hashlib
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def idx_bytes(array):
+    """An unsigned-byte IDX file, the format of MNIST."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def mnist_arrays(seed, count):
+    """Learnable 28x28 images: class c is a bright bar in row 2 + 2 c."""
+    random = np.random.default_rng(seed)
+    labels = np.arange(count) % 10
+    images = random.integers(0, 60, (count, 28, 28))
+    images[np.arange(count), 2 + 2 * labels] = 255
+    return images, labels
+
+
+@pytest.fixture
+def mnist_dir(tmp_path):
+    """A data directory with 200 training and 50 test images in MNIST's own files."""
+    raw = tmp_path / "data" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for prefix, seed, count in (("train", 0, 200), ("t10k", 1, 50)):
+        images, labels = mnist_arrays(seed, count)
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(idx_bytes(images))
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+    return tmp_path / "data"
+
+
+class TinyCifar:
+    """CIFAR-10's archive with 20 images a batch, and the MD5s that torchvision would have for it."""
+
+    def __init__(self, folder):
+        batches = folder / "cifar-10-batches-py"
+        batches.mkdir(parents=True)
+        self.md5 = {}
+        for seed, name in enumerate([f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]):
+            random = np.random.default_rng(seed)
+            labels = [i % 10 for i in range(20)]
+            data = random.integers(0, 100, (20, 3072), dtype=np.uint8)
+            for row, label in enumerate(labels):
+                data[row, label * 300 : label * 300 + 300] = 255
+            self.write(batches / name, {b"labels": labels, b"data": data})
+        names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+        self.write(batches / "batches.meta", {b"label_names": [name.encode() for name in names]})
+        self.archive = folder / "cifar-10-python.tar.gz"
+        with tarfile.open(self.archive, "w:gz") as archive:
+            archive.add(batches, batches.name)
+        self.md5[self.archive.name] = hashlib.md5(self.archive.read_bytes()).hexdigest()
+        self.batches = batches
+
+    def write(self, path, content):
+        # CIFAR-10's keys are Python 2 strings, which torchvision reads as latin-1 text.
+        path.write_bytes(pickle.dumps({key.decode(): value for key, value in content.items()}, protocol=2))
+        self.md5[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def tiny_cifar(tmp_path):
+    return TinyCifar(tmp_path / "origin")
+
+
+@pytest.fixture
+def mnist_gz_dir(mnist_dir, tmp_path):
+    """A folder of MNIST's four .gz files, as a mirror serves them, and their MD5s."""
+    folder, md5 = tmp_path / "mirror", {}
+    folder.mkdir()
+    for path in (mnist_dir / "MNIST" / "raw").iterdir():
+        content = gzip.compress(path.read_bytes(), mtime=0)
+        (folder / f"{path.name}.gz").write_bytes(content)
+        md5[f"{path.name}.gz"] = hashlib.md5(content).hexdigest()
+    return folder, md5
+
+
+# Runs a script with torchvision's table of checksums replaced by that of the tiny files, and nothing else.
+PATCHED = """
+import json, runpy, sys
+from torchvision import datasets
+md5 = json.loads(sys.argv.pop(1))
+cifar, mnist = datasets.CIFAR10, datasets.MNIST
+cifar.tgz_md5 = md5.get(cifar.filename)
+cifar.train_list = [[name, md5.get(name)] for name, _ in cifar.train_list]
+cifar.test_list = [[name, md5.get(name)] for name, _ in cifar.test_list]
+cifar.meta = {**cifar.meta, "md5": md5.get("batches.meta")}
+mnist.resources = [(name, md5.get(name)) for name, _ in mnist.resources]
+sys.argv.pop(0)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """`cli("train_mnist.py", "--epochs", 1, ...)` runs the script in an empty directory; the process is returned."""
+
+    def run(script, *arguments, md5=None, start=False, **options):
+        command = [sys.executable, str(ROOT / script)]
+        if md5 is not None:
+            command = [sys.executable, "-c", PATCHED, json.dumps(md5), str(ROOT / script)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
+        command += [str(argument) for argument in arguments]
+        options = {"cwd": tmp_path, "text": True, "env": environment, **options}
+        if start:
+            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+        return subprocess.run(command, capture_output=True, timeout=120, **options)
+
+    return run
+
+
+def only_run(tmp_path):
+    """The one run directory below tmp_path/runs: its path, run.json and the rows of log.jsonl."""
+    (directory,) = (tmp_path / "runs").iterdir()
+    return directory, *read_run(directory)
+
+
+def read_run(directory):
+    rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
+    return json.loads((directory / "run.json").read_text()), rows
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]

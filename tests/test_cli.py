@@ -1,0 +1,164 @@
+"""The command line as a user types it: exit statuses, one-line errors, signals, pipes."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+from conftest import ROOT, only_run
+
+import train_cifar
+import train_mnist
+
+SYNTHETIC = ("--dataset", "synthetic", "--limit-train", 300)
+
+BAD = [
+    (["--optimizer", "adamm"], "--optimizer"),
+    (["--c1", "0"], "--c1"),
+    (["--epochs", "-1"], "--epochs"),
+    (["--epochs", "ten"], "--epochs"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--lr", "nan"], "--lr"),
+    (["--lr", "inf"], "--lr"),
+    (["--lr", "0"], "--lr"),
+    (["--val-size", "1.5"], "--val-size"),
+    (["--val-size", "1"], "--val-size"),
+    (["--d1", "2"], "--d1"),
+    (["--kernel-size", "4"], "odd"),
+    (["--rotation", "-5"], "--rotation"),
+    (["--seed", "-1"], "--seed"),
+    (["--run-name", "a/b"], "--run-name"),
+    (["--run-name", ".."], "--run-name"),
+    (["--epoch", "3"], "did you mean --epochs"),
+    (["--dataset", "cifra"], "--dataset"),
+    (["--model", "convnet", "--c1", "8"], "--c1 does not apply to --model convnet"),
+    (["--resume", "nowhere"], "--resume nowhere"),
+]
+
+
+@pytest.mark.parametrize("script", [train_mnist, train_cifar])
+@pytest.mark.parametrize(("argv", "expected"), BAD)
+def test_bad_arguments_are_one_line_and_status_2(script, argv, expected, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        script.main(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and expected in error and len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir()), "nothing is made"
+
+
+def test_what_only_the_machine_knows_is_status_2_as_well(cli, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "runs" / "taken").mkdir(parents=True)
+    for argv, expected in (
+        (["--runs-dir", "file/runs"], "--runs-dir file/runs"),
+        (["--run-name", "taken"], "runs/taken exists already"),
+        (["--device", "mps"], "--device mps"),
+        (["--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
+    ):
+        done = cli("train_cifar.py", *SYNTHETIC, *argv)
+        assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.stdout == ""
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["taken"]
+    assert not list((tmp_path / "runs" / "taken").iterdir())
+
+
+def test_a_run_without_a_terminal_prints_a_line_per_epoch_and_last_the_directory(cli, tmp_path):
+    done = cli("train_mnist.py", *SYNTHETIC, "--epochs", 2)
+    assert done.returncode == 0 and done.stderr == ""
+    directory, record, _ = only_run(tmp_path)
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if re.match(r"epoch +\d/2 ", line)]) == 2
+    assert lines[-1] == f"finished: runs/{directory.name}"
+    assert f"{record['test']['acc']:.2%}" in done.stdout and "\r" not in done.stdout
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_run_with_its_state_saved(cli, tmp_path, number, status):
+    process = cli("train_mnist.py", *SYNTHETIC, "--epochs", 1000, "--run-name", "long", start=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status and len(error.splitlines()) == 1
+    assert "train_mnist.py --resume runs/long" in error
+    _, record, rows = only_run(tmp_path)
+    assert record["status"] == "interrupted" and record["epochs"] == len(rows) >= 1
+    target = len(rows) + 1
+    done = cli("train_mnist.py", "--resume", "runs/long", "--epochs", target)
+    assert done.returncode == 2, "epochs are raised, never lowered below what --resume would have run"
+
+
+def test_a_signal_while_loading_ends_quietly(cli, tmp_path):
+    process = cli("train_mnist.py", "--dataset", "synthetic", start=True)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, 1)
+
+
+def test_a_reader_that_goes_away_does_not_end_the_run(cli, tmp_path):
+    process = cli("train_mnist.py", *SYNTHETIC, "--epochs", 3, start=True)
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(timeout=60)
+    assert process.returncode == 0 and process.stderr.read() == ""
+    _, record, rows = only_run(tmp_path)
+    assert record["status"] == "finished" and len(rows) == 3
+
+
+def test_quiet_prints_nothing(cli, tmp_path):
+    done = cli("train_mnist.py", *SYNTHETIC, "--epochs", 1, "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_a_terminal_gets_a_bar(cli, tmp_path):
+    controller, terminal = os.openpty()
+    process = cli("train_mnist.py", *SYNTHETIC, "--epochs", 1, start=True)
+    process.kill()
+    process.communicate()
+    import subprocess
+    import sys
+
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train_mnist.py", *map(str, SYNTHETIC), "--epochs", "1"],
+        cwd=tmp_path, stdout=terminal, stderr=terminal,
+    )  # fmt: skip
+    os.close(terminal)
+    screen = b""
+    while process.poll() is None or screen[-1:] != b"\n":
+        try:
+            chunk = os.read(controller, 4096)
+        except OSError:
+            break
+        if not chunk:
+            break
+        screen += chunk
+    assert process.wait(timeout=60) == 0
+    assert b"epoch 1/1" in screen and b"\r" in screen and b"finished: runs/" in screen
+
+
+def test_twenty_runs_started_together_have_directories_of_their_own(tmp_path, monkeypatch):
+    import argparse
+    from concurrent.futures import ThreadPoolExecutor
+
+    import common
+
+    args = argparse.Namespace(run_name=None, script="train_mnist", runs_dir=tmp_path, argv=[], resume=None, seed=0)
+    with ThreadPoolExecutor(20) as pool:
+        runs = list(pool.map(lambda _: common.Run.create(args).directory, range(20)))
+    assert len(set(runs)) == 20
+
+
+def test_imports_stay_light(cli):
+    """Training works where these are missing; and what is not imported takes no time."""
+    code = (
+        "import sys, train_cifar; print(*(m for m in ('wandb', 'matplotlib', 'optuna', 'scipy') if m in sys.modules))"
+    )
+    import subprocess
+    import sys
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

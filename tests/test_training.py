@@ -1,0 +1,273 @@
+"""Whole runs, in this process: what they write, that they learn, repeat and continue."""
+
+import json
+import math
+import os
+import re
+
+import pytest
+import torch
+from conftest import read_run, without_times
+
+import common
+import train_cifar
+import train_mnist
+
+RECORD = {
+    "name", "script", "argv", "args", "status", "error", "started", "ended", "seconds", "seed", "device", "precision",
+    "versions", "host", "git", "data", "parameters", "epochs", "best", "test",
+}  # fmt: skip
+ROW = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second"]
+EVERYTHING_ON = ["--dataset", "synthetic", "--limit-train", "150", "--c1", "4", "--c2", "8", "--l1", "16"]
+EVERYTHING_ON += ["--augment", "--batch-size", "64", "--schedule", "onecycle", "--tolerance", "5", "--label-smoothing", "0.1", "--quiet"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_directory_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def small_synthetic_sets(request, monkeypatch):
+    """Draw 300 training images rather than 10,000, but for the tests of learning."""
+    if "learn" in request.node.name:
+        return
+    for script, draw in (("train_mnist", common.synthetic_digits), ("train_cifar", common.synthetic_shapes)):
+        monkeypatch.setitem(common.SYNTHETIC, script, lambda train, draw=draw: draw(300 if train else 60, int(train)))
+
+
+def run(script, *argv):
+    record = script.main([str(argument) for argument in argv])
+    directory = common.Path(record.pop("directory"))
+    return directory, record, read_run(directory)[1]
+
+
+def test_a_run_directory_holds_what_the_contract_says(tmp_path):
+    directory, record, rows = run(train_mnist, "--dataset", "synthetic", "--epochs", 2)
+    assert directory.parent == common.Path("runs")
+    assert re.fullmatch(r"train_mnist-\d{8}T\d{6}Z-[0-9a-f]{4}", directory.name)
+    assert {path.name for path in directory.iterdir()} == {".lock", "best.pt", "last.pt", "log.jsonl", "run.json"}
+    assert json.loads((directory / "run.json").read_text()) == record and set(record) == RECORD
+    assert record["status"] == "finished" and record["error"] is None and record["epochs"] == 2
+    assert record["argv"] == ["--dataset", "synthetic", "--epochs", "2"] and record["args"]["batch_size"] == 64
+    assert record["data"]["train"] == 270 and record["data"]["val"] == 30 and record["data"]["test"] == 60
+    assert [list(row) for row in rows] == [ROW, ROW] and [row["epoch"] for row in rows] == [1, 2]
+    best = min(rows, key=lambda row: row["val_loss"])
+    assert record["best"] == {name: best[name] for name in ("epoch", "val_loss", "val_acc")}
+    assert 0 <= record["test"]["acc"] <= 1 and record["seconds"] >= sum(row["seconds"] for row in rows)
+
+
+@pytest.mark.parametrize("model", ["dense", "cnn"])
+def test_mnist_models_learn_the_synthetic_digits(model):
+    _, record, rows = run(train_mnist, "--dataset", "synthetic", "--model", model, "--epochs", 3, "--limit-train", 2500)
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and record["test"]["acc"] > {"dense": 0.15, "cnn": 0.6}[model]
+
+
+def test_confignet_learns_the_synthetic_shapes():
+    argv = ["--dataset", "synthetic", "--limit-train", 1500, "--epochs", 3, "--batch-size", 50]
+    _, record, _ = run(train_cifar, *argv, "--c1", 8, "--c2", 16, "--l1", 64, "--lr", 0.003)
+    assert record["test"]["acc"] > 0.3
+    assert record["args"]["model_options"] == {"c1": 8, "c2": 16, "l1": 64, "d1": 0.1, "kernel_size": 3}
+
+
+def test_best_pt_rebuilds_the_model_and_its_test_result():
+    directory, record, _ = run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
+    best = torch.load(directory / "best.pt", weights_only=True)
+    model = common.MODELS[best["model"]](best["image_shape"], len(best["classes"]), **best["model_options"])
+    model.load_state_dict(best["weights"])
+    loader = common.Loader(common.synthetic_shapes(60, 0), 60, best["mean"], best["std"])
+    autocast = common.autocast_to(torch.device("cpu"), record["precision"])
+    loss, accuracy = common.evaluate_epoch(model, loader, autocast)
+    assert loss == pytest.approx(record["test"]["loss"], rel=1e-4) and accuracy == record["test"]["acc"]
+    assert best["epoch"] == record["best"]["epoch"]
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
+    first = run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
+    again = run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
+    other = run(train_cifar, *EVERYTHING_ON, "--epochs", 2, "--seed", 7)
+    assert without_times(first[2]) == without_times(again[2]) != without_times(other[2])
+    assert first[1]["test"] == again[1]["test"]
+
+
+def states_are_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_are_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(states_are_equal, a, b))
+    return a == b
+
+
+def interrupt_in_epoch(monkeypatch, wanted, fault):
+    """Make the second batch of epoch `wanted` call `fault`."""
+    original = common.Loader.batches
+
+    def batches(self, epoch=0):
+        for index, batch in enumerate(original(self, epoch)):
+            if epoch == wanted and index == 1:
+                fault()
+            yield batch
+
+    monkeypatch.setattr(common.Loader, "batches", batches)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_interrupted_run_continues_bit_for_bit(monkeypatch, precision):
+    argv = [*EVERYTHING_ON, "--epochs", 4, "--precision", precision]
+    whole, whole_record, whole_rows = run(train_cifar, *argv, "--run-name", "whole")
+    with monkeypatch.context() as patch:
+        interrupt_in_epoch(patch, 3, lambda: os.kill(os.getpid(), common.signal.SIGTERM))
+        cut, record, rows = run(train_cifar, *argv, "--run-name", "cut")
+    assert record["status"] == "interrupted" and record["error"] == "SIGTERM" and len(rows) == 2
+    cut, record, rows = run(train_cifar, "--resume", cut, "--quiet")
+    assert record["status"] == "finished" and record["error"] is None
+    assert without_times(rows) == without_times(whole_rows)
+    assert record["best"] == whole_record["best"] and record["test"] == whole_record["test"]
+    for file in ("last.pt", "best.pt"):
+        a, b = (torch.load(directory / file, weights_only=True) for directory in (whole, cut))
+        for state in (a, b):
+            state["history"] = without_times(state.get("history", []))
+        assert states_are_equal(a, b), file
+
+
+def test_epochs_can_be_raised_and_a_finished_run_is_left_alone(capsys):
+    argv = [*EVERYTHING_ON, "--schedule", "constant"]
+    _, whole, whole_rows = run(train_cifar, *argv, "--epochs", 3)
+    directory, _, _ = run(train_cifar, *argv, "--epochs", 2)
+    before = (directory / "run.json").read_bytes()
+    run(train_cifar, "--resume", directory)
+    assert "nothing to do" in capsys.readouterr().out and (directory / "run.json").read_bytes() == before
+    _, record, rows = run(train_cifar, "--resume", directory, "--epochs", 3, "--quiet")
+    assert without_times(rows) == without_times(whole_rows) and record["test"] == whole["test"]
+    assert record["args"]["epochs"] == 3
+
+
+def test_a_run_interrupted_before_its_first_epoch_ended_continues(monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_in_epoch(patch, 1, lambda: os.kill(os.getpid(), common.signal.SIGINT))
+        directory, record, rows = run(train_cifar, *EVERYTHING_ON, "--epochs", 1)
+    assert record["status"] == "interrupted" and record["error"] == "SIGINT" and rows == [] and record["best"] is None
+    _, record, rows = run(train_cifar, "--resume", directory, "--quiet")
+    assert record["status"] == "finished" and len(rows) == 1
+
+
+def test_early_stopping_ends_the_run_and_the_best_epoch_is_reported():
+    argv = ["--dataset", "synthetic", "--epochs", 30, "--tolerance", 2, "--lr", 0.03, "--quiet"]
+    directory, record, rows = run(train_mnist, *argv, "--model", "dense")
+    assert record["status"] == "stopped_early" and len(rows) == record["epochs"] < 30
+    losses = [row["val_loss"] for row in rows]
+    assert record["best"]["val_loss"] == min(losses) and record["best"]["epoch"] == len(rows) - 2
+    _, again, _ = run(train_mnist, "--resume", directory, "--epochs", 40, "--quiet")
+    assert again["epochs"] == len(rows) and again["status"] == "stopped_early"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_best(monkeypatch):
+    original = common.F.cross_entropy
+
+    def run_with_a_bad_loss_in_epoch(epoch):
+        with monkeypatch.context() as patch:
+            poisoned = {"now": False}
+            interrupt_in_epoch(patch, epoch, lambda: poisoned.update(now=True))
+            patch.setattr(
+                common.F, "cross_entropy", lambda *a, **k: original(*a, **k) * (math.nan if poisoned["now"] else 1)
+            )
+            return run(train_cifar, *EVERYTHING_ON, "--epochs", 3)
+
+    directory, record, rows = run_with_a_bad_loss_in_epoch(2)
+    assert record["status"] == "diverged" and "epoch 2" in record["error"] and record["test"] is None
+    assert len(rows) == 1 and record["best"]["epoch"] == 1
+    assert torch.load(directory / "last.pt", weights_only=True)["epoch"] == 1
+    directory, record, rows = run_with_a_bad_loss_in_epoch(1)
+    assert record["status"] == "diverged" and record["best"] is None and rows == []
+    assert not (directory / "best.pt").exists()
+
+
+def test_an_error_in_training_is_recorded(monkeypatch):
+    def fail():
+        raise OSError("no space left")
+
+    interrupt_in_epoch(monkeypatch, 2, fail)
+    with pytest.raises(OSError, match="no space"):
+        run(train_cifar, *EVERYTHING_ON, "--epochs", 3, "--run-name", "broken")
+    record, rows = read_run(common.Path("runs/broken"))
+    assert record["status"] == "failed" and record["error"] == "OSError: no space left" and len(rows) == 1
+
+
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "run.json"
+    common.write_atomically(path, b"old")
+
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(common.os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        common.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_run_never_reads_the_test_images_before_the_end_nor_with_no_test(monkeypatch):
+    reads = []
+    original = common.load_split
+    monkeypatch.setattr(common, "load_split", lambda args, train: reads.append(train) or original(args, train))
+    monkeypatch.setattr(
+        common, "train_epoch", lambda *a, original=common.train_epoch: reads.append("train") or original(*a)
+    )
+    run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
+    assert reads == [True, "train", "train", False]
+    reads.clear()
+    _, record, _ = run(train_cifar, *EVERYTHING_ON, "--epochs", 1, "--no-test")
+    assert reads == [True, "train"] and record["test"] is None
+
+
+def test_resume_refuses_other_data_another_flag_and_a_file_that_is_no_checkpoint(monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_in_epoch(patch, 2, lambda: os.kill(os.getpid(), common.signal.SIGTERM))
+        directory, _, _ = run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
+    for argv, message in (
+        (["--lr", "0.1"], "--lr cannot change"),
+        (["--run-name", "x"], "--run-name cannot change"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run(train_cifar, "--resume", directory, *argv)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(train_mnist, "--resume", directory)
+    assert "made by train_cifar.py" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setitem(common.SYNTHETIC, "train_cifar", lambda train: common.synthetic_shapes(300, 99))
+        with pytest.raises(common.RunError, match="checksums differ"):
+            run(train_cifar, "--resume", directory)
+    with common.locked(directory / ".lock"), pytest.raises(common.RunError, match="in use"):
+        run(train_cifar, "--resume", directory)
+    (directory / "last.pt").write_bytes((directory / "last.pt").read_bytes()[:1000])
+    with pytest.raises(common.RunError, match=r"last\.pt is not a checkpoint"):
+        run(train_cifar, "--resume", directory)
+
+
+def test_a_checkpoint_that_would_run_code_is_not_executed(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"epoch": Bomb()}, tmp_path / "last.pt")
+    with pytest.raises(common.RunError, match="not a checkpoint"):
+        common.Run(tmp_path, {"seconds": 0.0}).load("last.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("flags", [("sgd", "cosine"), ("adamw", "onecycle"), ("adam", "constant")])
+def test_optimizers_and_schedules_train(flags):
+    optimizer, schedule = flags
+    argv = ["--dataset", "synthetic", "--epochs", 3, "--lr", 0.005, "--model", "dense", "--weight-decay", 0.01]
+    _, _, rows = run(train_mnist, *argv, "--optimizer", optimizer, "--schedule", schedule, "--quiet")
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert (rows[-1]["lr"] < 0.005) == (schedule != "constant")
+
+
+def test_batch_norm_refuses_a_batch_of_one():
+    with pytest.raises(common.UsageError, match="--batch-size 1"):
+        run(train_cifar, *EVERYTHING_ON, "--batch-size", 1)
+    assert not list(common.Path("runs").iterdir())

@@ -1,0 +1,59 @@
+"""Weights & Biases with the real package: offline without an account, online without a key."""
+
+import json
+
+import pytest
+from conftest import only_run
+
+pytest.importorskip("wandb", reason="wandb is not installed")
+RUN = ("--dataset", "synthetic", "--limit-train", 300, "--epochs", 2)
+
+
+@pytest.fixture
+def anonymous(tmp_path):
+    """An environment without any W&B account."""
+    return {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": ""}
+
+
+def records(directory):
+    """All records in W&B's offline file."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (path,) = directory.glob("wandb/offline-run-*/*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        yield record
+
+
+def test_offline_writes_config_a_line_per_epoch_summary_and_the_end(cli, tmp_path, anonymous):
+    done = cli("train_mnist.py", *RUN, "--wandb", "offline", "--wandb-project", "mine", env=anonymous)
+    assert done.returncode == 0, done.stderr
+    directory, record, rows = only_run(tmp_path)
+    written = list(records(directory))
+    (header,) = (r.run for r in written if r.HasField("run"))
+    config = {item.key: json.loads(item.value_json) for item in header.config.update}
+    assert header.project == "mine" and config["batch_size"] == 64 and config["epochs"] == 2
+    history = [r.history for r in written if r.HasField("history")]
+    values = [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in h.item} for h in history]
+    assert [value["val_loss"] for value in values] == [row["val_loss"] for row in rows]
+    summary = {item.key or item.nested_key[0]: item.value_json for r in written for item in r.summary.update}
+    assert json.loads(summary["test_acc"]) == record["test"]["acc"] and "best_val_loss" in summary
+    assert [r.exit.exit_code for r in written if r.HasField("exit")] == [0]
+
+
+def test_a_run_that_fails_is_finished_as_failed(cli, tmp_path, anonymous):
+    done = cli("train_mnist.py", *RUN, "--wandb", "offline", "--optimizer", "sgd", "--lr", 1e30, env=anonymous)
+    assert done.returncode == 1 and "not finite" in done.stderr or "became" in done.stderr
+    directory, record, _ = only_run(tmp_path)
+    assert record["status"] == "diverged"
+    assert [r.exit.exit_code for r in records(directory) if r.HasField("exit")] == [1]
+
+
+def test_online_without_a_key_is_one_line_before_any_training(cli, tmp_path, anonymous):
+    done = cli("train_mnist.py", *RUN, "--wandb", "online", env=anonymous)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "WANDB_API_KEY" in done.stderr
+    assert not list(tmp_path.rglob("run.json"))
