@@ -1098,7 +1098,7 @@ def check_wandb(args):
         import wandb
     except ImportError:
         raise UsageError(f"--wandb {args.wandb} needs the package wandb: pip install wandb") from None
-    if args.wandb == "online" and not wandb.api.api_key:
+    if args.wandb == "online" and not wandb.login(prompt=False, verify=False):
         raise UsageError(
             "--wandb online needs an API key: run `wandb login`, set WANDB_API_KEY, or use --wandb offline"
         )

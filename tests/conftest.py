@@ -113,11 +113,12 @@ def cli(tmp_path):
         command = [sys.executable, str(ROOT / script)]
         if md5 is not None:
             command = [sys.executable, "-c", PATCHED, json.dumps(md5), str(ROOT / script)]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **options.pop("env", {})}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+        environment = {name: value for name, value in environment.items() if value is not None}
         command += [str(argument) for argument in arguments]
         options = {"cwd": tmp_path, "text": True, "env": environment, **options}
         if start:
-            return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+            return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
         return subprocess.run(command, capture_output=True, timeout=120, **options)
 
     return run

@@ -19,7 +19,18 @@ RECORD = {
 }  # fmt: skip
 ROW = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second"]
 EVERYTHING_ON = ["--dataset", "synthetic", "--limit-train", "150", "--c1", "4", "--c2", "8", "--l1", "16"]
-EVERYTHING_ON += ["--augment", "--batch-size", "64", "--schedule", "onecycle", "--tolerance", "5", "--label-smoothing", "0.1", "--quiet"]
+EVERYTHING_ON += [
+    "--augment",
+    "--batch-size",
+    "64",
+    "--schedule",
+    "onecycle",
+    "--tolerance",
+    "5",
+    "--label-smoothing",
+    "0.1",
+    "--quiet",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Weights & Biases with the real package: offline without an account, online without a key."""
 
 import json
+import struct
 
 import pytest
 from conftest import only_run
@@ -12,21 +13,25 @@ RUN = ("--dataset", "synthetic", "--limit-train", 300, "--epochs", 2)
 @pytest.fixture
 def anonymous(tmp_path):
     """An environment without any W&B account."""
-    return {"HOME": str(tmp_path), "WANDB_API_KEY": "", "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": ""}
+    return {"HOME": str(tmp_path), "WANDB_API_KEY": None, "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": None}
 
 
 def records(directory):
-    """All records in W&B's offline file."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+    """All records in W&B's offline file: LevelDB's log format, blocks of 32 KiB, after a header of seven bytes."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
     (path,) = directory.glob("wandb/offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        yield record
+    content, position, parts = path.read_bytes(), 7, b""
+    while position + 7 <= len(content):
+        if 32768 - position % 32768 < 7:  # a block's last bytes are padding where no header fits
+            position += 32768 - position % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or its last part
+            yield Record.FromString(parts)
+            parts = b""
 
 
 def test_offline_writes_config_a_line_per_epoch_summary_and_the_end(cli, tmp_path, anonymous):
@@ -47,7 +52,7 @@ def test_offline_writes_config_a_line_per_epoch_summary_and_the_end(cli, tmp_pat
 
 def test_a_run_that_fails_is_finished_as_failed(cli, tmp_path, anonymous):
     done = cli("train_mnist.py", *RUN, "--wandb", "offline", "--optimizer", "sgd", "--lr", 1e30, env=anonymous)
-    assert done.returncode == 1 and "not finite" in done.stderr or "became" in done.stderr
+    assert done.returncode == 1 and "loss became" in done.stderr, done.stderr
     directory, record, _ = only_run(tmp_path)
     assert record["status"] == "diverged"
     assert [r.exit.exit_code for r in records(directory) if r.HasField("exit")] == [1]
