@@ -866,49 +866,57 @@ class NotFinite(Exception):
     """A loss is not a number, or infinite: the training has diverged."""
 
 
-def train_epoch(model, loader, epoch, optimizer, scaler, set_learning_rate, autocast, label_smoothing, after_batch):
-    """Train on every batch once; return the mean loss per image and the accuracy, as seen in training.
+class Totals:
+    """Sums over the images seen so far, kept on the device: reading `loss` and `accuracy` waits for it."""
 
-    `set_learning_rate(batch)` comes before each batch; `after_batch(loss sum, images seen)` after it may raise to stop.
-    """
+    def __init__(self, device):
+        self.loss_sum, self.correct = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.images = 0
+
+    def add(self, loss_sum, logits, labels):
+        self.loss_sum += loss_sum
+        self.correct += (logits.argmax(1) == labels).sum()
+        self.images += len(labels)
+
+    @property
+    def loss(self):
+        """Mean per image. Raises NotFinite."""
+        loss = self.loss_sum.item() / self.images
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss became {loss}")
+        return loss
+
+    @property
+    def accuracy(self):
+        return self.correct.item() / self.images
+
+
+def train_epoch(model, batches, optimizer, scaler, autocast, label_smoothing, totals):
+    """Train on every batch (`images` [B, C, H, W], `labels` [B]) once; `totals` takes up loss and accuracy as seen
+    in training. Raises NotFinite."""
     model.train()
-    device = loader.image_set.images.device
-    loss_sum, correct, seen = torch.zeros((), device=device), torch.zeros((), device=device), 0
-    for index, (images, labels) in enumerate(loader.batches(epoch)):
-        set_learning_rate(index)
+    for images, labels in batches:
         with autocast():
             logits = model(images)
             loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         # On a CPU reading the loss is free. A GPU would wait for it; there the epoch's mean tells as surely.
-        if device.type == "cpu" and not math.isfinite(loss.item()):
-            raise NotFinite(f"the training loss became {loss.item()} in epoch {epoch}")
+        if loss.device.type == "cpu" and not math.isfinite(loss.item()):
+            raise NotFinite(f"the loss became {loss.item()}")
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-        loss_sum += loss.detach() * len(labels)
-        correct += (logits.detach().argmax(1) == labels).sum()
-        seen += len(labels)
-        after_batch(loss_sum, seen)
-    loss = loss_sum.item() / seen
-    if not math.isfinite(loss):
-        raise NotFinite(f"the training loss of epoch {epoch} is {loss}")
-    return loss, correct.item() / seen
+        totals.add(loss.detach() * len(labels), logits.detach(), labels)
 
 
 @torch.inference_mode()
-def evaluate_epoch(model, loader, autocast, after_batch=lambda: None):
-    """Mean loss per image and accuracy over all batches, with dropout and batch norm at rest."""
+def evaluate_epoch(model, batches, autocast, totals):
+    """`totals` takes up the loss and the accuracy of all batches, with dropout and batch norm at rest."""
     model.eval()
-    device = loader.image_set.images.device
-    loss_sum, correct = torch.zeros((), device=device), torch.zeros((), device=device)
-    for images, labels in loader.batches():
+    for images, labels in batches:
         with autocast():
             logits = model(images).float()
-        loss_sum += F.cross_entropy(logits, labels, reduction="sum")
-        correct += (logits.argmax(1) == labels).sum()
-        after_batch()
-    return loss_sum.item() / len(loader.image_set), correct.item() / len(loader.image_set)
+        totals.add(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1012,7 +1020,7 @@ class Run:
         self.began, self.earlier_seconds = time.perf_counter(), record["seconds"]
 
     @classmethod
-    def create(cls, args, **record):
+    def create(cls, args, record):
         """Make runs/<name>/, which must not exist, with a run.json of status `running`."""
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         name = args.run_name or f"{args.script}-{stamp}-{secrets.token_hex(2)}"
@@ -1133,6 +1141,12 @@ class GracefulStop:
             raise KeyboardInterrupt
         self.signal = signal.Signals(signum).name
 
+    def watch(self, batches):
+        """Yield the batches; raise Interrupted between two of them when a signal has come."""
+        for batch in batches:
+            self.check()
+            yield batch
+
     def check(self):
         if self.signal:
             raise Interrupted(self.signal)
@@ -1169,6 +1183,18 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
         run.record["best"] = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
         run.save("best.pt", {**blueprint, **run.record["best"], "weights": early_stopping.best_weights})
 
+    def steps(epoch, totals):
+        """The batches of an epoch: a signal ends them, each sets its learning rate, and the bar follows."""
+        with screen.bar(len(loader), f"epoch {epoch}/{args.epochs}") as bar:
+            for index, batch in enumerate(stop.watch(loader.batches(epoch))):
+                factor = SCHEDULES[args.schedule]((epoch - 1 + index / len(loader)) / args.epochs)
+                for group in optimizer.param_groups:
+                    group["lr"] = args.lr * factor
+                yield batch
+                # The bar reads the loss from the device when it redraws itself, not for every batch.
+                if bar.update():
+                    bar.set_postfix(loss=f"{totals.loss:.4f}", refresh=False)
+
     done = 0
     if args.resume:
         state = run.load("last.pt")
@@ -1188,42 +1214,17 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
             break
         started = time.perf_counter()
         torch.manual_seed(random_seed(args.seed, "dropout", epoch))
-
-        def set_learning_rate(batch, epoch=epoch):
-            factor = SCHEDULES[args.schedule]((epoch - 1 + batch / len(loader)) / args.epochs)
-            for group in optimizer.param_groups:
-                group["lr"] = args.lr * factor
-
-        with screen.bar(len(loader), f"epoch {epoch}/{args.epochs}") as bar:
-
-            def after_batch(loss_sum, seen, bar=bar):
-                stop.check()
-                # The bar reads the loss from the device when it redraws itself, not for every batch.
-                if bar.update():
-                    bar.set_postfix(loss=f"{loss_sum.item() / seen:.4f}", refresh=False)
-
-            train_loss, train_acc = train_epoch(
-                step_model,
-                loader,
-                epoch,
-                optimizer,
-                scaler,
-                set_learning_rate,
-                autocast,
-                args.label_smoothing,
-                after_batch,
-            )
-        trained = time.perf_counter()
-        val_loss, val_acc = evaluate_epoch(step_model, val_loader, autocast, stop.check)
-        if not math.isfinite(val_loss):
-            raise NotFinite(f"the validation loss of epoch {epoch} is {val_loss}")
+        train, val = Totals(device), Totals(device)
+        train_epoch(step_model, steps(epoch, train), optimizer, scaler, autocast, args.label_smoothing, train)
+        train_loss, trained = train.loss, time.perf_counter()
+        evaluate_epoch(step_model, stop.watch(val_loader.batches()), autocast, val)
         row = {
-            "epoch": epoch, "train_loss": train_loss, "train_acc": train_acc, "val_loss": val_loss,
-            "val_acc": val_acc, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - started,
+            "epoch": epoch, "train_loss": train_loss, "train_acc": train.accuracy, "val_loss": val.loss,
+            "val_acc": val.accuracy, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - started,
             "images_per_second": len(train_set) / (trained - started),
         }  # fmt: skip
         run.history.append(row)
-        improved = early_stopping.step(epoch, val_loss, model)
+        improved = early_stopping.step(epoch, row["val_loss"], model)
         if improved:
             save_best(row)
         run.write_log()
@@ -1231,8 +1232,10 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
         save_last(epoch)
         log_row(row)
         screen.say(
-            f"epoch {epoch:2}/{args.epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  "
-            f"validation loss {val_loss:.4f} accuracy {val_acc:.2%}  {row['seconds']:.1f} s{' best' * improved}"
+            "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
+            "{val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s{best}".format(
+                **row, epochs=args.epochs, best="  best" * improved
+            )
         )
         stop.check()
     model.load_state_dict(early_stopping.best_weights)
@@ -1276,32 +1279,25 @@ def run_job(args):
     model = model.to(device, memory_format=torch.channels_last)
     train_set, val_set = train_set.to(device), val_set.to(device)
 
-    if args.resume:
-        run = Run(args.resume, read_json(args.resume / "run.json"))
-        if run.record["data"]["checksum"] != checksum:
-            raise RunError(f"{args.dataset} is not what {args.resume} was trained on: the checksums differ")
-    else:
-        data = {
+    record = {
+        "device": device.type, "precision": precision, "parameters": sum(p.numel() for p in model.parameters()),
+        "data": {
             "name": args.dataset, "train": len(train_set), "val": len(val_set), "test": None,
             "selection": "validation split" if args.val_size else "test set", "checksum": checksum,
-        }  # fmt: skip
-        run = Run.create(
-            args,
-            device=device.type,
-            precision=precision,
-            data=data,
-            parameters=sum(p.numel() for p in model.parameters()),
-        )
-    with locked(run.directory / ".lock"):
+        },
+    }  # fmt: skip
+    directory = args.resume or Run.create(args, record).directory
+    with locked(directory / ".lock"):
+        run = Run(directory, read_json(directory / "run.json"))
+        if run.record["data"]["checksum"] != checksum:
+            raise RunError(f"{args.dataset} is not what {directory} was trained on: the checksums differ")
         finished = run.record["status"] in ("finished", "stopped_early")
         if finished and (run.record["status"] == "stopped_early" or args.epochs == run.record["epochs"]):
             ended = run.record["status"].replace("_", " ")
             screen.say(f"{run.directory}: {ended} after {run.record['epochs']} epochs, nothing to do")
             return {**run.record, "directory": str(run.directory)}
         if run.record["status"] == "diverged":
-            raise RunError(
-                f"{run.directory} diverged ({run.record['error']}) and would again; start anew with a lower --lr"
-            )
+            raise RunError(f"{run.directory}: {run.record['error']}, and would again; start anew with a lower --lr")
         run.record["args"]["epochs"] = args.epochs
         run.write_record(status="running", error=None, ended=None)
         screen.say(
@@ -1309,23 +1305,21 @@ def run_job(args):
             f"{len(train_set):,} training and {len(val_set):,} validation images; {device.type}, {precision}"
         )
         if not args.val_size:
-            screen.say(
-                "--val-size 0: the test set selects the epoch, as in the tutorials, so its accuracy is flattered"
-            )
+            screen.say("--val-size 0: the test set selects the epoch, as in the tutorials; its accuracy is flattered")
         status, error = "failed", None
         try:
             with GracefulStop() as stop, weights_and_biases(args, run) as log_row:
                 status = fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen, log_row)
                 if args.test:
                     test_set = load_split(args, train=False).to(device)
-                    loader = Loader(test_set, EVALUATION_BATCH, mean, std)
-                    loss, accuracy = evaluate_epoch(model, loader, autocast_to(device, precision), stop.check)
+                    batches, totals = Loader(test_set, EVALUATION_BATCH, mean, std).batches(), Totals(device)
+                    evaluate_epoch(model, stop.watch(batches), autocast_to(device, precision), totals)
                     run.record["data"]["test"] = len(test_set)
-                    run.record["test"] = {"loss": loss, "acc": accuracy}
+                    run.record["test"] = {"loss": totals.loss, "acc": totals.accuracy}
         except Interrupted as signal_name:
             status, error = "interrupted", str(signal_name)
         except NotFinite as reason:
-            status, error = "diverged", str(reason)
+            status, error = "diverged", f"{reason} in epoch {run.record['epochs'] + 1}"
         except BaseException as exception:
             status, error = "failed", f"{type(exception).__name__}: {exception}"
             raise
@@ -1333,9 +1327,7 @@ def run_job(args):
             run.write_record(status=status, error=error, ended=utc_now())
     best, test = run.record["best"], run.record["test"]
     if best:
-        screen.say(
-            f"best epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, accuracy {best['val_acc']:.2%}"
-        )
+        screen.say("best epoch {epoch}: validation loss {val_loss:.4f}, accuracy {val_acc:.2%}".format(**best))
     if test:
         screen.say(f"test loss {test['loss']:.4f}, accuracy {test['acc']:.2%}")
     screen.say(f"{status.replace('_', ' ')}: {run.directory}")

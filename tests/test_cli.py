@@ -140,7 +140,7 @@ def test_a_terminal_gets_a_bar(cli, tmp_path):
 def test_twenty_runs_started_together_have_directories_of_their_own(tmp_path):
     args = argparse.Namespace(run_name=None, script="train_mnist", runs_dir=tmp_path, argv=[], resume=None, seed=0)
     with ThreadPoolExecutor(20) as pool:
-        runs = list(pool.map(lambda _: common.Run.create(args).directory, range(20)))
+        runs = list(pool.map(lambda _: common.Run.create(args, {}).directory, range(20)))
     assert len(set(runs)) == 20
 
 

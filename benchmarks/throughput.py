@@ -1,0 +1,166 @@
+"""How many times faster is one epoch of training here than in the tutorials' own pipeline, on this machine?
+
+    python benchmarks/throughput.py cifar                                 # 45,000 images, three pairs: about an hour
+    python benchmarks/throughput.py cifar --images 5120                   # the same in minutes
+    python benchmarks/throughput.py mnist
+
+`ours` is the training script itself (`train_cifar.py --c1 48` or `train_mnist.py`), the rate that its log gives.
+`tutorial` is the same model, optimiser and batch size as the tutorials feed them: a DataLoader without workers over
+torchvision's dataset, PIL transforms image by image, float32, NCHW, torch's own dropout. Both train on the same
+number of images; loading the dataset and validation are left out of both. Each measurement is a process of its own,
+and the two alternate. The last column is the arithmetic of the training as a part of what the machine reaches in a
+2048x2048 matrix product of ours' precision. Results are appended to benchmarks/results/throughput.jsonl.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+
+import common  # noqa: E402
+import train_cifar  # noqa: E402
+import train_mnist  # noqa: E402
+
+TASKS = {
+    "cifar": {"script": train_cifar, "shape": (3, 32, 32), "argv": ["--c1", "48"]},
+    "mnist": {"script": train_mnist, "shape": (1, 28, 28), "argv": []},
+}
+
+
+def measure_ours(task, images, data_dir):
+    """Images per second and precision of one epoch of the script."""
+    with tempfile.TemporaryDirectory() as runs:
+        where = ["--data-dir", str(data_dir), "--runs-dir", runs, "--no-test", "--quiet"]
+        argv = [*TASKS[task]["argv"], "--limit-train", str(images), "--epochs", "1", *where]
+        record = TASKS[task]["script"].main(argv)
+        row = json.loads((Path(record["directory"]) / "log.jsonl").read_text())
+    return {"images_per_second": row["images_per_second"], "precision": record["precision"]}
+
+
+def with_torchs_dropout(model):
+    """The same layers with nn.Dropout for our Dropout."""
+    return nn.Sequential(*(nn.Dropout(m.p) if isinstance(m, common.Dropout) else m for m in model))
+
+
+def measure_tutorial(task, images, data_dir):
+    """Images per second of one epoch of the tutorials' pipeline."""
+    from torch.utils.data import DataLoader, Subset
+    from torchvision import datasets, transforms
+
+    args = TASKS[task]["script"].build_parser().parse_args([])
+    half = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(args.seed)
+    if task == "cifar":
+        jitter = transforms.ColorJitter(brightness=args.brightness, hue=args.hue)
+        changes = [transforms.RandomRotation(args.rotation), jitter, transforms.RandomHorizontalFlip(args.flip)]
+        dataset = datasets.CIFAR10(data_dir, transform=transforms.Compose(changes + half))
+        model = with_torchs_dropout(common.confignet((3, 32, 32), 10))
+    else:
+        dataset = datasets.MNIST(data_dir, transform=transforms.Compose(half))
+        model = common.cnn((1, 28, 28), 10)
+    model = model.to(device).train()
+    loader = DataLoader(Subset(dataset, range(images)), batch_size=args.batch_size, shuffle=True)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    began, total = time.perf_counter(), 0.0
+    for batch, (pixels, labels) in enumerate(loader):
+        pixels, labels = pixels.to(device), labels.to(device)
+        loss = F.cross_entropy(model(pixels), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        # The MNIST tutorial reads the loss of every batch, the CIFAR-10 tutorial that of every fiftieth.
+        if task == "mnist" or batch % 50 == 0:
+            total += loss.item()
+    return {"images_per_second": images / (time.perf_counter() - began), "precision": "fp32"}
+
+
+def flop_per_image(task):
+    """Floating-point operations of the forward and the backward pass, an image."""
+    args = common.parse_arguments(TASKS[task]["script"].build_parser(), TASKS[task]["argv"])
+    model = common.MODELS[args.model](TASKS[task]["shape"], 10, **args.model_options)
+    images = torch.zeros(8, *TASKS[task]["shape"])
+    with FlopCounterMode(display=False) as counter:
+        F.cross_entropy(model(images), torch.zeros(8, dtype=torch.long)).backward()
+    return counter.get_total_flops() / 8
+
+
+def matrix_rate(precision):
+    """Operations a second of a 2048x2048 matrix product, the median of ten."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    a = torch.randn(2048, 2048, device=device, dtype=common.PRECISIONS[precision] or torch.float32)
+    seconds = []
+    for _ in range(12):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - began)
+    return 2 * 2048**3 / statistics.median(seconds[2:])
+
+
+def machine():
+    """The name of the GPU or of the CPU, with the number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+
+
+def main():
+    parser = common.ArgumentParser(description=__doc__)
+    parser.add_argument("task", choices=tuple(TASKS))
+    parser.add_argument("--images", type=common.number(int, 1), help="an epoch (all that are not for validation)")
+    parser.add_argument("--pairs", type=common.number(int, 1), default=3, help="measurements of each")
+    parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
+    parser.add_argument("--measure", choices=("ours", "tutorial"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    images = args.images or {"cifar": 45_000, "mnist": 54_000}[args.task]
+    if args.measure:
+        measure = {"ours": measure_ours, "tutorial": measure_tutorial}[args.measure]
+        print(json.dumps(measure(args.task, images, args.data_dir)))
+        return
+
+    results = {"ours": [], "tutorial": []}
+    command = [sys.executable, __file__, args.task, "--images", str(images), "--data-dir", str(args.data_dir)]
+    for pair in range(args.pairs):
+        for name in ("ours", "tutorial") if pair % 2 == 0 else ("tutorial", "ours"):
+            done = subprocess.run([*command, "--measure", name], stdout=subprocess.PIPE, text=True, check=True)
+            results[name].append(json.loads(done.stdout))
+            print(f"{name}: {results[name][-1]['images_per_second']:.0f} images/s", file=sys.stderr)
+    precision = results["ours"][0]["precision"]
+    rates = {name: [one["images_per_second"] for one in measured] for name, measured in results.items()}
+    median = {name: statistics.median(values) for name, values in rates.items()}
+    ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
+    rate, flop = matrix_rate(precision), flop_per_image(args.task)
+    row = {
+        "task": args.task, "images": images, "pairs": args.pairs, "machine": machine(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "seed": 42, "precision": precision, "images_per_second": rates,
+        "ratio": ratio, "matrix_gflops": rate / 1e9, "part_of_matrix_rate": flop * median["ours"] / rate,
+    }  # fmt: skip
+    with open(ROOT / "benchmarks" / "results" / "throughput.jsonl", "a") as file:
+        file.write(json.dumps(row) + "\n")
+    print(f"{args.task}, {images:,} images, {args.pairs} pairs, {row['machine']}, torch {torch.__version__}")
+    print(f"{'':10}{'precision':>10}{'images/s':>10}{'s/epoch':>10}{'ratio':>8}{'of matrix rate':>16}")
+    for name in ("tutorial", "ours"):
+        part = flop * median[name] / rate
+        speed = 1 if name == "tutorial" else ratio
+        used = results[name][0]["precision"]
+        print(f"{name:10}{used:>10}{median[name]:10.0f}{images / median[name]:10.1f}{speed:8.2f}{part:16.0%}")
+
+
+if __name__ == "__main__":
+    main()
