@@ -57,18 +57,22 @@ def test_bad_arguments_are_one_line_and_status_2(script, argv, expected, capsys,
     assert not list(tmp_path.iterdir()), "nothing is made"
 
 
-def test_what_only_the_machine_knows_is_status_2_as_well(cli, tmp_path):
+def test_what_only_the_machine_knows_is_refused_before_anything_is_loaded(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(common, "load_split", None)
+    monkeypatch.setattr(common.torch.cuda, "is_available", lambda: False)
     (tmp_path / "file").touch()
     (tmp_path / "runs" / "taken").mkdir(parents=True)
     for argv, expected in (
         (["--runs-dir", "file/runs"], "--runs-dir file/runs"),
         (["--run-name", "taken"], "runs/taken exists already"),
-        (["--device", "mps"], "--device mps"),
+        (["--device", "cuda"], "--device cuda"),
         (["--precision", "fp16", "--device", "cpu"], "fp16 needs a GPU"),
     ):
-        done = cli("train_cifar.py", *SYNTHETIC, *argv)
-        assert done.returncode == 2 and expected in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
-        assert done.stdout == ""
+        with pytest.raises(common.UsageError, match=expected):
+            train_cifar.main(argv)
+    done = cli("train_cifar.py", *SYNTHETIC, "--run-name", "taken")
+    assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["taken"]
     assert not list((tmp_path / "runs" / "taken").iterdir())
 

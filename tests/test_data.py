@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import mnist_arrays, only_run
 from PIL import Image
 
@@ -69,6 +70,10 @@ def arguments(script=train_mnist, *argv):
     return common.parse_arguments(script.build_parser(), [str(argument) for argument in argv])
 
 
+def load(script, *argv, train=True):
+    return common.load_split(arguments(script, *argv), train)
+
+
 def test_mnist_files_are_read_as_they_are(mnist_dir):
     for train, seed, count in ((True, 0, 200), (False, 1, 50)):
         images = common.load_split(arguments(train_mnist, "--data-dir", mnist_dir), train)
@@ -112,36 +117,46 @@ def test_cifar_is_downloaded_once_from_a_url_and_then_found(cli, tmp_path, tiny_
     assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [".download.lock", "cifar-10-batches-py"]
 
 
+@pytest.fixture
+def patched_checksums(tiny_cifar, monkeypatch):
+    """torchvision with the checksums of the tiny CIFAR-10, in this process."""
+    cifar = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(cifar, "tgz_md5", tiny_cifar.md5[cifar.filename])
+    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": tiny_cifar.md5["batches.meta"]})
+    for name in ("train_list", "test_list"):
+        monkeypatch.setattr(cifar, name, [[file, tiny_cifar.md5[file]] for file, _ in getattr(cifar, name)])
+
+
 @pytest.mark.parametrize("fault", ["cut", "altered", "404"])
-def test_a_download_that_fails_leaves_nothing_and_the_next_starts_clean(cli, tmp_path, tiny_cifar, serve, fault):
+def test_a_download_that_fails_leaves_nothing_and_the_next_starts_clean(
+    tmp_path, tiny_cifar, patched_checksums, serve, fault
+):
     server = serve(tiny_cifar.archive.parent)
     server.cut = 1000 if fault == "cut" else None
     server.altered = fault == "altered"
-    url = f"{server.url}/{'nothing-here' if fault == '404' else tiny_cifar.archive.name}"
-    done = cli("train_cifar.py", "--data-url", url, *QUICK, md5=tiny_cifar.md5)
-    assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert "--data-url" in done.stderr and "--dataset synthetic" in done.stderr
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [".download.lock"]
-    assert not any((tmp_path / "runs").iterdir())
-    server.cut, server.altered = None, False
     url = f"{server.url}/{tiny_cifar.archive.name}"
-    assert cli("train_cifar.py", "--data-url", url, *QUICK, md5=tiny_cifar.md5).returncode == 0
+    missing = f"{server.url}/nothing-here"
+    data = tmp_path / "data"
+    with pytest.raises(common.RunError, match=r"--data-url .* --dataset synthetic"):
+        load(train_cifar, "--data-dir", data, "--data-url", missing if fault == "404" else url)
+    assert [path.name for path in data.iterdir()] == [".download.lock"]
+    server.cut, server.altered = None, False
+    assert len(load(train_cifar, "--data-dir", data, "--data-url", url)) == 100
 
 
-def test_a_local_archive_and_mnists_folder_of_gz_files(cli, tmp_path, tiny_cifar, mnist_gz_dir):
-    done = cli("train_cifar.py", "--data-url", tiny_cifar.archive.as_uri(), *QUICK, md5=tiny_cifar.md5)
-    assert done.returncode == 0, done.stderr
+def test_a_local_archive_and_mnists_folder_of_gz_files(cli, tmp_path, tiny_cifar, patched_checksums, mnist_gz_dir):
+    for number, where in enumerate((tiny_cifar.archive.as_uri(), tiny_cifar.archive, tiny_cifar.archive.parent)):
+        assert len(load(train_cifar, "--data-dir", tmp_path / str(number), "--data-url", where)) == 100
     folder, md5 = mnist_gz_dir
     done = cli("train_mnist.py", "--data-dir", "fresh", "--data-url", folder, *QUICK, md5=md5)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "fresh" / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").is_file()
 
 
-def test_a_local_archive_that_is_damaged_is_refused(cli, tmp_path, tiny_cifar):
+def test_a_local_archive_that_is_damaged_is_refused(tmp_path, tiny_cifar, patched_checksums):
     tiny_cifar.archive.write_bytes(tiny_cifar.archive.read_bytes()[:-1])
-    done = cli("train_cifar.py", "--data-url", tiny_cifar.archive, *QUICK, md5=tiny_cifar.md5)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "another MD5" in done.stderr
+    with pytest.raises(common.RunError, match="another MD5"):
+        load(train_cifar, "--data-dir", tmp_path / "data", "--data-url", tiny_cifar.archive)
     assert [path.name for path in (tmp_path / "data").iterdir()] == [".download.lock"]
 
 
@@ -179,10 +194,9 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
-def test_a_folder_of_images(cli, tmp_path, photos):
-    done = cli("train_cifar.py", "--dataset", photos, *QUICK, "--val-size", 0.2)
-    assert done.returncode == 0, done.stderr
-    _, record, _ = only_run(tmp_path)
+def test_a_folder_of_images(tmp_path, photos):
+    argv = ["--dataset", photos, *QUICK, "--val-size", 0.2, "--runs-dir", tmp_path / "runs"]
+    record = train_cifar.main([str(argument) for argument in argv])
     assert record["data"] | {"checksum": ""} == {
         "name": str(photos), "train": 30, "val": 7, "test": 4, "selection": "validation split", "checksum": "",
     }  # fmt: skip
@@ -217,12 +231,10 @@ def test_a_file_that_is_not_an_image_is_named(photos):
         common.load_split(arguments(train_cifar, "--dataset", photos), True)
 
 
-def test_an_empty_folder_and_a_mistyped_dataset(cli, tmp_path):
+def test_an_empty_folder_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
-    done = cli("train_cifar.py", "--dataset", tmp_path / "empty")
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and "<class>" in done.stderr
-    done = cli("train_cifar.py", "--dataset", "cifra10")
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "cifar10" in done.stderr
+    with pytest.raises(common.RunError, match="<class>"):
+        load(train_cifar, "--dataset", tmp_path / "empty")
 
 
 @pytest.mark.parametrize("draw", [common.synthetic_digits, common.synthetic_shapes])
@@ -277,10 +289,21 @@ def test_mean_and_std_are_exact():
     assert std == pytest.approx(values.std((0, 2, 3), correction=0).tolist())
 
 
-def test_val_size_zero_selects_on_the_test_set_and_says_so(cli, tmp_path, mnist_dir):
-    done = cli("train_mnist.py", "--val-size", 0, "--epochs", 1, "--batch-size", 20)
-    assert done.returncode == 0 and "the test set selects the epoch" in done.stdout
-    _, record, _ = only_run(tmp_path)
+def test_val_size_zero_selects_on_the_test_set_and_says_so(tmp_path, mnist_dir, capsys):
+    argv = [
+        "--val-size",
+        0,
+        "--epochs",
+        1,
+        "--batch-size",
+        20,
+        "--data-dir",
+        mnist_dir,
+        "--runs-dir",
+        tmp_path / "runs",
+    ]
+    record = train_mnist.main([str(argument) for argument in argv])
+    assert "the test set selects the epoch" in capsys.readouterr().out
     assert record["data"]["selection"] == "test set" and record["data"]["train"] == 200
     assert record["test"]["acc"] == record["best"]["val_acc"]
 
