@@ -19,6 +19,7 @@ import re
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -117,44 +118,39 @@ def add_options(parser, datasets):
     names = f"{', '.join(datasets)}, synthetic, or a folder of images"
     flag("--dataset", metavar="NAME|PATH", help=f"{names}: PATH/<class>/*, or PATH/train/<class>/* and PATH/test/...")
     flag("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="where the datasets lie, or are put")
-    flag(
-        "--data-url", metavar="URL", help="download CIFAR's archive, or MNIST's folder of .gz files, from this address"
-    )
+    flag("--data-url", metavar="URL|PATH", help="another place of CIFAR's archive, or of MNIST's folder of .gz files")
     flag("--image-size", type=count, metavar="PIXELS", help="images from a folder are resized to this square")
-    flag(
-        "--val-size", type=share, default=0.1, metavar="PART", help="of the training images; 0: select on the test set"
-    )
+    flag("--val-size", type=share, default=0.1, metavar="PART", help="of the training images; 0: use the test set")
     flag("--limit-train", type=count, metavar="IMAGES", help="train on so many only")
     flag("--normalize", choices=("half", "dataset"), default="half", help="mean and std: 0.5, or the training images'")
 
     flag = parser.add_argument_group("augmentation of the training images, each with its own parameters").add_argument
-    flag("--augment", action=switch, help="at all")
-    flag("--rotation", type=number(float, 0, 180), metavar="DEGREES", help="either way, at most")
-    flag("--brightness", type=probability, metavar="PART", help="brighter or darker, at most")
-    flag("--hue", type=number(float, 0, 0.5), metavar="TURNS", help="of the colour circle either way, at most")
-    flag("--flip", type=probability, metavar="PROBABILITY", help="to mirror left to right")
+    flag("--augment", action=switch, help="change each training image at random, every epoch anew")
+    flag("--rotation", type=number(float, 0, 180), metavar="DEGREES", help="turn by up to so many, either way")
+    flag("--brightness", type=probability, metavar="PART", help="make brighter or darker by up to this part")
+    flag("--hue", type=number(float, 0, 0.5), metavar="TURNS", help="turn the hue by up to so much, 1 all round")
+    flag("--flip", type=probability, metavar="PROBABILITY", help="mirror left to right")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", choices=tuple(MODELS), help="architecture")
     for name, kind, metavar, text in (
-        ("c1", count, "CHANNELS", "of the first convolutions"),
-        ("c2", count, "CHANNELS", "of the later convolutions"),
-        ("l1", count, "UNITS", "of the hidden dense layer"),
-        ("d1", share, "PROBABILITY", "of dropout"),
-        ("kernel-size", odd_number, "PIXELS", "of the convolutions, odd"),
+        ("c1", count, "CHANNELS", "channels of the first convolutions"),
+        ("c2", count, "CHANNELS", "channels of the later convolutions"),
+        ("l1", count, "UNITS", "units of the hidden dense layer"),
+        ("d1", share, "PROBABILITY", "dropout"),
+        ("kernel_size", odd_number, "PIXELS", "side of the convolution kernels, odd"),
     ):
-        defaults = ", ".join(
-            f"{model} {options[name]}" for model, options in model_options().items() if name in options
-        )
-        flag(f"--{name}", type=kind, metavar=metavar, help=f"{text} ({defaults})")
+        options = {model: options[name] for model, options in model_options().items() if name in options}
+        defaults = ", ".join(f"{model} {default}" for model, default in options.items())
+        flag(f"--{name}".replace("_", "-"), type=kind, metavar=metavar, help=f"{text} ({defaults})")
 
     flag = parser.add_argument_group("training").add_argument
-    flag("--epochs", type=count, metavar="N", help="at most")
-    flag("--batch-size", type=count, metavar="IMAGES", help="in one step")
+    flag("--epochs", type=count, metavar="N", help="passes over the training images, at most")
+    flag("--batch-size", type=count, metavar="IMAGES", help="images in one step")
     flag("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="sgd has Nesterov momentum")
     flag("--lr", type=number(float, above=0), metavar="RATE", help="learning rate, the peak of the schedule")
-    flag("--schedule", choices=tuple(SCHEDULES), default="constant", help="of the learning rate")
-    flag("--momentum", type=share, default=0.9, metavar="FACTOR", help="of sgd")
+    flag("--schedule", choices=tuple(SCHEDULES), default="constant", help="course of the learning rate")
+    flag("--momentum", type=share, default=0.9, metavar="FACTOR", help="momentum of sgd")
     flag("--weight-decay", type=number(float, 0), default=0.0, metavar="FACTOR", help="decoupled in adamw only")
     flag("--label-smoothing", type=share, default=0.0, metavar="PART", help="of the target, spread over all classes")
     flag("--tolerance", type=number(int, 0), metavar="EPOCHS", help="stop after so many without a new best; 0: never")
@@ -167,7 +163,7 @@ def add_options(parser, datasets):
 
     flag = parser.add_argument_group("run").add_argument
     flag("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where the run's directory is made")
-    flag("--run-name", type=run_name, metavar="NAME", help="of that directory (script, time, four random characters)")
+    flag("--run-name", type=run_name, metavar="NAME", help="name of the new directory (script-time-four characters)")
     flag("--resume", type=Path, metavar="RUN", help="continue the run in this directory; --epochs may be raised")
     flag("--test", action=switch, default=True, help="read the test set, once, at the end")
     flag("--quiet", action="store_true", help="print only errors")
@@ -176,7 +172,7 @@ def add_options(parser, datasets):
 
 
 # What may differ when a run continues: where it runs and how it reports, and how long, never what it computes.
-RESUME_FLAGS = {"resume", "epochs", "data_dir", "data_url", "device", "quiet", "wandb", "wandb_project"}
+CHANGEABLE_ON_RESUME = {"resume", "epochs", "data_dir", "data_url", "device", "quiet", "wandb", "wandb_project"}
 
 
 def parse_arguments(parser, argv=None):
@@ -186,45 +182,78 @@ def parse_arguments(parser, argv=None):
     unset = object()
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
     given = {name: value for name, value in vars(given).items() if value is not unset}
-    args = argparse.Namespace(**{**defaults, **given})
-    args.script, args.argv = Path(parser.prog).stem, argv
-    if args.resume:
-        for name in given.keys() - RESUME_FLAGS:
-            parser.error(f"--{name.replace('_', '-')} cannot change when a run is resumed")
-        if not (args.resume / "run.json").is_file():
-            parser.error(f"--resume {args.resume}: no run.json there, so it is not a run directory")
-        recorded = read_json(args.resume / "run.json")
-        if recorded["script"] != args.script:
-            parser.error(f"--resume {args.resume}: that run was made by {recorded['script']}.py")
-        for name in ("data_dir", "runs_dir"):
-            recorded["args"][name] = Path(recorded["args"][name])
-        # What `auto` meant then, so that another machine does not go on in another arithmetic.
-        resolved = {"device": recorded["device"], "precision": recorded["precision"], "quiet": False}
-        args = argparse.Namespace(**{**vars(args), **recorded["args"], **resolved, **given})
-        if args.epochs < recorded["epochs"]:
-            parser.error(f"--epochs {args.epochs}: the run already has {recorded['epochs']} epochs")
-        return args
-    if args.dataset not in ("synthetic", *TORCHVISION_DATASETS) and not Path(args.dataset).is_dir():
-        names = ", ".join(("synthetic", *TORCHVISION_DATASETS))
-        parser.error(f"--dataset {args.dataset}: neither a folder nor one of {names}")
+    args = argparse.Namespace(**{**defaults, **given}, script=Path(parser.prog).stem, argv=argv)
     try:
+        if args.resume:
+            return resumed_arguments(args, given)
+        check_data_options(args, given)
         args.model_options = choose_model_options(args)
+        check_model(args)
     except UsageError as error:
         parser.error(str(error))
     return args
 
 
+def resumed_arguments(args, given):
+    """The arguments of the run in args.resume, changed as far as `given` may change them."""
+    for name in given.keys() - CHANGEABLE_ON_RESUME:
+        raise UsageError(f"--{name.replace('_', '-')} cannot change when a run is resumed")
+    if not (args.resume / "run.json").is_file():
+        raise UsageError(f"--resume {args.resume}: no run.json there, so it is not a run directory")
+    record = read_json(args.resume / "run.json")
+    try:
+        if record["script"] != args.script:
+            raise UsageError(f"--resume {args.resume}: that run was made by {record['script']}.py")
+        recorded = {**record["args"], **{name: Path(record["args"][name]) for name in ("data_dir", "runs_dir")}}
+        # What `auto` meant then, so that another machine does not go on in another arithmetic.
+        resolved = {"device": record["device"], "precision": record["precision"], "quiet": False}
+        args = argparse.Namespace(**{**vars(args), **recorded, **resolved, **given})
+        if args.epochs < record["epochs"]:
+            raise UsageError(f"--epochs {args.epochs}: the run already has {record['epochs']} epochs")
+        if args.epochs != recorded["epochs"] and args.schedule != "constant":
+            raise UsageError(f"--epochs cannot change under --schedule {args.schedule}, which ends with the last epoch")
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{args.resume}/run.json is not of this version of the scripts ({error!r})") from error
+    return args
+
+
+def check_data_options(args, given):
+    """Refuse a dataset that does not exist, and flags that would do nothing."""
+    if args.dataset not in DATASETS and not Path(args.dataset).is_dir():
+        raise UsageError(f"--dataset {args.dataset}: neither a folder nor one of {', '.join(DATASETS)}")
+    if not args.val_size and not args.test:
+        raise UsageError("--val-size 0 selects on the test set, which --no-test forbids to read")
+    for names, applies, condition in (
+        (("rotation", "brightness", "hue", "flip"), args.augment, "--augment"),
+        (("image_size",), args.dataset not in DATASETS, "a folder as --dataset"),
+        (("data_url",), args.dataset in TORCHVISION_DATASETS, "a --dataset that is downloaded"),
+        (("momentum",), args.optimizer == "sgd", "--optimizer sgd"),
+    ):
+        for name in names:
+            if name in given and not applies:
+                raise UsageError(f"--{name.replace('_', '-')} needs {condition}")
+
+
 def choose_model_options(args):
     """The keyword arguments of the chosen model: its own defaults, and the flags that were given."""
-    options = dict(model_options()[args.model])
-    for flag in {name for each in model_options().values() for name in each}:
-        value = getattr(args, flag.replace("-", "_"))
-        if value is not None and flag not in options:
-            takes = " ".join(f"--{name}" for name in options)
-            raise UsageError(f"--{flag} does not apply to --model {args.model}, which takes {takes}")
-        if value is not None:
-            options[flag] = value
-    return {name.replace("-", "_"): value for name, value in options.items()}
+    options = model_options()[args.model]
+    given = {name: getattr(args, name) for each in model_options().values() for name in each}
+    for name, value in given.items():
+        if value is not None and name not in options:
+            takes = ", ".join(f"--{option}".replace("_", "-") for option in options) or "none of these"
+            raise UsageError(f"--{name.replace('_', '-')} does not apply to --model {args.model} (it takes {takes})")
+    return {name: default if given[name] is None else given[name] for name, default in options.items()}
+
+
+def check_model(args):
+    """Refuse what the model or the augmentation cannot do with images of the dataset's shape."""
+    shape = image_shape(args)
+    with torch.device("meta"):
+        model = MODELS[args.model](shape, 2, **args.model_options)
+    if args.batch_size == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
+        raise UsageError(f"--batch-size 1: --model {args.model} has batch norm, which needs at least 2 images")
+    if args.augment and args.hue and shape[0] != 3:
+        raise UsageError(f"--augment: {args.dataset} has grey images; add --hue 0")
 
 
 def choose_device(args):
@@ -262,7 +291,7 @@ def keep_freed_memory():
         mallopt(m_trim_threshold, -1)
 
 
-# The type that autocast computes in; None leaves everything in float32.
+# The type that autocast computes in; None leaves all to torch's defaults for float32 (on CUDA, TF32 convolutions).
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -282,8 +311,13 @@ def command_line(main):
         record = main(sys.argv[1:])
     except UsageError as error:
         return fail(2, error)
-    except (RunError, OSError, torch.OutOfMemoryError) as error:
+    except (RunError, OSError, MemoryError) as error:
         return fail(1, error)
+    except RuntimeError as error:
+        # What each backend says when it has no more memory has no type in common.
+        if not re.search(r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE):
+            raise
+        return fail(1, f"{str(error).splitlines()[0]}; try a smaller --batch-size or model")
     except KeyboardInterrupt:
         return fail(130, "interrupted")
     if record["status"] == "diverged":
@@ -319,10 +353,13 @@ class Screen:
             return
         try:
             print(line, flush=True)
-        except OSError:
-            # Nobody reads: go on in silence, and let the interpreter's own last flush find an open file.
+        except OSError as error:
+            # A run does not end because nobody reads. The interpreter's own last flush must find an open file.
             self.quiet = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            with open(os.devnull, "w") as devnull:
+                os.dup2(devnull.fileno(), sys.stdout.fileno())
+            if not isinstance(error, BrokenPipeError):
+                print(f"standard output failed ({error.strerror}): going on without it", file=sys.stderr)
 
     def bar(self, total, description):
         return tqdm(total=total, desc=description, unit="batch", leave=False, disable=not self.bars)
@@ -369,12 +406,14 @@ class ImageSet:
         return digest.hexdigest()
 
     def mean_and_std(self):
-        """Per channel, of the values in [0, 1], exactly: from a histogram of the 256 levels."""
+        """Per channel, of the values in [0, 1], from a histogram of the 256 levels. RunError where a std is 0."""
         levels = torch.arange(256, dtype=torch.float64) / 255
         counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in self.images.unbind(1)]).double()
         share = counts / counts.sum(1, keepdim=True)
         mean = (share * levels).sum(1)
-        std = ((share * levels**2).sum(1) - mean**2).sqrt()
+        std = (share * (levels - mean[:, None]) ** 2).sum(1).sqrt()
+        if not std.all():
+            raise RunError("--normalize dataset: a channel is the same in all images; use --normalize half")
         return mean.tolist(), std.tolist()
 
 
@@ -389,35 +428,50 @@ def stratified_sample(labels, size, generator):
     return torch.cat([order[labels[order] == c][:n] for c, n in enumerate(take.tolist())]).sort().values
 
 
-def load_split(args, train):
-    """The training or the test images of --dataset as an `ImageSet`, labels checked. RunError says what is wrong."""
+def load_split(args, train, synthetic):
+    """The training or the test images of --dataset as an `ImageSet`; `synthetic(train)` draws those of that name.
+
+    RunError says what is missing or damaged, in the test images too when the training images are asked for, so
+    that nobody learns of it after hours of training.
+    """
     if args.dataset == "synthetic":
-        image_set = SYNTHETIC[args.script](train)
+        image_set = synthetic(train)
     elif args.dataset in TORCHVISION_DATASETS:
         image_set = load_torchvision(args, train)
     else:
-        image_set = load_folder(Path(args.dataset), args.image_size, IMAGE_MODES[args.script], train)
-    if len(image_set) < 2:
-        raise RunError(f"{args.dataset}: {len(image_set)} images are too few")
+        image_set = load_folder(Path(args.dataset), image_shape(args), train)
+    if len(image_set.images) != len(image_set):
+        raise RunError(f"{args.dataset}: {len(image_set.images)} images have {len(image_set)} labels")
     if image_set.labels.min() < 0 or image_set.labels.max() >= len(image_set.classes):
         raise RunError(f"{args.dataset}: a label is outside 0..{len(image_set.classes) - 1}; the files are damaged")
     return image_set
 
 
-def split_off_validation(args, images):
+def image_shape(args):
+    """[C, H, W] of the images of --dataset, known without loading them: those of a folder are made so."""
+    native = {"train_mnist": (1, 28), "train_cifar": (3, 32)}[args.script]
+    channels, size = (1, 28) if "mnist" in args.dataset else (3, 32)
+    if args.dataset == "synthetic":
+        channels, size = native
+    elif args.dataset not in TORCHVISION_DATASETS:
+        channels, size = native[0], args.image_size
+    return channels, size, size
+
+
+def split_off_validation(args, images, load_test):
     """The training and the validation part of the training images; at --val-size 0 the test set validates."""
     if args.val_size:
         size = round(len(images) * args.val_size)
         if not size:
-            raise UsageError(f"--val-size {args.val_size} of {len(images)} images leaves none for validation")
+            raise RunError(f"--val-size {args.val_size} of {len(images)} images leaves none for validation")
         chosen = torch.zeros(len(images), dtype=torch.bool)
         chosen[stratified_sample(images.labels, size, generator_for(args.seed, "validation"))] = True
         train_set, val_set = images.select(~chosen), images.select(chosen)
     else:
-        train_set, val_set = images, load_split(args, train=False)
+        train_set, val_set = images, load_test()
     if args.limit_train:
         if args.limit_train > len(train_set):
-            raise UsageError(f"--limit-train {args.limit_train}: there are only {len(train_set)} training images")
+            raise RunError(f"--limit-train {args.limit_train}: there are only {len(train_set)} training images")
         train_set = train_set.select(
             stratified_sample(train_set.labels, args.limit_train, generator_for(args.seed, "limit"))
         )
@@ -434,6 +488,7 @@ TORCHVISION_DATASETS = {
     "cifar10": ("CIFAR10", "cifar-10-batches-py"),
     "cifar100": ("CIFAR100", "cifar-100-python"),
 }
+DATASETS = ("synthetic", *TORCHVISION_DATASETS)
 
 
 def load_torchvision(args, train):
@@ -452,7 +507,7 @@ def load_torchvision(args, train):
     try:
         dataset = dataset_class(args.data_dir, train=train)
         images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-    except (RuntimeError, ValueError, KeyError, EOFError) as error:
+    except (RuntimeError, ValueError, KeyError, EOFError, AssertionError) as error:
         raise RunError(f"{target} cannot be read ({error}); remove it and run again to download it anew") from error
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return ImageSet(images.contiguous(), labels.long(), [str(c) for c in dataset.classes])
@@ -491,14 +546,18 @@ def download(dataset_class, target, args):
     # torchvision reads the address from the class, and finds its files by the class's name.
     overrides = {"url": url, "mirrors": [f"{url.rstrip('/')}/"]} if url else {}
     source = type(name, (dataset_class,), overrides)
-    local = Path(url2pathname(urlsplit(url).path) if url.startswith("file:") else url) if url else None
-    show = sys.stderr is not None and sys.stderr.isatty() and not args.quiet
+    scheme = urlsplit(url or "http:").scheme
+    local = {"file": lambda: Path(url2pathname(urlsplit(url).path)), "": lambda: Path(url)}.get(scheme, lambda: None)()
+    screen = Screen(args.quiet)
     args.data_dir.mkdir(parents=True, exist_ok=True)
     with locked(args.data_dir / ".download.lock", wait=True):
         if target.exists():  # another run has downloaded it while this one waited
             return
+        for stale in args.data_dir.glob(".download-*/"):  # of a process that was killed: this one holds the lock
+            shutil.rmtree(stale)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=args.data_dir) as temporary:
-            if local and local.exists():
+            screen.say(f"downloading {name} to {target}")
+            if local:
                 # torchvision downloads nothing that lies there whole, so a local copy only has to be put there.
                 (Path(temporary) / folder).mkdir(parents=True, exist_ok=True)
                 for file, md5 in archives:
@@ -511,8 +570,10 @@ def download(dataset_class, target, args):
             try:
                 with contextlib.ExitStack() as stack:
                     stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-                    if not show:
+                    if not screen.bars:
                         stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+                    stack.callback(socket.setdefaulttimeout, socket.getdefaulttimeout())
+                    socket.setdefaulttimeout(60)
                     source(temporary, download=True)
             except (RuntimeError, OSError, EOFError, ValueError, HTTPException) as error:
                 raise RunError(
@@ -522,131 +583,54 @@ def download(dataset_class, target, args):
             (Path(temporary) / target.name).rename(target)
 
 
-def load_folder(root, size, mode, train):
-    """A folder of images, resized to `size` pixels square; without PATH/test a tenth of each class is the test set."""
+def load_folder(root, shape, train):
+    """A folder of images as an `ImageSet` of [C, H, W] = `shape`; without PATH/test a tenth of each class is the test
+    set. Every file is read, those of the other part too. RunError names one that is not an image."""
     from PIL import Image, ImageOps
     from torchvision.datasets import ImageFolder
 
-    split = (root / "train").is_dir() and (root / "test").is_dir()
+    channels, height, width = shape
 
     def read(path):
         try:
             with Image.open(path) as image:
-                return ImageOps.exif_transpose(image).convert(mode).resize((size, size), Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise RunError(f"{path} is not a readable image; remove or replace it") from error
+                image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+                pixels = image.resize((width, height), Image.Resampling.BILINEAR).tobytes()
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+            raise RunError(f"{path} is not a readable image ({type(error).__name__}); remove or replace it") from error
+        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(height, width, channels).permute(2, 0, 1)
 
-    def visible(path):
-        return not Path(path).name.startswith(".")
+    class VisibleFolder(ImageFolder):
+        def find_classes(self, directory):
+            names = sorted(path.name for path in Path(directory).iterdir() if path.is_dir() and path.name[0] != ".")
+            if len(names) < 2:
+                raise RunError(
+                    f"{directory}: expected a folder of images for each of at least two classes, PATH/<class>/*"
+                )
+            return names, {name: index for index, name in enumerate(names)}
 
-    try:
-        folders = [
-            ImageFolder(root / part, loader=read, is_valid_file=visible)
-            for part in (("train", "test") if split else (".",))
-        ]
-    except FileNotFoundError as error:
-        raise RunError(
-            f"{root}: {error}; expected {root}/<class>/* or {root}/train/<class>/* and {root}/test/<class>/*"
-        ) from error
-    if split and folders[0].classes != folders[1].classes:
-        raise RunError(f"{root}: train and test do not have the same classes")
-    folder = folders[1 if split and not train else 0]
-    channels = len(Image.new(mode, (1, 1)).getbands())
-    images = torch.empty(len(folder), channels, size, size, dtype=torch.uint8)
-    labels = torch.tensor([label for _, label in folder.samples])
-    wanted = torch.ones(len(labels), dtype=torch.bool)
-    if not split:
-        wanted[stratified_sample(labels, len(labels) // 10, generator_for("folder"))] = False
-        wanted = wanted if train else ~wanted
-    for i in wanted.nonzero().flatten().tolist():
-        pixels = torch.frombuffer(bytearray(folder[i][0].tobytes()), dtype=torch.uint8)
-        images[i] = pixels.view(size, size, channels).permute(2, 0, 1)
-    return ImageSet(images[wanted], labels[wanted], folder.classes)
+    def folder(path):
+        try:
+            found = VisibleFolder(path, loader=read, is_valid_file=lambda file: Path(file).name[0] != ".")
+        except FileNotFoundError as error:  # a class without a file
+            raise RunError(f"{path}: {error}") from error
+        pixels = torch.stack([image for image, _ in found])
+        return ImageSet(pixels, torch.tensor(found.targets), found.classes)
 
-
-def synthetic_digits(count, seed):
-    """`count` grey 28x28 digits from matplotlib's fonts, shifted, turned, scaled, thinned or thickened, noisy."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    fonts = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif"]
-    fonts += ["DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmss10", "cmtt10"]
-    glyphs = []
-    for name in fonts:
-        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 44)
-        for digit in range(10):
-            for thickness in range(3):
-                image = Image.new("L", (56, 56))
-                ImageDraw.Draw(image).text((28, 28), str(digit), 255, font, anchor="mm", stroke_width=thickness)
-                glyphs.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 56, 56))
-    glyphs = torch.stack(glyphs).float().view(len(fonts), 10, 3, 1, 56, 56) / 255
-
-    random = generator_for("digits", seed)
-
-    def uniform(low, high):
-        return torch.rand(count, generator=random) * (high - low) + low
-
-    labels = torch.randint(10, (count,), generator=random)
-    chosen = glyphs[
-        torch.randint(len(fonts), (count,), generator=random), labels, torch.randint(3, (count,), generator=random)
-    ]
-    angle, scale, squeeze = uniform(-0.35, 0.35), uniform(0.8, 1.4), uniform(0.8, 1.25)
-    cos, sin = angle.cos() * scale, angle.sin() * scale
-    rows = (cos * squeeze, -sin, uniform(-0.3, 0.3), sin * squeeze, cos, uniform(-0.3, 0.3))
-    grid = F.affine_grid(torch.stack(rows, 1).view(count, 2, 3), (count, 1, 28, 28), align_corners=False)
-    images = F.grid_sample(chosen, grid, align_corners=False) * uniform(0.5, 1).view(-1, 1, 1, 1)
-    images += torch.randn(images.shape, generator=random) * uniform(0, 0.25).view(-1, 1, 1, 1)
-    return ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, [str(digit) for digit in range(10)])
-
-
-def synthetic_shapes(count, seed):
-    """`count` noisy 32x32 images of six shapes and four textures, each anywhere, of any size and in two colours."""
-    classes = ["disc", "ring", "square", "triangle", "cross", "crescent", "rows", "columns", "checkerboard", "dots"]
-    random = generator_for("shapes", seed)
-
-    def uniform(low, high):
-        return (torch.rand(count, generator=random) * (high - low) + low).view(-1, 1, 1)
-
-    labels = torch.randint(10, (count,), generator=random)
-    axis = torch.arange(32.0) - 15.5
-    angle, size = uniform(-0.25, 0.25), uniform(6, 12)
-    x, y = axis.view(1, 1, -1) - uniform(-5, 5), axis.view(1, -1, 1) - uniform(-5, 5)
-    x, y = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
-    radius = (x**2 + y**2).sqrt()
-    moon = ((x - size / 2) ** 2 + y**2).sqrt()
-    # Each is positive inside the figure and grows by about one a pixel; a texture has a period of 3 to 8 pixels.
-    period = 2 * math.pi / uniform(3, 8)
-    wave_x, wave_y = (x * period).sin() * 2, (y * period).sin() * 2
-    figures = [
-        size - radius,
-        size / 4 - (radius - size * 0.8).abs(),
-        size * 0.85 - torch.maximum(x.abs(), y.abs()),
-        torch.minimum(size * 0.6 - y, y / 2 + size * 0.6 - x.abs()),
-        torch.maximum(
-            torch.minimum(size / 4 - x.abs(), size - y.abs()), torch.minimum(size / 4 - y.abs(), size - x.abs())
-        ),
-        torch.minimum(size - radius, moon - size * 0.8),
-        wave_y.expand(-1, -1, 32),
-        wave_x.expand(-1, 32, -1),
-        wave_x * wave_y,
-        wave_x + wave_y - 1.5,
-    ]
-    inside = torch.stack([figure.expand(count, 32, 32) for figure in figures])[labels, torch.arange(count)]
-    cover = (inside + 0.5).clamp(0, 1)[:, None]
-    paint, ground = torch.rand(2, count, 3, 1, 1, generator=random)
-    # Push the two colours apart where they would be hard to tell from one another.
-    ground = torch.where((paint - ground).abs().mean(1, keepdim=True) < 0.25, (paint + 0.5) % 1, ground)
-    images = ground + (paint - ground) * cover
-    images += torch.randn(images.shape, generator=random) * uniform(0.02, 0.2)[:, None]
-    return ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, classes)
-
-
-# One per script: drawn once and for all, so that --seed changes the training and not the task.
-SYNTHETIC = {
-    "train_mnist": lambda train: synthetic_digits(10_000, 0) if train else synthetic_digits(2_000, 1),
-    "train_cifar": lambda train: synthetic_shapes(10_000, 0) if train else synthetic_shapes(2_000, 1),
-}
-IMAGE_MODES = {"train_mnist": "L", "train_cifar": "RGB"}
+    parts = {part: (root / part).is_dir() for part in ("train", "test")}
+    if parts["train"] != parts["test"]:
+        raise RunError(f"{root} has only one of the folders train and test; it needs both, or the classes themselves")
+    if parts["train"]:
+        train_set, test_set = folder(root / "train"), folder(root / "test")
+        if train_set.classes != test_set.classes:
+            raise RunError(f"{root}: train and test do not have the same classes")
+        return train_set if train else test_set
+    everything = folder(root)
+    if len(everything) < 10:
+        raise RunError(f"{root}: {len(everything)} images are too few to set a tenth aside as the test set")
+    test = torch.zeros(len(everything), dtype=torch.bool)
+    test[stratified_sample(everything.labels, len(everything) // 10, generator_for("folder"))] = True
+    return everything.select(~test if train else test)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -821,14 +805,11 @@ MODELS = {"dense": dense, "cnn": cnn, "convnet": convnet, "confignet": confignet
 
 
 def model_options():
-    """The options of each model with their defaults, by the names of their flags."""
+    """The options of each model with their defaults, as in its signature."""
+    signatures = {name: inspect.signature(function).parameters.values() for name, function in MODELS.items()}
     return {
-        name: {
-            option.replace("_", "-"): parameter.default
-            for option, parameter in inspect.signature(function).parameters.items()
-            if parameter.default is not inspect.Parameter.empty
-        }
-        for name, function in MODELS.items()
+        name: {option.name: option.default for option in options if option.default is not option.empty}
+        for name, options in signatures.items()
     }
 
 
@@ -836,17 +817,7 @@ def model_options():
 # One epoch
 # ---------------------------------------------------------------------------------------------------
 
-OPTIMIZERS = {
-    "adam": lambda parameters, args, **kwargs: torch.optim.Adam(
-        parameters, args.lr, weight_decay=args.weight_decay, **kwargs
-    ),
-    "adamw": lambda parameters, args, **kwargs: torch.optim.AdamW(
-        parameters, args.lr, weight_decay=args.weight_decay, **kwargs
-    ),
-    "sgd": lambda parameters, args, **kwargs: torch.optim.SGD(
-        parameters, args.lr, args.momentum, weight_decay=args.weight_decay, nesterov=args.momentum > 0, **kwargs
-    ),
-}
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 
 
 def cosine(start, end, progress):
@@ -1001,8 +972,9 @@ def utc_now():
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
-def git_state():
-    """The commit of this code and whether it was changed since; None outside a git checkout."""
+def environment(device, precision):
+    """Where and with what a run is computed: the part of run.json that a continuation writes anew."""
+    import torchvision
 
     def git(*command):
         here = Path(__file__).resolve().parent
@@ -1010,9 +982,13 @@ def git_state():
         return done.stdout.strip()
 
     try:
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        state = {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        state = None
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    return {
+        "device": device.type, "precision": precision, "versions": versions, "host": platform.node(), "git": state,
+    }  # fmt: skip
 
 
 class Run:
@@ -1026,22 +1002,22 @@ class Run:
     def create(cls, args, record):
         """Make runs/<name>/, which must not exist, with a run.json of status `running`."""
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        name = args.run_name or f"{args.script}-{stamp}-{secrets.token_hex(2)}"
-        directory = args.runs_dir / name
-        try:
-            directory.mkdir(parents=True)
-        except FileExistsError:
-            raise UsageError(f"--run-name {name}: {directory} exists already; nothing in it was touched") from None
-        from torchvision import __version__ as torchvision_version
-
-        versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision_version}
+        while True:
+            name = args.run_name or f"{args.script}-{stamp}-{secrets.token_hex(2)}"
+            directory = args.runs_dir / name
+            try:
+                directory.mkdir(parents=True)
+                break
+            except FileExistsError:
+                if args.run_name:
+                    raise UsageError(f"--run-name {name}: {directory} exists already") from None
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         for key in ("script", "argv", "resume"):
             del plain[key]
         record = {
             "name": name, "script": args.script, "argv": args.argv, "args": plain, "status": "running", "error": None,
-            "started": utc_now(), "ended": None, "seconds": 0.0, "seed": args.seed, **record, "versions": versions,
-            "host": platform.node(), "git": git_state(), "epochs": 0, "best": None, "test": None,
+            "started": utc_now(), "ended": None, "seconds": 0.0, "seed": args.seed, **record, "epochs": 0,
+            "best": None, "test": None,
         }  # fmt: skip
         run = cls(directory, record)
         run.write_record()
@@ -1082,12 +1058,13 @@ def weights_and_biases(args, run):
         return
     import wandb
 
-    settings = wandb.Settings(silent=args.quiet, console="off")
-    name, config = run.record["name"], run.record["args"]
+    # A run that continues goes on in its W&B run, which no run of the same name elsewhere shares.
+    identity = f"{run.record['name']}-{random_seed(run.record['started'], run.record['host']):x}"[-128:]
     try:
         tracked = wandb.init(
-            project=args.wandb_project, name=name, id=name, resume="allow", config=config, dir=run.directory,
-            mode=args.wandb, settings=settings,
+            project=args.wandb_project, name=run.record["name"], id=identity, resume="allow",
+            config=run.record["args"], dir=run.directory, mode=args.wandb,
+            settings=wandb.Settings(silent=args.quiet, console="off"),
         )  # fmt: skip
     except wandb.errors.Error as error:
         raise RunError(f"--wandb {args.wandb}: {error}") from error
@@ -1096,9 +1073,11 @@ def weights_and_biases(args, run):
         yield tracked.log
         exit_code = 0
     finally:
-        for part in ("best", "test"):
-            tracked.summary.update({f"{part}_{key}": value for key, value in (run.record[part] or {}).items()})
-        tracked.finish(exit_code=exit_code)
+        try:
+            for part in ("best", "test"):
+                tracked.summary.update({f"{part}_{key}": value for key, value in (run.record[part] or {}).items()})
+        finally:
+            tracked.finish(exit_code=exit_code)
 
 
 def check_wandb(args):
@@ -1109,10 +1088,14 @@ def check_wandb(args):
         import wandb
     except ImportError:
         raise UsageError(f"--wandb {args.wandb} needs the package wandb: pip install wandb") from None
-    if args.wandb == "online" and not wandb.login(prompt=False, verify=False):
-        raise UsageError(
-            "--wandb online needs an API key: run `wandb login`, set WANDB_API_KEY, or use --wandb offline"
-        )
+    if args.wandb == "online":
+        wandb.setup(settings=wandb.Settings(silent=args.quiet))
+        try:
+            known = wandb.login(prompt=False, verify=False)
+        except wandb.errors.Error as error:
+            raise UsageError(f"--wandb online: {error}") from error
+        if not known:
+            raise UsageError("--wandb online needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1125,7 +1108,7 @@ class Interrupted(Exception):
 
 
 class GracefulStop:
-    """While active, the first SIGINT or SIGTERM sets `signal` for the loop to read; a second one ends at once."""
+    """While active, the first SIGINT or SIGTERM sets `signal` for `watch` to see; a second one ends at once."""
 
     signal = None
 
@@ -1141,7 +1124,7 @@ class GracefulStop:
 
     def handle(self, signum, frame):
         if self.signal:
-            raise KeyboardInterrupt
+            raise Interrupted(signal.Signals(signum).name)
         self.signal = signal.Signals(signum).name
 
     def watch(self, batches):
@@ -1172,14 +1155,17 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
     normalization = blueprint["mean"], blueprint["std"]
     loader = Loader(train_set, args.batch_size, *normalization, augmentation, args.seed)
     val_loader = Loader(val_set, EVALUATION_BATCH, *normalization)
-    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), args, fused=device.type in ("cpu", "cuda"))
+    optimizer = OPTIMIZERS[args.optimizer](
+        model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"),
+        **({"momentum": args.momentum, "nesterov": args.momentum > 0} if args.optimizer == "sgd" else {}),
+    )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     early_stopping = EarlyStopping(args.tolerance)
-    stateful = {"model": model, "optimizer": optimizer, "scaler": scaler, "early_stopping": early_stopping}
+    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "early_stopping": early_stopping}
     step_model = torch.compile(model) if args.compile else model
 
     def save_last(epoch):
-        states = {name: part.state_dict() for name, part in stateful.items()}
+        states = {name: part.state_dict() for name, part in parts.items()}
         run.save("last.pt", {"epoch": epoch, "history": run.history, **states})
 
     def save_best(row):
@@ -1201,9 +1187,12 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
     done = 0
     if args.resume:
         state = run.load("last.pt")
-        for name, part in stateful.items():
-            part.load_state_dict(state[name])
-        done, run.history = state["epoch"], state["history"]
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            done, run.history = state["epoch"], state["history"]
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise RunError(f"{run.directory}/last.pt is not of this version of the scripts ({error})") from error
         run.record.update(epochs=done, best=None)
         run.write_log()
         if early_stopping.best_epoch:
@@ -1251,11 +1240,12 @@ def autocast_to(device, precision):
     return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def run_job(args):
+def run_job(args, synthetic):
     """Train and test as `args` from `parse_arguments` say; return run.json's object with its `directory` added.
 
-    Raises UsageError and RunError. A loss that is not finite and a signal are no exceptions to the caller: they
-    are the record's `status`.
+    `synthetic(train)` draws the images of --dataset synthetic. Raises UsageError and RunError. A loss that is not
+    finite and a signal are no exceptions to the caller: they are the record's `status`. The seeds are torch's global
+    ones: one run at a time in a process.
     """
     screen = Screen(args.quiet)
     device, precision = choose_device(args)
@@ -1263,78 +1253,74 @@ def run_job(args):
     check_runs_dir(args)
     if device.type == "cpu":
         keep_freed_memory()
-    images = load_split(args, train=True)
-    checksum = images.checksum()
-    train_set, val_set = split_off_validation(args, images)
-    channels = images.images.shape[1]
-    if args.augment and args.hue and channels != 3:
-        raise UsageError(f"--hue {args.hue} needs images in colour, and {args.dataset} has {channels} channel")
+
+    images = load_split(args, True, synthetic)
+    checksum, classes, channels = images.checksum(), images.classes, images.images.shape[1]
+    train_set, val_set = split_off_validation(args, images, lambda: load_split(args, False, synthetic))
+    del images
     mean, std = ([0.5] * channels, [0.5] * channels) if args.normalize == "half" else train_set.mean_and_std()
-    blueprint = {
-        "format": 1, "script": args.script, "model": args.model, "model_options": args.model_options,
-        "image_shape": list(images.images.shape[1:]), "classes": images.classes, "mean": mean, "std": std,
-        "dataset": args.dataset,
-    }  # fmt: skip
-    torch.manual_seed(random_seed(args.seed, "weights"))
-    model = MODELS[args.model](blueprint["image_shape"], len(images.classes), **args.model_options)
-    if args.batch_size == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
-        raise UsageError(f"--batch-size 1: --model {args.model} has batch norm, which needs at least 2 images")
-    model = model.to(device, memory_format=torch.channels_last)
     train_set, val_set = train_set.to(device), val_set.to(device)
 
-    record = {
-        "device": device.type, "precision": precision, "parameters": sum(p.numel() for p in model.parameters()),
-        "data": {
+    blueprint = {
+        "format": 1, "script": args.script, "model": args.model, "model_options": args.model_options,
+        "image_shape": list(image_shape(args)), "classes": classes, "mean": mean, "std": std, "dataset": args.dataset,
+    }  # fmt: skip
+    torch.manual_seed(random_seed(args.seed, "weights"))
+    model = MODELS[args.model](blueprint["image_shape"], len(classes), **args.model_options)
+    model = model.to(device, memory_format=torch.channels_last)
+
+    surroundings = environment(device, precision)
+    if args.resume:
+        directory = args.resume
+    else:
+        data = {
             "name": args.dataset, "train": len(train_set), "val": len(val_set), "test": None,
             "selection": "validation split" if args.val_size else "test set", "checksum": checksum,
-        },
-    }  # fmt: skip
-    directory = args.resume or Run.create(args, record).directory
-    with locked(directory / ".lock"):
+        }  # fmt: skip
+        parameters = sum(p.numel() for p in model.parameters())
+        directory = Run.create(args, {**surroundings, "data": data, "parameters": parameters}).directory
+    with locked(directory / ".lock"), GracefulStop() as stop:
         run = Run(directory, read_json(directory / "run.json"))
-        if run.record["data"]["checksum"] != checksum:
+        record = run.record
+        if record["data"]["checksum"] != checksum:
             raise RunError(f"{args.dataset} is not what {directory} was trained on: the checksums differ")
-        finished = run.record["status"] in ("finished", "stopped_early")
-        if finished and (run.record["status"] == "stopped_early" or args.epochs == run.record["epochs"]):
-            ended = run.record["status"].replace("_", " ")
-            screen.say(f"{run.directory}: {ended} after {run.record['epochs']} epochs, nothing to do")
-            return {**run.record, "directory": str(run.directory)}
-        if run.record["status"] == "diverged":
-            raise RunError(f"{run.directory}: {run.record['error']}, and would again; start anew with a lower --lr")
-        run.record["args"]["epochs"] = args.epochs
-        run.write_record(status="running", error=None, ended=None)
+        if record["status"] == "diverged":
+            raise RunError(f"{directory}: {record['error']}, and would again; start anew with a lower --lr")
+        if record["status"] == "stopped_early" or (record["status"], record["epochs"]) == ("finished", args.epochs):
+            ended = record["status"].replace("_", " ")
+            screen.say(f"{directory}: {ended} after {record['epochs']} epochs, nothing to do")
+            return {**record, "directory": str(directory)}
+        record["args"]["epochs"], record["data"]["test"] = args.epochs, None
+        run.write_record(**surroundings, status="running", error=None, ended=None, test=None)
         screen.say(
-            f"{run.record['name']}: {args.model}, {run.record['parameters']:,} parameters; {args.dataset}, "
+            f"{record['name']}: {args.model}, {record['parameters']:,} parameters; {args.dataset}, "
             f"{len(train_set):,} training and {len(val_set):,} validation images; {device.type}, {precision}"
         )
         if not args.val_size:
             screen.say("--val-size 0: the test set selects the epoch, as in the tutorials; its accuracy is flattered")
         status, error = "failed", None
         try:
-            with GracefulStop() as stop, weights_and_biases(args, run) as log_row:
+            with weights_and_biases(args, run) as log_row:
                 status = fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen, log_row)
                 if args.test:
-                    test_set = load_split(args, train=False).to(device)
+                    test_set = load_split(args, False, synthetic).to(device) if args.val_size else val_set
                     batches, totals = Loader(test_set, EVALUATION_BATCH, mean, std).batches(), Totals(device)
                     evaluate_epoch(model, stop.watch(batches), autocast_to(device, precision), totals)
-                    run.record["data"]["test"] = len(test_set)
-                    run.record["test"] = {"loss": totals.loss, "acc": totals.accuracy}
-        except Interrupted as signal_name:
-            status, error = "interrupted", str(signal_name)
+                    record["data"]["test"] = len(test_set)
+                    record["test"] = {"loss": totals.loss, "acc": totals.accuracy}
+        except Interrupted as interruption:
+            status, error = "interrupted", str(interruption)
         except NotFinite as reason:
-            status, error = "diverged", f"{reason} in epoch {run.record['epochs'] + 1}"
-        except KeyboardInterrupt:
-            status, error = "interrupted", "SIGINT"
-            raise
+            status, error = "diverged", f"{reason} in epoch {record['epochs'] + 1}"
         except BaseException as exception:
             status, error = "failed", f"{type(exception).__name__}: {exception}"
             raise
         finally:
             run.write_record(status=status, error=error, ended=utc_now())
-    best, test = run.record["best"], run.record["test"]
-    if best:
-        screen.say("best epoch {epoch}: validation loss {val_loss:.4f}, accuracy {val_acc:.2%}".format(**best))
-    if test:
-        screen.say(f"test loss {test['loss']:.4f}, accuracy {test['acc']:.2%}")
-    screen.say(f"{status.replace('_', ' ')}: {run.directory}")
-    return {**run.record, "directory": str(run.directory)}
+    if record["best"]:
+        text = "best epoch {epoch}: validation loss {val_loss:.4f}, accuracy {val_acc:.2%}"
+        screen.say(text.format(**record["best"]))
+    if record["test"]:
+        screen.say("test loss {loss:.4f}, accuracy {acc:.2%}".format(**record["test"]))
+    screen.say(f"{status.replace('_', ' ')}: {directory}")
+    return {**record, "directory": str(directory)}

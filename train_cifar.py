@@ -9,9 +9,59 @@ The defaults are the final run of the CIFAR-10 tutorial: ConfigNet 48-96-256, Ad
 augmentation, at most 50 epochs, early stopping after 6 without a lower validation loss.
 """
 
+import math
 import sys
 
+import torch
+
 import common
+
+
+def synthetic_shapes(count, seed):
+    """`count` noisy 32x32 images of six shapes and four textures, each anywhere, of any size and in two colours."""
+    classes = ["disc", "ring", "square", "triangle", "cross", "crescent", "rows", "columns", "checkerboard", "dots"]
+    random = common.generator_for("shapes", seed)
+
+    def uniform(low, high):
+        return (torch.rand(count, generator=random) * (high - low) + low).view(-1, 1, 1)
+
+    labels = torch.randint(10, (count,), generator=random)
+    axis = torch.arange(32.0) - 15.5
+    angle, size = uniform(-0.25, 0.25), uniform(6, 12)
+    x, y = axis.view(1, 1, -1) - uniform(-5, 5), axis.view(1, -1, 1) - uniform(-5, 5)
+    x, y = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
+    radius = (x**2 + y**2).sqrt()
+    moon = ((x - size / 2) ** 2 + y**2).sqrt()
+    # Each is positive inside the figure and grows by about one a pixel; a texture has a period of 3 to 8 pixels.
+    period = 2 * math.pi / uniform(3, 8)
+    wave_x, wave_y = (x * period).sin() * 2, (y * period).sin() * 2
+    figures = [
+        size - radius,
+        size / 4 - (radius - size * 0.8).abs(),
+        size * 0.85 - torch.maximum(x.abs(), y.abs()),
+        torch.minimum(size * 0.6 - y, y / 2 + size * 0.6 - x.abs()),
+        torch.maximum(
+            torch.minimum(size / 4 - x.abs(), size - y.abs()), torch.minimum(size / 4 - y.abs(), size - x.abs())
+        ),
+        torch.minimum(size - radius, moon - size * 0.8),
+        wave_y.expand(-1, -1, 32),
+        wave_x.expand(-1, 32, -1),
+        wave_x * wave_y,
+        wave_x + wave_y - 1.5,
+    ]
+    inside = torch.stack([figure.expand(count, 32, 32) for figure in figures])[labels, torch.arange(count)]
+    cover = (inside + 0.5).clamp(0, 1)[:, None]
+    paint, ground = torch.rand(2, count, 3, 1, 1, generator=random)
+    # Push the two colours apart where they would be hard to tell from one another.
+    ground = torch.where((paint - ground).abs().mean(1, keepdim=True) < 0.25, (paint + 0.5) % 1, ground)
+    images = ground + (paint - ground) * cover
+    images += torch.randn(images.shape, generator=random) * uniform(0.02, 0.2)[:, None]
+    return common.ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, classes)
+
+
+def synthetic(train):
+    """The images of --dataset synthetic, the same for every --seed, which changes the training and not the task."""
+    return synthetic_shapes(10_000, seed=0) if train else synthetic_shapes(2_000, seed=1)
 
 
 def build_parser():
@@ -26,7 +76,7 @@ def build_parser():
 
 def main(argv=None):
     """Run the job; return the content of run.json and the run's `directory`."""
-    return common.run_job(common.parse_arguments(build_parser(), argv))
+    return common.run_job(common.parse_arguments(build_parser(), argv), synthetic)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,50 @@ The defaults are the MNIST tutorial's: Adam at 0.001, batches of 64, 10 epochs, 
 
 import sys
 
+import torch
+import torch.nn.functional as F
+
 import common
+
+
+def synthetic_digits(count, seed):
+    """`count` grey 28x28 digits from matplotlib's fonts, shifted, turned, scaled, thinned or thickened, noisy."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif"]
+    fonts += ["DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmss10", "cmtt10"]
+    glyphs = []
+    for name in fonts:
+        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 44)
+        for digit in range(10):
+            for thickness in range(3):
+                image = Image.new("L", (56, 56))
+                ImageDraw.Draw(image).text((28, 28), str(digit), 255, font, anchor="mm", stroke_width=thickness)
+                glyphs.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 56, 56))
+    glyphs = torch.stack(glyphs).float().view(len(fonts), 10, 3, 1, 56, 56) / 255
+
+    random = common.generator_for("digits", seed)
+
+    def uniform(low, high):
+        return torch.rand(count, generator=random) * (high - low) + low
+
+    labels = torch.randint(10, (count,), generator=random)
+    chosen = glyphs[
+        torch.randint(len(fonts), (count,), generator=random), labels, torch.randint(3, (count,), generator=random)
+    ]
+    angle, scale, squeeze = uniform(-0.35, 0.35), uniform(0.8, 1.4), uniform(0.8, 1.25)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    rows = (cos * squeeze, -sin, uniform(-0.3, 0.3), sin * squeeze, cos, uniform(-0.3, 0.3))
+    grid = F.affine_grid(torch.stack(rows, 1).view(count, 2, 3), (count, 1, 28, 28), align_corners=False)
+    images = F.grid_sample(chosen, grid, align_corners=False) * uniform(0.5, 1).view(-1, 1, 1, 1)
+    images += torch.randn(images.shape, generator=random) * uniform(0, 0.25).view(-1, 1, 1, 1)
+    return common.ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, [str(digit) for digit in range(10)])
+
+
+def synthetic(train):
+    """The images of --dataset synthetic, the same for every --seed, which changes the training and not the task."""
+    return synthetic_digits(10_000, seed=0) if train else synthetic_digits(2_000, seed=1)
 
 
 def build_parser():
@@ -25,7 +68,7 @@ def build_parser():
 
 def main(argv=None):
     """Run the job; return the content of run.json and the run's `directory`."""
-    return common.run_job(common.parse_arguments(build_parser(), argv))
+    return common.run_job(common.parse_arguments(build_parser(), argv), synthetic)
 
 
 if __name__ == "__main__":

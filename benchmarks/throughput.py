@@ -134,6 +134,8 @@ def main():
         print(json.dumps(measure(args.task, images, args.data_dir)))
         return
 
+    output = ROOT / "benchmarks" / "results" / "throughput.jsonl"
+    output.parent.mkdir(exist_ok=True)
     results = {"ours": [], "tutorial": []}
     command = [sys.executable, __file__, args.task, "--images", str(images), "--data-dir", str(args.data_dir)]
     for pair in range(args.pairs):
@@ -151,7 +153,7 @@ def main():
         "threads": torch.get_num_threads(), "seed": 42, "precision": precision, "images_per_second": rates,
         "ratio": ratio, "matrix_gflops": rate / 1e9, "part_of_matrix_rate": flop * median["ours"] / rate,
     }  # fmt: skip
-    with open(ROOT / "benchmarks" / "results" / "throughput.jsonl", "a") as file:
+    with open(output, "a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{args.task}, {images:,} images, {args.pairs} pairs, {row['machine']}, torch {torch.__version__}")
     print(f"{'':10}{'precision':>10}{'images/s':>10}{'s/epoch':>10}{'ratio':>8}{'of matrix rate':>16}")

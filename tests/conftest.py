@@ -109,6 +109,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def cli(tmp_path):
     """`cli("train_mnist.py", "--epochs", 1, ...)` runs the script in an empty directory; the process is returned."""
 
+    started = []
+
     def run(script, *arguments, md5=None, start=False, **options):
         command = [sys.executable, str(ROOT / script)]
         if md5 is not None:
@@ -118,10 +120,15 @@ def cli(tmp_path):
         command += [str(argument) for argument in arguments]
         options = {"cwd": tmp_path, "text": True, "env": environment, **options}
         if start:
-            return subprocess.Popen(command, **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options})
+            options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+            started.append(subprocess.Popen(command, **options))
+            return started[-1]
         return subprocess.run(command, capture_output=True, timeout=120, **options)
 
-    return run
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
 
 
 def only_run(tmp_path):

@@ -42,6 +42,13 @@ BAD = [
     (["--epoch", "3"], "did you mean --epochs"),
     (["--dataset", "cifra"], "--dataset"),
     (["--model", "convnet", "--c1", "8"], "--c1 does not apply to --model convnet"),
+    (["--model", "confignet", "--kernel-size", "13"], "--kernel-size 13"),
+    (["--model", "confignet", "--batch-size", "1"], "--batch-size 1"),
+    (["--val-size", "0", "--no-test"], "--no-test"),
+    (["--image-size", "64"], "--image-size needs"),
+    (["--no-augment", "--rotation", "15"], "--rotation needs --augment"),
+    (["--momentum", "0.5"], "--momentum needs --optimizer sgd"),
+    (["--dataset", "mnist", "--augment", "--hue", "0.1"], "grey"),
     (["--resume", "nowhere"], "--resume nowhere"),
 ]
 
@@ -107,10 +114,12 @@ def test_signals_end_a_run_with_its_state_saved(cli, tmp_path, number, status):
 
 def test_a_signal_while_loading_ends_quietly(cli, tmp_path):
     process = cli("train_mnist.py", "--dataset", "synthetic", start=True)
-    time.sleep(0.2)
+    while not (tmp_path / "runs").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode not in (0, 1)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(error.splitlines()) == 1 and "interrupted" in error
 
 
 def test_a_reader_that_goes_away_does_not_end_the_run(cli, tmp_path):

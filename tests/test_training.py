@@ -4,6 +4,8 @@ import json
 import math
 import os
 import re
+import shutil
+from datetime import UTC, datetime
 
 import pytest
 import torch
@@ -43,8 +45,8 @@ def small_synthetic_sets(request, monkeypatch):
     """Draw 300 training images rather than 10,000, but for the tests of learning."""
     if "learn" in request.node.name:
         return
-    for script, draw in (("train_mnist", common.synthetic_digits), ("train_cifar", common.synthetic_shapes)):
-        monkeypatch.setitem(common.SYNTHETIC, script, lambda train, draw=draw: draw(300 if train else 60, int(train)))
+    for script, draw in ((train_mnist, train_mnist.synthetic_digits), (train_cifar, train_cifar.synthetic_shapes)):
+        monkeypatch.setattr(script, "synthetic", lambda train, draw=draw: draw(300 if train else 60, int(train)))
 
 
 def run(script, *argv):
@@ -86,7 +88,7 @@ def test_best_pt_rebuilds_the_model_and_its_test_result():
     best = torch.load(directory / "best.pt", weights_only=True)
     model = common.MODELS[best["model"]](best["image_shape"], len(best["classes"]), **best["model_options"])
     model.load_state_dict(best["weights"])
-    loader = common.Loader(common.synthetic_shapes(60, 0), 60, best["mean"], best["std"])
+    loader = common.Loader(train_cifar.synthetic_shapes(60, 0), 60, best["mean"], best["std"])
     autocast = common.autocast_to(torch.device("cpu"), record["precision"])
     totals = common.Totals("cpu")
     common.evaluate_epoch(model, loader.batches(), autocast, totals)
@@ -224,7 +226,7 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
 def test_a_run_never_reads_the_test_images_before_the_end_nor_with_no_test(monkeypatch):
     reads = []
     original = common.load_split
-    monkeypatch.setattr(common, "load_split", lambda args, train: reads.append(train) or original(args, train))
+    monkeypatch.setattr(common, "load_split", lambda args, train, _: reads.append(train) or original(args, train, _))
     monkeypatch.setattr(
         common, "train_epoch", lambda *a, original=common.train_epoch: reads.append("train") or original(*a)
     )
@@ -250,7 +252,7 @@ def test_resume_refuses_other_data_another_flag_and_a_file_that_is_no_checkpoint
         run(train_mnist, "--resume", directory)
     assert "made by train_cifar.py" in capsys.readouterr().err
     with monkeypatch.context() as patch:
-        patch.setitem(common.SYNTHETIC, "train_cifar", lambda train: common.synthetic_shapes(300, 99))
+        patch.setattr(train_cifar, "synthetic", lambda train: train_cifar.synthetic_shapes(300, 99))
         with pytest.raises(common.RunError, match="checksums differ"):
             run(train_cifar, "--resume", directory)
     with common.locked(directory / ".lock"), pytest.raises(common.RunError, match="in use"):
@@ -280,7 +282,47 @@ def test_optimizers_and_schedules_train(flags):
     assert (rows[-1]["lr"] < 0.005) == (schedule != "constant")
 
 
-def test_batch_norm_refuses_a_batch_of_one():
-    with pytest.raises(common.UsageError, match="--batch-size 1"):
-        run(train_cifar, *EVERYTHING_ON, "--batch-size", 1)
-    assert not list(common.Path("runs").iterdir())
+def test_the_end_of_a_schedule_cannot_be_moved(monkeypatch, capsys):
+    directory, _, _ = run(train_cifar, *EVERYTHING_ON, "--epochs", 1)
+    with pytest.raises(SystemExit) as stopped:
+        run(train_cifar, "--resume", directory, "--epochs", 2)
+    assert stopped.value.code == 2 and "--schedule onecycle" in capsys.readouterr().err
+
+
+def test_a_run_continued_elsewhere_says_so(monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_in_epoch(patch, 2, lambda: os.kill(os.getpid(), common.signal.SIGTERM))
+        patch.setattr(common.platform, "node", lambda: "here")
+        directory, record, _ = run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
+    assert record["host"] == "here"
+    monkeypatch.setattr(common.platform, "node", lambda: "there")
+    assert run(train_cifar, "--resume", directory, "--quiet")[1]["host"] == "there"
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    def twice():
+        os.kill(os.getpid(), common.signal.SIGTERM)
+        os.kill(os.getpid(), common.signal.SIGTERM)
+        raise AssertionError("the second signal did not interrupt")
+
+    interrupt_in_epoch(monkeypatch, 2, twice)
+    _, record, rows = run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
+    assert record["status"] == "interrupted" and record["error"] == "SIGTERM" and len(rows) == 1
+
+
+def test_a_name_that_is_taken_by_chance_is_drawn_again(monkeypatch):
+    suffixes = iter(["aaaa", "aaaa", "bbbb"])
+    monkeypatch.setattr(common.secrets, "token_hex", lambda size: next(suffixes))
+    monkeypatch.setattr(common, "datetime", type("", (), {"now": lambda zone: datetime(2026, 1, 1, tzinfo=UTC)}))
+    first, second = (run(train_cifar, *EVERYTHING_ON, "--epochs", 1)[0] for _ in range(2))
+    assert first.name.endswith("-aaaa") and second.name.endswith("-bbbb")
+
+
+@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_trains_and_its_weights_load_without_compilation():
+    argv = ["--dataset", "synthetic", "--model", "dense", "--epochs", 1, "--quiet"]
+    _, plain, _ = run(train_mnist, *argv)
+    directory, record, _ = run(train_mnist, *argv, "--compile")
+    assert record["best"]["val_loss"] == pytest.approx(plain["best"]["val_loss"], rel=0.02)
+    best = torch.load(directory / "best.pt", weights_only=True)
+    common.dense((1, 28, 28), 10).load_state_dict(best["weights"])
