@@ -448,13 +448,12 @@ def load_split(args, train, synthetic):
 
 
 def image_shape(args):
-    """[C, H, W] of the images of --dataset, known without loading them: those of a folder are made so."""
-    native = {"train_mnist": (1, 28), "train_cifar": (3, 32)}[args.script]
-    channels, size = (1, 28) if "mnist" in args.dataset else (3, 32)
-    if args.dataset == "synthetic":
-        channels, size = native
-    elif args.dataset not in TORCHVISION_DATASETS:
-        channels, size = native[0], args.image_size
+    """(C, H, W) of the images of --dataset, known without loading them: those of a folder are made so."""
+    if args.dataset in TORCHVISION_DATASETS:
+        return TORCHVISION_DATASETS[args.dataset][2]
+    channels, size = {"train_mnist": (1, 28), "train_cifar": (3, 32)}[args.script]
+    if args.dataset != "synthetic":
+        size = args.image_size
     return channels, size, size
 
 
@@ -480,13 +479,13 @@ def split_off_validation(args, images, load_test):
     return train_set, val_set
 
 
-# The name of torchvision's class, and of the folder that it keeps below --data-dir.
+# The name of torchvision's class, the folder that it keeps below --data-dir, and the shape of the images.
 TORCHVISION_DATASETS = {
-    "mnist": ("MNIST", "MNIST"),
-    "fashion-mnist": ("FashionMNIST", "FashionMNIST"),
-    "kmnist": ("KMNIST", "KMNIST"),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py"),
-    "cifar100": ("CIFAR100", "cifar-100-python"),
+    "mnist": ("MNIST", "MNIST", (1, 28, 28)),
+    "fashion-mnist": ("FashionMNIST", "FashionMNIST", (1, 28, 28)),
+    "kmnist": ("KMNIST", "KMNIST", (1, 28, 28)),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", (3, 32, 32)),
+    "cifar100": ("CIFAR100", "cifar-100-python", (3, 32, 32)),
 }
 DATASETS = ("synthetic", *TORCHVISION_DATASETS)
 
@@ -495,7 +494,7 @@ def load_torchvision(args, train):
     """A torchvision dataset from --data-dir, downloaded first where it is missing."""
     from torchvision import datasets
 
-    name, folder = TORCHVISION_DATASETS[args.dataset]
+    name, folder, _ = TORCHVISION_DATASETS[args.dataset]
     dataset_class, target = getattr(datasets, name), args.data_dir / folder
     if not target.exists():
         download(dataset_class, target, args)
@@ -735,7 +734,7 @@ class Loader:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout that draws sixteen random bits an element on a CPU, where torch's own takes a third of a step.
+    """nn.Dropout that draws 16 random bits an element on a CPU, where torch's own takes a fifth of ConfigNet's step.
 
     The probability is rounded to 1/65536, and the scale is that of the rounded one.
     """
@@ -1059,7 +1058,7 @@ def weights_and_biases(args, run):
     import wandb
 
     # A run that continues goes on in its W&B run, which no run of the same name elsewhere shares.
-    identity = f"{run.record['name']}-{random_seed(run.record['started'], run.record['host']):x}"[-128:]
+    identity = f"{run.record['name']}-{re.sub('[^0-9]', '', run.record['started'])}"[-128:]
     try:
         tracked = wandb.init(
             project=args.wandb_project, name=run.record["name"], id=identity, resume="allow",
