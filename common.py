@@ -86,7 +86,7 @@ def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
     wanted = f"{'a whole number' if kind is int else 'a number'} {' and '.join(bounds)}"
 
     def parse(text):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = kind(text)
             inside = low <= value <= high and (above is None or above < value) and (below is None or value < below)
             if inside and math.isfinite(value):

@@ -27,6 +27,7 @@ BAD = [
     (["--c1", "0"], "--c1"),
     (["--epochs", "-1"], "--epochs"),
     (["--epochs", "ten"], "--epochs"),
+    (["--epochs", "9" * 400], "--epochs"),
     (["--batch-size", "0"], "--batch-size"),
     (["--lr", "nan"], "--lr"),
     (["--lr", "inf"], "--lr"),
