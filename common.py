@@ -981,7 +981,10 @@ def environment(device, precision):
         return done.stdout.strip()
 
     try:
-        state = {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        state = {
+            "commit": git("rev-parse", "HEAD"),
+            "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        }
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         state = None
     versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
