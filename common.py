@@ -200,21 +200,24 @@ def resumed_arguments(args, given):
         raise UsageError(f"--{name.replace('_', '-')} cannot change when a run is resumed")
     if not (args.resume / "run.json").is_file():
         raise UsageError(f"--resume {args.resume}: no run.json there, so it is not a run directory")
-    record = read_json(args.resume / "run.json")
-    try:
-        if record["script"] != args.script:
-            raise UsageError(f"--resume {args.resume}: that run was made by {record['script']}.py")
-        recorded = {**record["args"], **{name: Path(record["args"][name]) for name in ("data_dir", "runs_dir")}}
-        # What `auto` meant then, so that another machine does not go on in another arithmetic.
-        resolved = {"device": record["device"], "precision": record["precision"], "quiet": False}
-        args = argparse.Namespace(**{**vars(args), **recorded, **resolved, **given})
-        if args.epochs < record["epochs"]:
-            raise UsageError(f"--epochs {args.epochs}: the run already has {record['epochs']} epochs")
-        if args.epochs != recorded["epochs"] and args.schedule != "constant":
-            raise UsageError(f"--epochs cannot change under --schedule {args.schedule}, which ends with the last epoch")
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{args.resume}/run.json is not of this version of the scripts ({error!r})") from error
+    record = read_record(args.resume)
+    recorded = recorded_arguments(record)
+    if recorded.script != args.script:
+        raise UsageError(f"--resume {args.resume}: that run was made by {recorded.script}.py")
+    # What `auto` meant then, so that another machine does not go on in another arithmetic.
+    resolved = {"device": record["device"], "precision": record["precision"], "quiet": False}
+    args = argparse.Namespace(**{**vars(args), **vars(recorded), **resolved, **given})
+    if args.epochs < record["epochs"]:
+        raise UsageError(f"--epochs {args.epochs}: the run already has {record['epochs']} epochs")
+    if args.epochs != recorded.epochs and args.schedule != "constant":
+        raise UsageError(f"--epochs cannot change under --schedule {args.schedule}, which ends with the last epoch")
     return args
+
+
+def recorded_arguments(record):
+    """The Namespace of a run's own arguments, from its run.json."""
+    paths = {name: Path(record["args"][name]) for name in ("data_dir", "runs_dir")}
+    return argparse.Namespace(**{**record["args"], **paths}, script=record["script"])
 
 
 def check_data_options(args, given):
@@ -428,23 +431,28 @@ def stratified_sample(labels, size, generator):
     return torch.cat([order[labels[order] == c][:n] for c, n in enumerate(take.tolist())]).sort().values
 
 
-def load_split(args, train, synthetic):
-    """The training or the test images of --dataset as an `ImageSet`; `synthetic(train)` draws those of that name.
+def load_dataset(args, synthetic):
+    """The training images of --dataset as an `ImageSet`, and a function that gives the test images likewise.
 
-    RunError says what is missing or damaged, in the test images too when the training images are asked for, so
-    that nobody learns of it after hours of training.
+    `synthetic(train)` draws those of that name. RunError says what is missing or damaged, in the test images too
+    as far as that can be seen without reading them, so that nobody learns of it after hours of training.
     """
     if args.dataset == "synthetic":
-        image_set = synthetic(train)
+        load = synthetic
     elif args.dataset in TORCHVISION_DATASETS:
-        image_set = load_torchvision(args, train)
+        load = find_torchvision(args)
     else:
-        image_set = load_folder(Path(args.dataset), image_shape(args), train)
-    if len(image_set.images) != len(image_set):
-        raise RunError(f"{args.dataset}: {len(image_set.images)} images have {len(image_set)} labels")
-    if image_set.labels.min() < 0 or image_set.labels.max() >= len(image_set.classes):
-        raise RunError(f"{args.dataset}: a label is outside 0..{len(image_set.classes) - 1}; the files are damaged")
-    return image_set
+        load = read_folder(Path(args.dataset), image_shape(args))
+
+    def checked(train):
+        image_set = load(train)
+        if len(image_set.images) != len(image_set):
+            raise RunError(f"{args.dataset}: {len(image_set.images)} images have {len(image_set)} labels")
+        if image_set.labels.min() < 0 or image_set.labels.max() >= len(image_set.classes):
+            raise RunError(f"{args.dataset}: a label is outside 0..{len(image_set.classes) - 1}; the files are damaged")
+        return image_set
+
+    return checked(True), lambda: checked(False)
 
 
 def image_shape(args):
@@ -490,8 +498,11 @@ TORCHVISION_DATASETS = {
 DATASETS = ("synthetic", *TORCHVISION_DATASETS)
 
 
-def load_torchvision(args, train):
-    """A torchvision dataset from --data-dir, downloaded first where it is missing."""
+def find_torchvision(args):
+    """Find a torchvision dataset in --data-dir, downloaded first where it is missing, and check its files.
+
+    Returns a function of `train` that reads one of its two parts.
+    """
     from torchvision import datasets
 
     name, folder, _ = TORCHVISION_DATASETS[args.dataset]
@@ -503,13 +514,17 @@ def load_torchvision(args, train):
             raise RunError(f"{path} is missing; remove {target} and run again to download it anew")
         if not is_whole(path, md5):
             raise RunError(f"{path} is damaged; remove {target} and run again to download it anew")
-    try:
-        dataset = dataset_class(args.data_dir, train=train)
-        images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
-    except (RuntimeError, ValueError, KeyError, EOFError, AssertionError) as error:
-        raise RunError(f"{target} cannot be read ({error}); remove it and run again to download it anew") from error
-    images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-    return ImageSet(images.contiguous(), labels.long(), [str(c) for c in dataset.classes])
+
+    def load(train):
+        try:
+            dataset = dataset_class(args.data_dir, train=train)
+            images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+        except (RuntimeError, ValueError, KeyError, EOFError, AssertionError) as error:
+            raise RunError(f"{target} cannot be read ({error}); remove it and run again to download it anew") from error
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        return ImageSet(images.contiguous(), labels.long(), [str(c) for c in dataset.classes])
+
+    return load
 
 
 def dataset_files(dataset_class, root):
@@ -582,22 +597,26 @@ def download(dataset_class, target, args):
             (Path(temporary) / target.name).rename(target)
 
 
-def load_folder(root, shape, train):
-    """A folder of images as an `ImageSet` of [C, H, W] = `shape`; without PATH/test a tenth of each class is the test
-    set. Every file is read, those of the other part too. RunError names one that is not an image."""
+def read_image(path, shape):
+    """An image file of any size and mode as uint8 [C, H, W] = `shape`. RunError names one that cannot be read."""
     from PIL import Image, ImageOps
-    from torchvision.datasets import ImageFolder
 
     channels, height, width = shape
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            pixels = image.resize((width, height), Image.Resampling.BILINEAR).tobytes()
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise RunError(f"{path} is not a readable image ({type(error).__name__}); remove or replace it") from error
+    return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(height, width, channels).permute(2, 0, 1)
 
-    def read(path):
-        try:
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
-                pixels = image.resize((width, height), Image.Resampling.BILINEAR).tobytes()
-        except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            raise RunError(f"{path} is not a readable image ({type(error).__name__}); remove or replace it") from error
-        return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(height, width, channels).permute(2, 0, 1)
+
+def read_folder(root, shape):
+    """Read a folder of images, each as [C, H, W] = `shape`; without PATH/test a tenth of each class is the test set.
+
+    Returns a function of `train` that gives one of its two parts. RunError names a file that is not an image.
+    """
+    from torchvision.datasets import ImageFolder
 
     class VisibleFolder(ImageFolder):
         def find_classes(self, directory):
@@ -608,9 +627,11 @@ def load_folder(root, shape, train):
                 )
             return names, {name: index for index, name in enumerate(names)}
 
-    def folder(path):
+    def read_classes(path):
         try:
-            found = VisibleFolder(path, loader=read, is_valid_file=lambda file: Path(file).name[0] != ".")
+            found = VisibleFolder(
+                path, loader=lambda file: read_image(file, shape), is_valid_file=lambda file: Path(file).name[0] != "."
+            )
         except FileNotFoundError as error:  # a class without a file
             raise RunError(f"{path}: {error}") from error
         pixels = torch.stack([image for image, _ in found])
@@ -620,16 +641,17 @@ def load_folder(root, shape, train):
     if parts["train"] != parts["test"]:
         raise RunError(f"{root} has only one of the folders train and test; it needs both, or the classes themselves")
     if parts["train"]:
-        train_set, test_set = folder(root / "train"), folder(root / "test")
+        train_set, test_set = read_classes(root / "train"), read_classes(root / "test")
         if train_set.classes != test_set.classes:
             raise RunError(f"{root}: train and test do not have the same classes")
-        return train_set if train else test_set
-    everything = folder(root)
-    if len(everything) < 10:
-        raise RunError(f"{root}: {len(everything)} images are too few to set a tenth aside as the test set")
-    test = torch.zeros(len(everything), dtype=torch.bool)
-    test[stratified_sample(everything.labels, len(everything) // 10, generator_for("folder"))] = True
-    return everything.select(~test if train else test)
+    else:
+        everything = read_classes(root)
+        if len(everything) < 10:
+            raise RunError(f"{root}: {len(everything)} images are too few to set a tenth aside as the test set")
+        test = torch.zeros(len(everything), dtype=torch.bool)
+        test[stratified_sample(everything.labels, len(everything) // 10, generator_for("folder"))] = True
+        train_set, test_set = everything.select(~test), everything.select(test)
+    return lambda train: train_set if train else test_set
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -803,6 +825,14 @@ def convnet(image_shape, classes, kernel_size=3):
 MODELS = {"dense": dense, "cnn": cnn, "convnet": convnet, "confignet": confignet}
 
 
+def build_model(blueprint):
+    """The model that `blueprint`, as in best.pt, describes, with weights still random."""
+    model = MODELS[blueprint["model"]](
+        blueprint["image_shape"], len(blueprint["classes"]), **blueprint["model_options"]
+    )
+    return model.to(memory_format=torch.channels_last)
+
+
 def model_options():
     """The options of each model with their defaults, as in its signature."""
     signatures = {name: inspect.signature(function).parameters.values() for name, function in MODELS.items()}
@@ -955,6 +985,62 @@ def read_json(path):
         raise RunError(f"{path} is damaged: {error}") from error
 
 
+def save_checkpoint(path, state):
+    """Save tensors and plain values, to be read with `load_checkpoint`.
+
+    torch does not check what it loads. A checkpoint is a zip file, which ends with the length of its comment and the
+    comment: here that is the SHA-256 of all before it.
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getvalue()[:-2]
+    digest = hashlib.sha256(content).hexdigest().encode()
+    write_atomically(path, content + len(digest).to_bytes(2, "little") + digest)
+
+
+def load_checkpoint(path):
+    """What `save_checkpoint` wrote, on the CPU; never runs code from it. RunError where it is not that, to the bit."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing: the run has not got so far, or the file was removed") from None
+    digest = hashlib.sha256(content[:-66]).hexdigest().encode()
+    if content[-66:] != len(digest).to_bytes(2, "little") + digest:
+        raise RunError(f"{path} is damaged, or is not a checkpoint of this project: its checksum is not right")
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise RunError(f"{path} is not a checkpoint of this project ({type(error).__name__})") from error
+
+
+# What every run.json has.
+RECORD_KEYS = {
+    "name", "script", "args", "status", "started", "seconds", "device", "precision", "data", "parameters", "epochs",
+    "best", "test",
+}  # fmt: skip
+
+
+def read_record(directory):
+    """run.json of a run directory. RunError where there is none, or one that is not of this version."""
+    path = directory / "run.json"
+    if not path.is_file():
+        raise RunError(f"{directory} is not a run directory: there is no run.json")
+    record = read_json(path)
+    missing = RECORD_KEYS - record.keys() if isinstance(record, dict) else RECORD_KEYS
+    if missing:
+        raise RunError(f"{path} is not of this version of the scripts: it lacks {', '.join(sorted(missing))}")
+    return record
+
+
+def read_log(directory):
+    """The rows of log.jsonl."""
+    path = directory / "log.jsonl"
+    try:
+        return [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is missing or damaged ({error})") from error
+
+
 @contextlib.contextmanager
 def locked(path, wait=False):
     """Hold an exclusive lock on the file `path`, which ends with the process at the latest."""
@@ -997,6 +1083,7 @@ class Run:
     """A run directory: `record` is run.json, `history` the rows of log.jsonl; each save is whole or not at all."""
 
     def __init__(self, directory, record):
+        """A run whose directory exists; `record` is its run.json."""
         self.directory, self.record, self.history = directory, record, []
         self.began, self.earlier_seconds = time.perf_counter(), record["seconds"]
 
@@ -1032,24 +1119,6 @@ class Run:
 
     def write_log(self):
         write_atomically(self.directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.history).encode())
-
-    def save(self, file, state):
-        """Save tensors and plain values, to be read with `load`."""
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.directory / file, buffer.getbuffer())
-
-    def load(self, file):
-        """What `save` wrote; only tensors and plain values are read, never code. RunError where it is not that."""
-        path = self.directory / file
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError:
-            raise RunError(f"{path} is missing: this run cannot be continued") from None
-        except Exception as error:
-            raise RunError(
-                f"{path} is not a checkpoint of this project, or is damaged ({type(error).__name__})"
-            ) from error
 
 
 @contextlib.contextmanager
@@ -1168,11 +1237,12 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
 
     def save_last(epoch):
         states = {name: part.state_dict() for name, part in parts.items()}
-        run.save("last.pt", {"epoch": epoch, "history": run.history, **states})
+        save_checkpoint(run.directory / "last.pt", {"epoch": epoch, "history": run.history, **states})
 
     def save_best(row):
         run.record["best"] = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
-        run.save("best.pt", {**blueprint, **run.record["best"], "weights": early_stopping.best_weights})
+        weights = early_stopping.best_weights
+        save_checkpoint(run.directory / "best.pt", {**blueprint, **run.record["best"], "weights": weights})
 
     def steps(epoch, totals):
         """The batches of an epoch: a signal ends them, each sets its learning rate, and the bar follows."""
@@ -1188,7 +1258,7 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
 
     done = 0
     if args.resume:
-        state = run.load("last.pt")
+        state = load_checkpoint(run.directory / "last.pt")
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -1256,9 +1326,9 @@ def run_job(args, synthetic):
     if device.type == "cpu":
         keep_freed_memory()
 
-    images = load_split(args, True, synthetic)
+    images, load_test = load_dataset(args, synthetic)
     checksum, classes, channels = images.checksum(), images.classes, images.images.shape[1]
-    train_set, val_set = split_off_validation(args, images, lambda: load_split(args, False, synthetic))
+    train_set, val_set = split_off_validation(args, images, load_test)
     del images
     mean, std = ([0.5] * channels, [0.5] * channels) if args.normalize == "half" else train_set.mean_and_std()
     train_set, val_set = train_set.to(device), val_set.to(device)
@@ -1268,21 +1338,20 @@ def run_job(args, synthetic):
         "image_shape": list(image_shape(args)), "classes": classes, "mean": mean, "std": std, "dataset": args.dataset,
     }  # fmt: skip
     torch.manual_seed(random_seed(args.seed, "weights"))
-    model = MODELS[args.model](blueprint["image_shape"], len(classes), **args.model_options)
-    model = model.to(device, memory_format=torch.channels_last)
+    model = build_model(blueprint).to(device)
 
     surroundings = environment(device, precision)
-    if args.resume:
-        directory = args.resume
-    else:
+    if not args.resume:
         data = {
             "name": args.dataset, "train": len(train_set), "val": len(val_set), "test": None,
             "selection": "validation split" if args.val_size else "test set", "checksum": checksum,
         }  # fmt: skip
         parameters = sum(p.numel() for p in model.parameters())
-        directory = Run.create(args, {**surroundings, "data": data, "parameters": parameters}).directory
+        run = Run.create(args, {**surroundings, "data": data, "parameters": parameters})
+    directory = args.resume or run.directory
     with locked(directory / ".lock"), GracefulStop() as stop:
-        run = Run(directory, read_json(directory / "run.json"))
+        if args.resume:
+            run = Run(directory, read_record(directory))
         record = run.record
         if record["data"]["checksum"] != checksum:
             raise RunError(f"{args.dataset} is not what {directory} was trained on: the checksums differ")
@@ -1305,7 +1374,7 @@ def run_job(args, synthetic):
             with weights_and_biases(args, run) as log_row:
                 status = fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen, log_row)
                 if args.test:
-                    test_set = load_split(args, False, synthetic).to(device) if args.val_size else val_set
+                    test_set = load_test().to(device) if args.val_size else val_set
                     batches, totals = Loader(test_set, EVALUATION_BATCH, mean, std).batches(), Totals(device)
                     evaluate_epoch(model, stop.watch(batches), autocast_to(device, precision), totals)
                     record["data"]["test"] = len(test_set)

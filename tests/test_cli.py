@@ -67,7 +67,7 @@ def test_bad_arguments_are_one_line_and_status_2(script, argv, expected, capsys,
 
 def test_what_only_the_machine_knows_is_refused_before_anything_is_loaded(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "load_split", None)
+    monkeypatch.setattr(common, "load_dataset", None)
     monkeypatch.setattr(common.torch.cuda, "is_available", lambda: False)
     (tmp_path / "file").touch()
     (tmp_path / "runs" / "taken").mkdir(parents=True)

@@ -70,7 +70,8 @@ def arguments(script=train_mnist, *argv):
 
 
 def load(script, *argv, train=True):
-    return common.load_split(arguments(script, *argv), train, script.synthetic)
+    images, load_test = common.load_dataset(arguments(script, *argv), script.synthetic)
+    return images if train else load_test()
 
 
 def test_mnist_files_are_read_as_they_are(mnist_dir):

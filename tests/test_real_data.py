@@ -36,7 +36,7 @@ def test_one_epoch_of_confignet_on_10000_images_beats_35_percent(tmp_path):
 @needs_cifar
 def test_cifar_10_has_its_own_mean_and_std():
     args = common.parse_arguments(train_cifar.build_parser(), ["--data-dir", str(DATA)])
-    images = common.load_split(args, True, train_cifar.synthetic)
+    images, _ = common.load_dataset(args, train_cifar.synthetic)
     mean, std = images.mean_and_std()
     assert len(images) == 50_000 and images.classes[0] == "airplane"
     assert mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)

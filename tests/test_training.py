@@ -224,9 +224,8 @@ def test_a_save_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypatc
 
 
 def test_a_run_never_reads_the_test_images_before_the_end_nor_with_no_test(monkeypatch):
-    reads = []
-    original = common.load_split
-    monkeypatch.setattr(common, "load_split", lambda args, train, _: reads.append(train) or original(args, train, _))
+    reads, synthetic = [], train_cifar.synthetic
+    monkeypatch.setattr(train_cifar, "synthetic", lambda train: reads.append(train) or synthetic(train))
     monkeypatch.setattr(
         common, "train_epoch", lambda *a, original=common.train_epoch: reads.append("train") or original(*a)
     )
@@ -258,7 +257,7 @@ def test_resume_refuses_other_data_another_flag_and_a_file_that_is_no_checkpoint
     with common.locked(directory / ".lock"), pytest.raises(common.RunError, match="in use"):
         run(train_cifar, "--resume", directory)
     (directory / "last.pt").write_bytes((directory / "last.pt").read_bytes()[:1000])
-    with pytest.raises(common.RunError, match=r"last\.pt is not a checkpoint"):
+    with pytest.raises(common.RunError, match=r"last\.pt is damaged, or is not a checkpoint"):
         run(train_cifar, "--resume", directory)
 
 
@@ -267,9 +266,9 @@ def test_a_checkpoint_that_would_run_code_is_not_executed(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    torch.save({"epoch": Bomb()}, tmp_path / "last.pt")
+    common.save_checkpoint(tmp_path / "last.pt", {"epoch": Bomb()})
     with pytest.raises(common.RunError, match="not a checkpoint"):
-        common.Run(tmp_path, {"seconds": 0.0}).load("last.pt")
+        common.load_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "executed").exists()
 
 
