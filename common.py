@@ -323,9 +323,9 @@ def command_line(main):
         return fail(1, f"{str(error).splitlines()[0]}; try a smaller --batch-size or model")
     except KeyboardInterrupt:
         return fail(130, "interrupted")
-    if record["status"] == "diverged":
+    if record.get("status") == "diverged":
         return fail(1, f"{record['error']}; try a lower --lr. The epochs before are in {record['directory']}")
-    if record["status"] == "interrupted":
+    if record.get("status") == "interrupted":
         hint = f"continue with: python {program} --resume {record['directory']}"
         return fail(128 + signal.Signals[record["error"]], f"interrupted by {record['error']}; {hint}")
     return 0
@@ -772,10 +772,16 @@ class Dropout(nn.Dropout):
 
 
 def dense(image_shape, classes, l1=128, d1=0.5):
-    """A dense net: one hidden layer of `l1` units with dropout `d1`."""
+    """A dense net: one hidden layer of `l1` units with dropout `d1`, over standardised images.
+
+    Without the standardisation, which has no parameters, the hundreds of pixels that are black in every digit come in
+    as -1: they all act as the bias does, and every step moves the hidden units by hundreds of times the learning rate.
+    """
+    pixels = math.prod(image_shape)
     return nn.Sequential(
-        nn.Flatten(), nn.Linear(math.prod(image_shape), l1), nn.ReLU(), Dropout(d1), nn.Linear(l1, classes)
-    )
+        nn.Flatten(), nn.LayerNorm(pixels, elementwise_affine=False),
+        nn.Linear(pixels, l1), nn.ReLU(), Dropout(d1), nn.Linear(l1, classes),
+    )  # fmt: skip
 
 
 def cnn(image_shape, classes, c1=32, c2=64, l1=512):
