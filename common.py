@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import difflib
 import hashlib
+import importlib.metadata
 import inspect
 import io
 import json
@@ -1065,7 +1066,6 @@ def utc_now():
 
 def environment(device, precision):
     """Where and with what a run is computed: the part of run.json that a continuation writes anew."""
-    import torchvision
 
     def git(*command):
         here = Path(__file__).resolve().parent
@@ -1079,7 +1079,9 @@ def environment(device, precision):
         }
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         state = None
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision.__version__}
+    # Not by importing it: that takes a second, and a run on synthetic images does without it.
+    torchvision = importlib.metadata.version("torchvision")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "torchvision": torchvision}
     return {
         "device": device.type, "precision": precision, "versions": versions, "host": platform.node(), "git": state,
     }  # fmt: skip

@@ -169,7 +169,19 @@ def test_a_run_interrupted_before_its_first_epoch_ended_continues(monkeypatch):
 
 
 def test_early_stopping_ends_the_run_and_the_best_epoch_is_reported():
-    argv = ["--dataset", "synthetic", "--epochs", 30, "--tolerance", 2, "--lr", 0.03, "--quiet"]
+    argv = [
+        "--dataset",
+        "synthetic",
+        "--epochs",
+        30,
+        "--tolerance",
+        2,
+        "--lr",
+        0.03,
+        "--schedule",
+        "constant",
+        "--quiet",
+    ]
     directory, record, rows = run(train_mnist, *argv, "--model", "dense")
     assert record["status"] == "stopped_early" and len(rows) == record["epochs"] < 30
     losses = [row["val_loss"] for row in rows]
