@@ -777,9 +777,10 @@ def run_export(args, screen):
         raise RunError(f"--export {args.export} needs more packages: pip install {' '.join(missing)}")
     trained = load_trained(args.runs[0], torch.device("cpu"))
     model = WithPreprocessing(trained).eval()
-    random = common.generator_for("export")
     shape = trained.blueprint["image_shape"]
-    images = torch.randint(256, (5, *shape), generator=random, dtype=torch.uint8)
+    # Noise of rising contrast: at full contrast alone a model can be so sure of itself that nothing is compared.
+    noise = torch.rand(5, *shape, generator=common.generator_for("export"))
+    images = (noise * torch.linspace(0, 255, 5).view(-1, 1, 1, 1)).byte()
     batch = torch.export.Dim("batch", min=1)
     program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     content, exported = convert(program, trained.blueprint["classes"])
