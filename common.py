@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import ctypes
 import difflib
+import functools
 import hashlib
 import importlib.metadata
 import inspect
@@ -166,6 +167,7 @@ def add_options(parser, datasets):
     flag("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where the run's directory is made")
     flag("--run-name", type=run_name, metavar="NAME", help="name of the new directory (script-time-four characters)")
     flag("--resume", type=Path, metavar="RUN", help="continue the run in this directory; --epochs may be raised")
+    flag("--stop-after", type=count, metavar="N", help="leave after epoch N, to be continued with --resume")
     flag("--test", action=switch, default=True, help="read the test set, once, at the end")
     flag("--quiet", action="store_true", help="print only errors")
     flag("--wandb", choices=("disabled", "offline", "online"), default="disabled", help="log to Weights & Biases too")
@@ -173,7 +175,17 @@ def add_options(parser, datasets):
 
 
 # What may differ when a run continues: where it runs and how it reports, and how long, never what it computes.
-CHANGEABLE_ON_RESUME = {"resume", "epochs", "data_dir", "data_url", "device", "quiet", "wandb", "wandb_project"}
+CHANGEABLE_ON_RESUME = {
+    "resume",
+    "epochs",
+    "stop_after",
+    "data_dir",
+    "data_url",
+    "device",
+    "quiet",
+    "wandb",
+    "wandb_project",
+}
 
 
 def parse_arguments(parser, argv=None):
@@ -206,7 +218,7 @@ def resumed_arguments(args, given):
     if recorded.script != args.script:
         raise UsageError(f"--resume {args.resume}: that run was made by {recorded.script}.py")
     # What `auto` meant then, so that another machine does not go on in another arithmetic.
-    resolved = {"device": record["device"], "precision": record["precision"], "quiet": False}
+    resolved = {"device": record["device"], "precision": record["precision"], "quiet": False, "stop_after": None}
     args = argparse.Namespace(**{**vars(args), **vars(recorded), **resolved, **given})
     if args.epochs < record["epochs"]:
         raise UsageError(f"--epochs {args.epochs}: the run already has {record['epochs']} epochs")
@@ -311,12 +323,17 @@ def command_line(main):
         raise SystemExit(128 + signum)
 
     signal.signal(signal.SIGTERM, terminate)
+    if sys.stdout is not None:
+        # The name of a class or a file may have characters that the terminal's encoding lacks.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         record = main(sys.argv[1:])
     except UsageError as error:
         return fail(2, error)
     except (RunError, OSError, MemoryError) as error:
         return fail(1, error)
+    except ModuleNotFoundError as error:
+        return fail(1, f"the package {error.name} is missing: pip install {error.name}")
     except RuntimeError as error:
         # What each backend says when it has no more memory has no type in common.
         if not re.search(r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE):
@@ -326,7 +343,7 @@ def command_line(main):
         return fail(130, "interrupted")
     if record.get("status") == "diverged":
         return fail(1, f"{record['error']}; try a lower --lr. The epochs before are in {record['directory']}")
-    if record.get("status") == "interrupted":
+    if record.get("status") == "interrupted" and record["error"]:
         hint = f"continue with: python {program} --resume {record['directory']}"
         return fail(128 + signal.Signals[record["error"]], f"interrupted by {record['error']}; {hint}")
     return 0
@@ -352,7 +369,8 @@ class Screen:
         self.quiet = quiet
         self.bars = not quiet and sys.stderr is not None and sys.stderr.isatty()
 
-    def say(self, line):
+    def say(self, line, result=False):
+        """Print a line. OSError only where it is the `result` of the program, and not because a reader went away."""
         if self.quiet:
             return
         try:
@@ -362,8 +380,11 @@ class Screen:
             self.quiet = True
             with open(os.devnull, "w") as devnull:
                 os.dup2(devnull.fileno(), sys.stdout.fileno())
-            if not isinstance(error, BrokenPipeError):
-                print(f"standard output failed ({error.strerror}): going on without it", file=sys.stderr)
+            if isinstance(error, BrokenPipeError):
+                return
+            if result:
+                raise
+            print(f"standard output failed ({error.strerror}): going on without it", file=sys.stderr)
 
     def bar(self, total, description):
         return tqdm(total=total, desc=description, unit="batch", leave=False, disable=not self.bars)
@@ -403,6 +424,7 @@ class ImageSet:
         images = self.images.to(device).contiguous(memory_format=torch.channels_last)
         return ImageSet(images, self.labels.to(device), self.classes)
 
+    @functools.cached_property
     def checksum(self):
         """SHA-256 of images and labels."""
         digest = hashlib.sha256(self.images.contiguous().numpy())
@@ -432,12 +454,19 @@ def stratified_sample(labels, size, generator):
     return torch.cat([order[labels[order] == c][:n] for c, n in enumerate(take.tolist())]).sort().values
 
 
+# A process that trains many times sets this to a dictionary, and every dataset is loaded once.
+loaded_datasets = None
+
+
 def load_dataset(args, synthetic):
     """The training images of --dataset as an `ImageSet`, and a function that gives the test images likewise.
 
     `synthetic(train)` draws those of that name. RunError says what is missing or damaged, in the test images too
     as far as that can be seen without reading them, so that nobody learns of it after hours of training.
     """
+    key = (args.script, args.dataset, args.data_dir.absolute(), args.image_size)
+    if loaded_datasets and key in loaded_datasets:
+        return loaded_datasets[key]
     if args.dataset == "synthetic":
         load = synthetic
     elif args.dataset in TORCHVISION_DATASETS:
@@ -453,7 +482,10 @@ def load_dataset(args, synthetic):
             raise RunError(f"{args.dataset}: a label is outside 0..{len(image_set.classes) - 1}; the files are damaged")
         return image_set
 
-    return checked(True), lambda: checked(False)
+    parts = checked(True), lambda: checked(False)
+    if loaded_datasets is not None:
+        loaded_datasets[key] = parts
+    return parts
 
 
 def image_shape(args):
@@ -512,16 +544,16 @@ def find_torchvision(args):
         download(dataset_class, target, args)
     for path, md5 in dataset_files(dataset_class, args.data_dir):
         if not path.is_file():
-            raise RunError(f"{path} is missing; remove {target} and run again to download it anew")
+            raise RunError(f"{path} is missing; remove {target}, and the next training downloads it anew")
         if not is_whole(path, md5):
-            raise RunError(f"{path} is damaged; remove {target} and run again to download it anew")
+            raise RunError(f"{path} is damaged; remove {target}, and the next training downloads it anew")
 
     def load(train):
         try:
             dataset = dataset_class(args.data_dir, train=train)
             images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
         except (RuntimeError, ValueError, KeyError, EOFError, AssertionError) as error:
-            raise RunError(f"{target} cannot be read ({error}); remove it and run again to download it anew") from error
+            raise RunError(f"{target} cannot be read ({error}); remove it, and training downloads it anew") from error
         images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
         return ImageSet(images.contiguous(), labels.long(), [str(c) for c in dataset.classes])
 
@@ -605,9 +637,18 @@ def read_image(path, shape):
     channels, height, width = shape
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255
+                image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
+            if image.mode in ("I", "F"):
+                raise RunError(f"{path} has 32 bits a pixel, of no known range; save it with 8 or 16")
+            image = image.convert("L" if channels == 1 else "RGB")
             pixels = image.resize((width, height), Image.Resampling.BILINEAR).tobytes()
+    except RunError:
+        raise
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        if isinstance(error, OSError) and error.errno:
+            raise RunError(f"{path}: {error.strerror}") from error
         raise RunError(f"{path} is not a readable image ({type(error).__name__}); remove or replace it") from error
     return torch.frombuffer(bytearray(pixels), dtype=torch.uint8).view(height, width, channels).permute(2, 0, 1)
 
@@ -1060,6 +1101,18 @@ def locked(path, wait=False):
         yield
 
 
+def is_locked(path):
+    """Whether another process holds the lock on the file `path`; nothing is written."""
+    if not fcntl or not path.exists():
+        return False
+    with open(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def utc_now():
     return datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
@@ -1221,7 +1274,7 @@ EVALUATION_BATCH = 1000
 
 
 def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen, log_row):
-    """Train `model` until --epochs or early stopping, and leave it with the weights of its best epoch.
+    """Train `model` until --epochs, --stop-after or early stopping, and leave it with the weights of its best epoch.
 
     After each epoch `run` holds best.pt, log.jsonl, run.json and last.pt, written in that order: last.pt, from
     which a run continues, is never ahead of the others. Every random number of epoch k follows from --seed and k,
@@ -1281,7 +1334,8 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
         run.write_log()
         save_last(0)
 
-    for epoch in range(done + 1, args.epochs + 1):
+    last = min(args.epochs, args.stop_after or args.epochs)
+    for epoch in range(done + 1, last + 1):
         if early_stopping.should_stop:
             break
         started = time.perf_counter()
@@ -1311,7 +1365,9 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
         )
         stop.check()
     model.load_state_dict(early_stopping.best_weights)
-    return "stopped_early" if early_stopping.should_stop else "finished"
+    if early_stopping.should_stop:
+        return "stopped_early"
+    return "finished" if run.record["epochs"] == args.epochs else "interrupted"
 
 
 def autocast_to(device, precision):
@@ -1335,7 +1391,7 @@ def run_job(args, synthetic):
         keep_freed_memory()
 
     images, load_test = load_dataset(args, synthetic)
-    checksum, classes, channels = images.checksum(), images.classes, images.images.shape[1]
+    checksum, classes, channels = images.checksum, images.classes, images.images.shape[1]
     train_set, val_set = split_off_validation(args, images, load_test)
     del images
     mean, std = ([0.5] * channels, [0.5] * channels) if args.normalize == "half" else train_set.mean_and_std()
@@ -1353,6 +1409,7 @@ def run_job(args, synthetic):
         data = {
             "name": args.dataset, "train": len(train_set), "val": len(val_set), "test": None,
             "selection": "validation split" if args.val_size else "test set", "checksum": checksum,
+            "test_checksum": None,
         }  # fmt: skip
         parameters = sum(p.numel() for p in model.parameters())
         run = Run.create(args, {**surroundings, "data": data, "parameters": parameters})
@@ -1369,7 +1426,8 @@ def run_job(args, synthetic):
             ended = record["status"].replace("_", " ")
             screen.say(f"{directory}: {ended} after {record['epochs']} epochs, nothing to do")
             return {**record, "directory": str(directory)}
-        record["args"]["epochs"], record["data"]["test"] = args.epochs, None
+        record["args"]["epochs"] = args.epochs
+        record["data"].update(test=None, test_checksum=None)
         run.write_record(**surroundings, status="running", error=None, ended=None, test=None)
         screen.say(
             f"{record['name']}: {args.model}, {record['parameters']:,} parameters; {args.dataset}, "
@@ -1381,11 +1439,12 @@ def run_job(args, synthetic):
         try:
             with weights_and_biases(args, run) as log_row:
                 status = fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen, log_row)
-                if args.test:
-                    test_set = load_test().to(device) if args.val_size else val_set
+                if args.test and status != "interrupted":
+                    test_set = load_test()
+                    test_sum, test_set = test_set.checksum, test_set.to(device)
                     batches, totals = Loader(test_set, EVALUATION_BATCH, mean, std).batches(), Totals(device)
                     evaluate_epoch(model, stop.watch(batches), autocast_to(device, precision), totals)
-                    record["data"]["test"] = len(test_set)
+                    record["data"].update(test=len(test_set), test_checksum=test_sum)
                     record["test"] = {"loss": totals.loss, "acc": totals.accuracy}
         except Interrupted as interruption:
             status, error = "interrupted", str(interruption)

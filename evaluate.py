@@ -15,7 +15,6 @@ import importlib.util
 import io
 import json
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,7 @@ def build_parser():
     flag("--tta", choices=tuple(TTA), help="test-time augmentation, reported beside the plain figures")
 
     flag = parser.add_argument_group("what comes out").add_argument
-    flag("--out", type=Path, metavar="DIR", help="where the files go (the run directory; for a comparison its parent)")
+    flag("--out", type=Path, metavar="DIR", help="where the files go (the run directory; of a comparison its parent)")
     table = parser.add_mutually_exclusive_group().add_argument
     table("--csv", action="store_true", help="print the table as CSV: the classes, or the runs compared")
     table("--json", action="store_true", help="print JSON: metrics.json, the runs compared, or a line a prediction")
@@ -80,6 +79,8 @@ def parse_arguments(argv=None):
     """`argv` to a Namespace with its `mode`, a key of MODE_FLAGS. Exits with 2 on a bad argument."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if len(args.runs) > 1:  # `runs/*` also names what is no run: a comparison's own picture
+        args.runs = [path for path in args.runs if not path.is_file()] or args.runs
     modes = [mode for mode in ("predict", "export") if getattr(args, mode)]
     if len(modes) == 2:
         parser.error("--predict and --export: one at a time")
@@ -116,20 +117,25 @@ class Trained:
 def load_trained(directory, device):
     """The best model of a run, in evaluation mode. RunError where there is none, or the run is still going."""
     record = common.read_record(directory)
-    if record["status"] == "running":
-        # A run that was killed says so too, but holds no lock any more.
-        try:
-            with common.locked(directory / ".lock"):
-                pass
-        except RunError:
-            raise RunError(f"{directory} is still being trained; evaluate it when it has ended") from None
+    if status_of(directory, record) == "running":
+        raise RunError(f"{directory} is still being trained; evaluate it when it has ended")
     blueprint = common.load_checkpoint(directory / "best.pt")
     try:
         model = common.build_model(blueprint)
         model.load_state_dict(blueprint.pop("weights"))
-    except (KeyError, TypeError, RuntimeError, UsageError) as error:
+        missing = {"mean", "std", "epoch", "val_loss", "val_acc"} - blueprint.keys()
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
         raise RunError(f"{directory}/best.pt does not fit this version of the scripts ({error})") from error
+    if missing:
+        raise RunError(f"{directory}/best.pt does not fit this version of the scripts (no {', '.join(missing)})")
     return Trained(directory, record, blueprint, model.to(device).eval())
+
+
+def status_of(directory, record):
+    """The status of a run; `killed` for one that was `running` when its process died, which holds no lock now."""
+    if record["status"] == "running" and not common.is_locked(directory / ".lock"):
+        return "killed"
+    return record["status"]
 
 
 def load_images(trained, split, data_dir):
@@ -141,17 +147,23 @@ def load_images(trained, split, data_dir):
         args.data_dir = data_dir or args.data_dir
         place = args.data_dir / common.TORCHVISION_DATASETS[args.dataset][1]
     else:
-        place = None if args.dataset == "synthetic" else (data_dir or Path(args.dataset))
+        place = None if args.dataset == "synthetic" else (data_dir or Path(args.dataset)).absolute()
         args.dataset = str(place or args.dataset)
+    if data_dir and not place:
+        raise UsageError("--data-dir: synthetic images are drawn, and lie nowhere")
     if place and not place.exists():
         raise RunError(f"the images of {trained.directory} are not in {place}; say where with --data-dir DIR")
     if args.script not in ("train_mnist", "train_cifar"):
         raise RunError(f"{trained.directory} was made by {args.script}.py, whose data this script does not know")
     images, load_test = common.load_dataset(args, importlib.import_module(args.script).synthetic)
-    if images.checksum() != trained.record["data"]["checksum"]:
+    data = trained.record["data"]
+    if images.checksum != data["checksum"] or images.classes != trained.blueprint["classes"]:
         raise RunError(f"{place or args.dataset} is not what {trained.directory} was trained on: the checksums differ")
     if split == "test":
-        return load_test()
+        test_set = load_test()
+        if data.get("test_checksum") not in (None, test_set.checksum):
+            raise RunError(f"{place or args.dataset} has other test images than {trained.directory} was tested on")
+        return test_set
     train_set, val_set = common.split_off_validation(args, images, load_test)
     return val_set if split == "val" else train_set
 
@@ -229,10 +241,15 @@ def calibration(confidence, correct):
     return bins, error
 
 
+def answers(logits):
+    """The probability and the index of the predicted class, each [N], of `logits` [N, K]."""
+    return logits.double().softmax(1).max(1)
+
+
 def measure(logits, labels, names):
     """All metrics, as in metrics.json, of `logits` [N, K] for the true `labels` [N] of the classes `names`."""
     log_probabilities = logits.double().log_softmax(1)
-    confidence, predicted = log_probabilities.exp().max(1)
+    confidence, predicted = answers(logits)
     correct, count, classes = predicted == labels, len(labels), len(names)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
     rows = class_metrics(confusion, names)
@@ -286,10 +303,11 @@ def new_figure(width, height, title, layout="constrained"):
     return figure
 
 
-def save_figure(figure, path):
+def render(figure):
+    """A figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
-    common.write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def colormap(name, missing="lightgrey"):
@@ -322,8 +340,9 @@ def draw_curves(trained, rows):
     """Loss and accuracy of training and validation, epoch by epoch."""
     record = trained.record
     figure = new_figure(11, 4.2, f"{record['name']}: {record['args']['model']} on {record['data']['name']}")
-    selection = "validation" if record["args"]["val_size"] else "test set, used for validation"
-    epochs, best = [row["epoch"] for row in rows], record["best"]
+    selection = record["data"]["selection"]
+    # The blueprint's figures, not the record's: they are of the weights, also where a run was killed between the two.
+    epochs, best = [row["epoch"] for row in rows], trained.blueprint
     for axis, name in zip(curves_axes(figure), ("loss", "acc"), strict=True):
         for part, label, style in (("train", "training", "--"), ("val", selection, "-")):
             colour = ORANGE if part == "train" else BLUE
@@ -347,7 +366,7 @@ def draw_per_class(metrics, title):
     errors += [[max(0, high - s) for s, (_, high) in zip(shares, intervals, strict=True)]]
     axis.barh(places, shares, xerr=errors, color=BLUE, error_kw={"elinewidth": 1, "capsize": 2})
     axis.axvline(metrics["accuracy"], color="black", linestyle="--", label=f"all images: {metrics['accuracy']:.2%}")
-    labels = [f"{row['name']}  {row['accuracy']:.1%}" for row in rows]
+    labels = [f"{shorten(row['name'], 24)}  {row['accuracy']:.1%}" for row in rows]
     axis.set_yticks(places, labels, fontsize=10 if len(rows) <= 30 else 8)
     axis.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
     percent_axis(axis.xaxis)
@@ -360,9 +379,11 @@ def draw_confusion(metrics, title):
     from matplotlib.colors import PowerNorm
 
     counts = torch.tensor(metrics["confusion_matrix"], dtype=torch.float64)
-    names = [row["name"] for row in metrics["classes"]]
+    names = [shorten(row["name"], 24) for row in metrics["classes"]]
     annotated = len(names) <= ANNOTATED_CLASSES
-    side = len(names) * (0.46 if annotated else 0.13)
+    side = min(len(names) * (0.46 if annotated else 0.13), 20)
+    # Of more than 150 classes the names would run into one another.
+    labelled = range(0, len(names), math.ceil(len(names) / 150))
     figure = new_figure(3 * (side + 2.4), side + 2.2, title)
     panels = (
         ("counts", counts, "images"),
@@ -377,8 +398,8 @@ def draw_confusion(metrics, title):
         )
         figure.colorbar(shown, ax=axis, label=unit, fraction=0.046)
         size = 9 if annotated else 6
-        axis.set_xticks(range(len(names)), names, rotation=90, fontsize=size)
-        axis.set_yticks(range(len(names)), names, fontsize=size)
+        axis.set_xticks(labelled, [names[index] for index in labelled], rotation=90, fontsize=size)
+        axis.set_yticks(labelled, [names[index] for index in labelled], fontsize=size)
         axis.set(title=heading, xlabel="predicted class", ylabel="actual class")
         for row, column in (values == values).nonzero().tolist() if annotated else ():
             value = float(values[row, column])
@@ -393,7 +414,7 @@ def draw_image(axis, pixels):
     axis.imshow(pixels.permute(1, 2, 0).squeeze(2).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
 
 
-def draw_images(image_set, chosen, predicted, confidence, title):
+def draw_images(image_set, predicted, confidence, chosen, title):
     """The images at the indices `chosen`, as they were before normalisation, with true and predicted class."""
     columns = 8
     rows = max(1, math.ceil(len(chosen) / columns))
@@ -527,7 +548,7 @@ def draw_comparison(rows):
     axes = curves_axes(figure)
     colours = [BLUE, ORANGE, "#009E73", "#CC79A7", "black"]
     for place, row in enumerate(rows):
-        history = common.read_log(Path(row["run"]))
+        history = common.read_log(Path(row["run"])) if row["epochs"] else []
         look = {"color": "lightgrey", "linewidth": 1, "zorder": 1}
         if place < 10:
             look = {"color": colours[place % 5], "linestyle": "-" if place < 5 else "--", "label": row["run"]}
@@ -548,8 +569,10 @@ def run_evaluate(args, screen):
     device, _ = common.choose_device(args)
     trained = load_trained(args.runs[0], device)
     name, convolution = find_convolution(trained.model, args.layer)
-    if args.channel is not None and args.channel >= (convolution.weight.shape[1] if convolution else 0):
-        raise UsageError(f"--channel {args.channel}: layer {name} has {convolution and convolution.weight.shape[1]}")
+    if not convolution and (args.channel is not None or args.all_kernels):
+        raise UsageError("--channel and --all-kernels: this model has no convolution")
+    if args.channel is not None and args.channel >= convolution.weight.shape[1]:
+        raise UsageError(f"--channel {args.channel}: layer {name} has {convolution.weight.shape[1]}, from 0")
     rows = common.read_log(trained.directory)
     image_set = load_images(trained, args.split, args.data_dir)
     if args.image >= len(image_set):
@@ -558,6 +581,7 @@ def run_evaluate(args, screen):
     on_device, labels, names = image_set.to(device), image_set.labels, image_set.classes
     batches = lambda: trained.loader(on_device, args.batch_size).batches()  # noqa: E731
     logits = predict(trained.model, batches())
+    confidence, predicted = answers(logits)
     metrics = measure(logits, labels, names)
     about = {"run": trained.record["name"], "dataset": trained.record["data"]["name"], "split": args.split}
     metrics = {**about, "epoch": trained.blueprint["epoch"], **metrics}
@@ -568,40 +592,41 @@ def run_evaluate(args, screen):
             **{key: augmented[key] for key in ("loss", "accuracy", "accuracy_interval")},
         }
 
-    confidence, predicted = logits.double().softmax(1).max(1)
-    title = "{run}: {split} split of {dataset}, {images:,} images, epoch {epoch}".format(**metrics)
+    about["dataset"] = shorten(about["dataset"], 30)
+    title = "{run}\n{split} split of {dataset}, {images:,} images, epoch {epoch}".format(**{**metrics, **about})
     sample = torch.randperm(len(labels), generator=common.generator_for("predictions"))[:40].tolist()
     wrong = (predicted != labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40].tolist()
-    drawn = (image_set, predicted.tolist(), confidence.tolist())
+    answered = (image_set, predicted.tolist(), confidence.tolist())
     figures = {
         "curves": draw_curves(trained, rows),
         "per_class": draw_per_class(metrics, title),
         "confusion": draw_confusion(metrics, title),
-        "predictions": draw_images(drawn[0], sample, *drawn[1:], f"{title}\na random sample: true class, confidence"),
-        "mistakes": draw_images(drawn[0], worst, *drawn[1:], f"{title}\nthe most confident mistakes"),
+        "predictions": draw_images(*answered, sample, f"{title}; a random sample: true class and confidence"),
+        "mistakes": draw_images(*answered, worst, f"{title}; the most confident mistakes"),
         "calibration": draw_calibration(metrics, title),
     }
     if convolution:
         figures["filters"] = draw_filters(name, convolution, args.channel, args.all_kernels)
         figures["activations"] = draw_activations(trained, name, convolution, image_set, args.image)
+    text = json.dumps(metrics, indent=2)
+    files = {f"{file}.png": render(figure) for file, figure in figures.items()}
+    files["metrics.json"] = f"{text}\n".encode()
     out = args.out or trained.directory
     out.mkdir(parents=True, exist_ok=True)
-    for file, figure in figures.items():
-        save_figure(figure, out / f"{file}.png")
-    text = json.dumps(metrics, indent=2)
-    common.write_atomically(out / "metrics.json", f"{text}\n".encode())
+    for file, content in files.items():
+        common.write_atomically(out / file, content)
 
     if args.json:
-        screen.say(text)
+        screen.say(text, result=True)
     elif args.csv:
-        screen.say(as_csv(metrics["classes"]))
+        screen.say(as_csv(metrics["classes"]), result=True)
     else:
-        if trained.record["status"] not in ("finished", "stopped_early"):
-            screen.say(f"{trained.directory}: {trained.record['status']} after {trained.record['epochs']} epochs")
+        status = status_of(trained.directory, trained.record)
+        if status not in ("finished", "stopped_early"):
+            screen.say(f"{trained.directory}: {status} after {trained.record['epochs']} epochs")
         screen.say(as_text(metrics, title))
-        made = ", ".join(f"{file}.png" for file in figures)
-        screen.say(f"{out}: metrics.json, {made}" + ("" if convolution else " (no convolution, so no filters.png)"))
+        screen.say(f"{out}: {', '.join(files)}" + ("" if convolution else " (no convolution, so no filters.png)"))
     return metrics
 
 
@@ -666,18 +691,18 @@ def run_compare(args, screen):
             "run": str(directory), "dataset": record["data"]["name"], "selection": record["data"]["selection"],
             "model": record["args"]["model"], "parameters": record["parameters"], "epochs": record["epochs"],
             "best_epoch": best.get("epoch"), "val_loss": best.get("val_loss"), "val_acc": best.get("val_acc"),
-            "test_acc": test.get("acc"), "seconds": record["seconds"], "status": record["status"],
+            "test_acc": test.get("acc"), "seconds": record["seconds"], "status": status_of(directory, record),
         })  # fmt: skip
     rows.sort(key=lambda row: math.inf if row["val_loss"] is None else row["val_loss"])
-    figure = draw_comparison(rows)
-    out = args.out or Path(os.path.commonpath([directory.absolute().parent for directory in args.runs]))
+    picture = render(draw_comparison(rows))
+    out = args.out or args.runs[0].parent
     out.mkdir(parents=True, exist_ok=True)
-    save_figure(figure, out / "compare.png")
+    common.write_atomically(out / "compare.png", picture)
 
     if args.json:
-        screen.say(json.dumps(rows, indent=2))
+        screen.say(json.dumps(rows, indent=2), result=True)
     elif args.csv:
-        screen.say(as_csv(rows))
+        screen.say(as_csv(rows), result=True)
     else:
 
         def text(value, form):
@@ -707,7 +732,7 @@ def run_predict(args, screen):
     for path in args.predict:
         inside = (file for file in sorted(path.rglob("*")) if file.is_file() and file.name[0] != ".")
         files += inside if path.is_dir() else [path]
-    classes, failed, answers = trained.blueprint["classes"], 0, []
+    classes, failed, predictions = trained.blueprint["classes"], 0, []
     for start in range(0, len(files), args.batch_size):
         pixels, read = [], []
         for file in files[start : start + args.batch_size]:
@@ -720,14 +745,15 @@ def run_predict(args, screen):
         if not read:
             continue
         image_set = common.ImageSet(torch.stack(pixels), torch.zeros(len(read), dtype=torch.long), classes).to(device)
-        probabilities = predict(trained.model, trained.loader(image_set, len(read)).batches()).double().softmax(1)
-        for file, probability, index in zip(read, *(part.tolist() for part in probabilities.max(1)), strict=True):
-            answers.append({"file": str(file), "class": classes[index], "probability": probability})
-            one = answers[-1]
-            screen.say(json.dumps(one) if args.json else f"{one['file']}\t{one['class']}\t{probability:.4f}")
+        best = answers(predict(trained.model, trained.loader(image_set, len(read)).batches()))
+        for file, probability, index in zip(read, *(part.tolist() for part in best), strict=True):
+            one = {"file": str(file), "class": classes[index], "probability": probability}
+            predictions.append(one)
+            text = json.dumps(one) if args.json else f"{one['file']}\t{one['class']}\t{probability:.4f}"
+            screen.say(text, result=True)
     if failed or not files:
         raise RunError(f"{failed} of {len(files)} files could not be read" if files else "no image files there")
-    return {"predictions": answers}
+    return {"predictions": predictions}
 
 
 class WithPreprocessing(nn.Module):
