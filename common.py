@@ -386,8 +386,8 @@ class Screen:
                 raise
             print(f"standard output failed ({error.strerror}): going on without it", file=sys.stderr)
 
-    def bar(self, total, description):
-        return tqdm(total=total, desc=description, unit="batch", leave=False, disable=not self.bars)
+    def bar(self, total, description, unit="batch", initial=0):
+        return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False, disable=not self.bars)
 
 
 def random_seed(*parts):
@@ -1140,6 +1140,19 @@ def environment(device, precision):
     }  # fmt: skip
 
 
+def make_directory(parent, name, prefix):
+    """Make parent/name, or with no name one of its own from `prefix` and the time. UsageError where it exists."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    while True:
+        directory = parent / (name or f"{prefix}-{stamp}-{secrets.token_hex(2)}")
+        try:
+            directory.mkdir(parents=True)
+            return directory
+        except FileExistsError:
+            if name:
+                raise UsageError(f"{directory} exists already") from None
+
+
 class Run:
     """A run directory: `record` is run.json, `history` the rows of log.jsonl; each save is whole or not at all."""
 
@@ -1151,23 +1164,14 @@ class Run:
     @classmethod
     def create(cls, args, record):
         """Make runs/<name>/, which must not exist, with a run.json of status `running`."""
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        while True:
-            name = args.run_name or f"{args.script}-{stamp}-{secrets.token_hex(2)}"
-            directory = args.runs_dir / name
-            try:
-                directory.mkdir(parents=True)
-                break
-            except FileExistsError:
-                if args.run_name:
-                    raise UsageError(f"--run-name {name}: {directory} exists already") from None
+        directory = make_directory(args.runs_dir, args.run_name, args.script)
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         for key in ("script", "argv", "resume"):
             del plain[key]
         record = {
-            "name": name, "script": args.script, "argv": args.argv, "args": plain, "status": "running", "error": None,
-            "started": utc_now(), "ended": None, "seconds": 0.0, "seed": args.seed, **record, "epochs": 0,
-            "best": None, "test": None,
+            "name": directory.name, "script": args.script, "argv": args.argv, "args": plain, "status": "running",
+            "error": None, "started": utc_now(), "ended": None, "seconds": 0.0, "seed": args.seed, **record,
+            "epochs": 0, "best": None, "test": None,
         }  # fmt: skip
         run = cls(directory, record)
         run.write_record()

@@ -560,6 +560,223 @@ def draw_comparison(rows):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Pictures of a sweep
+# ---------------------------------------------------------------------------------------------------
+
+
+def draw_sweep(sweep):
+    """The pictures of a sweep as {name: figure}; those that need results are left out where there are none."""
+    lines = [line for line in sweep.ended.values() if line["status"] in ("finished", "pruned")]
+    figures = {"history": draw_history(sweep), "curves": draw_trial_curves(sweep)}
+    if lines:
+        figures["parallel"] = draw_parallel(sweep, lines)
+        figures["slices"] = draw_slices(sweep, lines)
+    shares = parameter_importance(sweep, lines)
+    if shares:
+        figures["importance"] = draw_importance(sweep, shares)
+    return figures
+
+
+def best_first(sweep, lines):
+    return sorted(lines, key=lambda line: sweep.search.sign * line["metric"])
+
+
+def sweep_title(sweep, what):
+    return f"{sweep.directory.name}\n{what}"
+
+
+def place_on_axis(parameter, value):
+    """Where a value of a parameter lies on its axis, from 0 to 1."""
+    if parameter.values:
+        return parameter.values.index(value) / max(1, len(parameter.values) - 1)
+    low, high, value = (math.log(x) if parameter.log else x for x in (parameter.low, parameter.high, value))
+    return (value - low) / (high - low)
+
+
+def axis_ticks(parameter):
+    """(place, label) of the ticks of a parameter: all values, or some between the bounds, as the scale is divided."""
+    if parameter.values:
+        return [(place_on_axis(parameter, value), str(value)) for value in parameter.values]
+    if parameter.log:
+        exponents = range(
+            math.ceil(math.log10(parameter.low) - 1e-9), math.floor(math.log10(parameter.high) + 1e-9) + 1
+        )
+        marks = {parameter.low, parameter.high, *(10.0**exponent for exponent in exponents)}
+    else:
+        marks = {parameter.low + share * (parameter.high - parameter.low) / 4 for share in range(5)}
+    return [(place_on_axis(parameter, mark), f"{mark:.3g}") for mark in sorted(marks)]
+
+
+def draw_parallel(sweep, lines):
+    """Parallel coordinates: a line a trial, through its parameters to its metric, which gives the colour."""
+    import matplotlib
+    from matplotlib.colors import Normalize
+
+    search, ordered = sweep.search, best_first(sweep, lines)
+    values = [line["metric"] for line in lines]
+    low, high = min(values), max(values)
+    scale = Normalize(low, high if high > low else low + 1)
+    colours = matplotlib.colormaps["viridis" if search.sign < 0 else "viridis_r"]
+    figure = new_figure(3 + 2 * len(search.space), 5.5, sweep_title(sweep, f"{len(lines)} trials; the best is thick"))
+    axis = figure.subplots()
+    for line in reversed(ordered):
+        places = [place_on_axis(parameter, line["params"][parameter.name]) for parameter in search.space]
+        look = {"linewidth": 4, "zorder": 3} if line is ordered[0] else {"linewidth": 1.2, "alpha": 0.8}
+        axis.plot([*places, scale(line["metric"])], color=colours(scale(line["metric"])), **look)
+    for index, parameter in enumerate(search.space):
+        axis.axvline(index, color="black", linewidth=1)
+        for place, label in axis_ticks(parameter):
+            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
+            axis.annotate(label, (index, place), (4, 0), textcoords="offset points", va="center", fontsize=9, bbox=box)
+    last = len(search.space)
+    names = [f"{p.name} (log)" if p.log else p.name for p in search.space]
+    axis.set(
+        xticks=range(last + 1), xticklabels=[*names, search.metric], yticks=[], xlim=(-0.15, last), ylim=(-0.05, 1.05)
+    )
+    for side in ("top", "bottom", "left", "right"):
+        axis.spines[side].set_visible(False)
+    figure.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=axis, label=search.metric, pad=0)
+    return figure
+
+
+def parameter_importance(sweep, lines):
+    """Share of each parameter in what sets good trials apart, by PED-ANOVA; {} where there is too little to say.
+
+    S. Watanabe et al., "PED-ANOVA: efficiently quantifying hyperparameter importance in arbitrary subspaces" (2023).
+    """
+    varied = [p for p in sweep.search.space if len({str(line["params"][p.name]) for line in lines}) > 1]
+    if len(varied) < 2 or len(lines) < 8 or not importlib.util.find_spec("optuna"):
+        return {}
+    import optuna
+
+    import sweep as sweeps
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction=sweeps.METRICS[sweep.search.metric])
+    distributions = {p.name: sweeps.optuna_distribution(p) for p in varied}
+    for line in lines:
+        params = {p.name: line["params"][p.name] for p in varied}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=line["metric"]))
+    # The quarter of the best against all: the default tenth is a trial or two of a small search.
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25, region_quantile=1.0)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def draw_importance(sweep, shares):
+    rows = sorted(shares.items(), key=lambda row: row[1])
+    figure = new_figure(7, 1.8 + 0.45 * len(rows), sweep_title(sweep, "importance of each parameter (PED-ANOVA)"))
+    axis = figure.subplots()
+    bars = axis.barh([name for name, _ in rows], [share for _, share in rows], color=BLUE)
+    axis.bar_label(bars, [f" {share:.0%}" for _, share in rows])
+    axis.set(xlabel="share", xlim=(0, 1.1))
+    percent_axis(axis.xaxis)
+    return figure
+
+
+def draw_history(sweep):
+    """The metric of every trial in the order in which they ended, and the best so far."""
+    search = sweep.search
+    figure = new_figure(8, 4.5, sweep_title(sweep, "trial by trial"))
+    axis = figure.subplots()
+    lines = [(place, line) for place, line in enumerate(sweep.ended.values(), 1)]
+    for status, marker, colour in (("finished", "o", BLUE), ("pruned", "x", "grey")):
+        shown = [(place, line["metric"]) for place, line in lines if line["status"] == status]
+        if shown:
+            axis.plot(*zip(*shown, strict=True), marker, color=colour, label=status)
+    best, steps = None, []
+    for place, line in lines:
+        if line["status"] == "finished" and (best is None or search.sign * line["metric"] < search.sign * best):
+            best = line["metric"]
+        if best is not None:
+            steps.append((place, best))
+    if steps:
+        axis.step(*zip(*steps, strict=True), where="post", color=ORANGE, label="best so far")
+    for place, line in lines:
+        if line["status"] in ("failed", "diverged"):
+            axis.axvline(place, color="black", linestyle=":", alpha=0.5)
+            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "rotation": 90, "va": "top"}
+            axis.annotate(line["status"], (place, 1), (2, -4), fontsize=8, **where)
+    axis.set(xlabel="trials ended", ylabel=search.metric)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()
+    return figure
+
+
+def draw_slices(sweep, lines):
+    """The metric against each parameter; a grid of two as a heatmap."""
+    search = sweep.search
+    if search.method == "grid" and len(search.space) == 2:
+        return draw_grid_of_two(sweep, lines)
+    columns = min(3, len(search.space))
+    rows = math.ceil(len(search.space) / columns)
+    figure = new_figure(4 * columns + 0.5, 3.4 * rows + 0.6, sweep_title(sweep, "the metric against each parameter"))
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    winner = best_first(sweep, lines)[0]
+    for axis, parameter in zip(axes, search.space, strict=False):
+        for line in lines:
+            place = place_on_axis(parameter, line["params"][parameter.name])
+            marker = "x" if line["status"] == "pruned" else "o"
+            axis.plot(place, line["metric"], marker, color="grey" if marker == "x" else BLUE, alpha=0.7)
+        best = place_on_axis(parameter, winner["params"][parameter.name])
+        axis.plot(best, winner["metric"], "*", color=ORANGE, markersize=14)
+        places, labels = zip(*axis_ticks(parameter), strict=True)
+        axis.set(xlabel=f"{parameter.name} (log)" if parameter.log else parameter.name, xlim=(-0.08, 1.08))
+        axis.set_xticks(places, labels)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(search.space) :]:
+        axis.set_axis_off()
+    for axis in axes[::columns]:
+        axis.set_ylabel(search.metric)
+    return figure
+
+
+def draw_grid_of_two(sweep, lines):
+    down, across = sweep.search.space
+    cells = torch.full((len(down.grid()), len(across.grid())), math.nan)
+    for line in lines:
+        cells[down.grid().index(line["params"][down.name]), across.grid().index(line["params"][across.name])] = line[
+            "metric"
+        ]
+    figure = new_figure(2.5 + cells.shape[1], 2 + 0.7 * cells.shape[0], sweep_title(sweep, sweep.search.metric))
+    axis = figure.subplots()
+    shown = axis.imshow(
+        cells.numpy(), cmap=colormap("viridis" if sweep.search.sign < 0 else "viridis_r"), aspect="auto"
+    )
+    figure.colorbar(shown, ax=axis, label=sweep.search.metric)
+    for row, column in (~cells.isnan()).nonzero().tolist():
+        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 2}
+        axis.text(column, row, f"{cells[row, column]:.4f}", ha="center", va="center", bbox=box)
+    axis.set_xticks(range(cells.shape[1]), map(str, across.grid()))
+    axis.set_yticks(range(cells.shape[0]), map(str, down.grid()))
+    axis.set(xlabel=across.name, ylabel=down.name)
+    return figure
+
+
+def draw_trial_curves(sweep):
+    """Validation loss and accuracy of all trials, epoch by epoch; the end of a pruned or diverged one is marked."""
+    figure = new_figure(11, 4.4, sweep_title(sweep, "all trials; the best in colour"))
+    axes = curves_axes(figure)
+    lines = sweep.ended
+    best = best_first(sweep, [line for line in lines.values() if line["status"] == "finished"])
+    for trial, line in lines.items():
+        path = sweep.trial_directory(trial)
+        history = common.read_log(path) if line["epochs"] and path.exists() else []
+        if not history:
+            continue
+        look = {"color": "silver", "linewidth": 1}
+        if best and line is best[0]:
+            look = {"color": ORANGE, "linewidth": 2.5, "zorder": 3, "label": line["run"]}
+        for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
+            axis.plot([row["epoch"] for row in history], [row[name] for row in history], **look)
+            if line["status"] != "finished":
+                axis.plot(history[-1]["epoch"], history[-1][name], "x", color="black", markersize=5)
+    if best:
+        axes[0].legend()
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------
 # What the command does
 # ---------------------------------------------------------------------------------------------------
 
@@ -825,6 +1042,10 @@ def run_export(args, screen):
 def main(argv=None):
     """Do what `argv` says; return what metrics.json, the comparison or the predictions hold."""
     args = parse_arguments(argv)
+    if args.mode == "evaluate" and (args.runs[0] / "sweep.json").is_file():
+        import sweep
+
+        return sweep.report(sweep.Sweep.open(args.runs[0]), common.Screen(args.quiet), complete=False)
     # The counts are to be the same for every batch size, on which the rounding to bf16 or TF32 depends.
     torch.backends.cudnn.allow_tf32 = False
     mode = {"evaluate": run_evaluate, "compare": run_compare, "predict": run_predict, "export": run_export}[args.mode]

@@ -1,0 +1,1039 @@
+"""Search hyperparameters by grid, at random, or by Bayesian optimisation, with no account and no database.
+
+    python sweep.py --method grid --dry-run                          # the CIFAR-10 tutorial's search: 8 trials
+    python sweep.py --method bayes --jobs 2                          # learning rate and batch size on MNIST, 20 trials
+    python sweep.py --method random --param lr=log:1e-4..1e-1 --param l1=int:64..512 --count 30 -- --epochs 5
+    python sweep.py --config sweep.yaml --name mine                  # a file in the schema of W&B's sweeps
+    python sweep.py --resume runs/mine                               # go on where the search was stopped
+
+A parameter is a flag of the training script; flags after -- go to every trial. A trial never reads the test set.
+"""
+
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import queue
+import random
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import sys
+import threading
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import common
+from common import RunError, UsageError
+
+# ---------------------------------------------------------------------------------------------------
+# The search space
+# ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A flag to be searched: one of `values`, or a number from `low` to `high`, in steps of `step` where that is set.
+
+    `log`: the logarithm is uniform, not the number.
+    """
+
+    name: str
+    values: tuple = ()
+    low: float = 0
+    high: float = 0
+    step: float = 0
+    log: bool = False
+
+    def grid(self):
+        """All values. UsageError where they cannot be counted."""
+        if self.values:
+            return self.values
+        if not self.step or self.log:
+            raise UsageError(f"{self.name}: a grid needs a list of values, not the range {self.low}..{self.high}")
+        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
+        return tuple(self.at(self.low + index * self.step) for index in range(count))
+
+    def at(self, number):
+        """`number` as a value of the parameter: on its steps, between its bounds."""
+        if not self.step:  # six digits are enough, and can be read and copied
+            return min(max(float(f"{number:.6g}"), self.low), self.high)
+        whole = isinstance(self.step, int)
+        origin = self.low if not self.log else 0
+        number = min(max(origin + round((number - origin) / self.step) * self.step, self.low), self.high)
+        # Steps such as 0.1 have no exact sum.
+        return round(number) if whole else float(f"{number:.12g}")
+
+    def draw(self, generator):
+        """A value at random, from a `random.Random`."""
+        if self.values:
+            return generator.choice(self.values)
+        if self.log:
+            return self.at(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
+        half = self.step / 2  # so that the first and the last step are as likely as the others
+        return self.at(generator.uniform(self.low - half, self.high + half))
+
+
+def checked(parameter):
+    """The parameter, or UsageError where nothing could be drawn from it."""
+    name, low, high = parameter.name, parameter.low, parameter.high
+    if parameter.values:
+        repeated = [value for index, value in enumerate(parameter.values) if value in parameter.values[:index]]
+        if repeated:
+            raise UsageError(f"{name}: {repeated[0]!r} is there twice")
+        return parameter
+    if not all(math.isfinite(number) for number in (low, high, parameter.step)) or parameter.step < 0:
+        raise UsageError(f"{name}: the bounds and the step must be finite numbers")
+    if low >= high:
+        raise UsageError(f"{name}: the lower bound {low} is not below the upper bound {high}")
+    if parameter.log and low <= 0:
+        raise UsageError(f"{name}: a logarithmic range needs a lower bound above 0, not {low}")
+    return parameter
+
+
+def number_or_text(text):
+    """A value as a user writes it: 3, 1e-4, true, or a word."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return {"true": True, "false": False}.get(text.lower(), text)
+
+
+def parse_parameter(text):
+    """`c1=48,96`, `d1=0.0..0.5`, `l1=int:64..512` or `lr=log:1e-4..1e-1` as a Parameter. UsageError."""
+    found = re.fullmatch(r"([A-Za-z][\w-]*)=(?:(int|log):)?(.*)", text, re.DOTALL)
+    if not found:
+        raise UsageError(f"--param {text}: expected NAME=VALUE,VALUE or NAME=LOW..HIGH, with int: or log: before LOW")
+    name, kind, rest = found[1].replace("-", "_"), found[2], found[3]
+    if ".." not in rest:
+        values = tuple(number_or_text(value) for value in rest.split(","))
+        if kind or "" in values:
+            raise UsageError(f"--param {text}: " + (f"{kind}: needs a range LOW..HIGH" if kind else "a value is empty"))
+        return checked(Parameter(name, values))
+    bounds = [number_or_text(bound) for bound in rest.split("..")]
+    if len(bounds) != 2 or any(isinstance(bound, bool | str) for bound in bounds):
+        raise UsageError(f"--param {text}: expected two numbers, LOW..HIGH")
+    if kind == "int" and not all(isinstance(bound, int) for bound in bounds):
+        raise UsageError(f"--param {text}: int: needs whole numbers")
+    return checked(Parameter(name, (), *bounds, step=1 if kind == "int" else 0, log=kind == "log"))
+
+
+DISTRIBUTIONS = (
+    "constant", "categorical", "int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values",
+    "q_log_uniform_values",
+)  # fmt: skip
+
+
+def parameter_from_config(name, content):
+    """A Parameter from an entry of `parameters` in W&B's schema. UsageError names what is not supported."""
+    if not isinstance(content, dict):
+        raise UsageError(f"parameters: {name}: expected value, values, or min and max, not {content!r}")
+    content = {key: scalar(value) for key, value in content.items()}
+    unknown = content.keys() - {"value", "values", "min", "max", "q", "distribution"}
+    if unknown:
+        raise UsageError(f"parameters: {name}: {sorted(unknown)[0]} is not supported")
+    bounds = [content.get("min"), content.get("max")]
+    whole = all(isinstance(bound, int) for bound in bounds)
+    inferred = "constant" if "value" in content else "categorical" if "values" in content else None
+    distribution = content.get("distribution", inferred or ("int_uniform" if whole else "uniform"))
+    if distribution not in DISTRIBUTIONS:
+        known = ", ".join(DISTRIBUTIONS)
+        raise UsageError(f"parameters: {name}: the distribution {distribution} is not supported (only {known})")
+    needed = {"constant": ["value"], "categorical": ["values"]}.get(distribution, ["min", "max"])
+    missing = [key for key in needed if key not in content]
+    if missing:
+        raise UsageError(f"parameters: {name}: {distribution} needs {' and '.join(missing)}")
+    if distribution == "constant":
+        return checked(Parameter(name, (content["value"],)))
+    if distribution == "categorical":
+        if not isinstance(content["values"], list) or not content["values"]:
+            raise UsageError(f"parameters: {name}: values must be a list with something in it")
+        return checked(Parameter(name, tuple(scalar(value) for value in content["values"])))
+    if any(isinstance(bound, bool) or not isinstance(bound, int | float) for bound in bounds):
+        raise UsageError(f"parameters: {name}: min and max must be numbers")
+    if distribution == "int_uniform" and not whole:
+        raise UsageError(f"parameters: {name}: int_uniform needs whole numbers")
+    step = content.get("q", 1) if distribution.startswith("q_") else int(distribution == "int_uniform")
+    if not isinstance(step, int | float) or isinstance(step, bool) or step < 0:
+        raise UsageError(f"parameters: {name}: q must be a number above 0")
+    if distribution == "log_uniform":
+        bounds = [math.exp(bound) for bound in bounds]  # there the bounds are exponents of e
+    return checked(Parameter(name, (), *bounds, step=step, log="log_uniform" in distribution))
+
+
+def scalar(value):
+    """YAML 1.1 reads 1e-4, without a point, as a string: take it for the number that it is."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+CONFIG_KEYS = {
+    "program", "method", "metric", "parameters", "early_terminate", "run_cap", "name", "command", "description",
+    "project", "entity",
+}  # fmt: skip
+
+
+def read_config(path):
+    """A YAML or JSON file in W&B's sweep schema as a dictionary of this script's options. UsageError."""
+    import yaml
+
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path}: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"--config {path}: expected keys and values, as in W&B's sweep configuration")
+    unknown = sorted(map(str, config.keys() - CONFIG_KEYS))
+    if unknown:
+        raise UsageError(f"--config {path}: unknown key {unknown[0]} (known: {', '.join(sorted(CONFIG_KEYS))})")
+    options = {"space": []}
+    if "early_terminate" in config:
+        raise UsageError(f"--config {path}: early_terminate is not supported; --prune is")
+
+    def walk(parameters):
+        if not isinstance(parameters, dict) or not parameters:
+            raise UsageError(f"--config {path}: parameters must have at least one entry")
+        for name, content in parameters.items():
+            if isinstance(content, dict) and "parameters" in content:
+                walk(content["parameters"])  # a group: W&B nests its parameters, a flag is known by its own name
+            else:
+                options["space"].append(parameter_from_config(str(name).replace("-", "_"), content))
+
+    walk(config.get("parameters"))
+    metric = config.get("metric", {})
+    if not isinstance(metric, dict) or metric.keys() - {"name", "goal"}:
+        raise UsageError(f"--config {path}: metric has name and goal, and no other keys here")
+    for key, option, kind in (
+        ("method", "method", str), ("run_cap", "count", int), ("name", "name", str), ("program", "script", str),
+    ):  # fmt: skip
+        if key in config:
+            if not isinstance(config[key], kind) or isinstance(config[key], bool):
+                raise UsageError(f"--config {path}: {key} must be a {kind.__name__}")
+            options[option] = config[key]
+    if "name" in metric:
+        options["metric"] = metric["name"]
+        goal = METRICS.get(metric["name"], metric.get("goal"))
+        if metric.get("goal", goal) != goal:
+            raise UsageError(f"--config {path}: metric {metric['name']}: the goal is to {goal} it")
+    options["flags"] = flags_of_command(path, config.get("command", []))
+    return options
+
+
+# What may stand in a config's command, and is what the local engine does in any case.
+COMMAND_MACROS = {"${env}", "${interpreter}", "${program}", "${args}", "python", "python3"}
+
+
+def flags_of_command(path, command):
+    """The flags that a config's `command` adds to those of the parameters. UsageError names an unknown macro."""
+    if not isinstance(command, list):
+        raise UsageError(f"--config {path}: command must be a list")
+    words = []
+    for word in map(str, command):
+        variable = re.fullmatch(r"\$\{envvar:(\w+)\}", word)
+        if variable:
+            if variable[1] not in os.environ:
+                raise UsageError(f"--config {path}: command: the environment has no {variable[1]}")
+            words.append(os.environ[variable[1]])
+        elif word.startswith("${") and word not in COMMAND_MACROS:
+            raise UsageError(f"--config {path}: command: {word} is not supported")
+        elif word not in COMMAND_MACROS:
+            words.append(word)
+    return words
+
+
+# ---------------------------------------------------------------------------------------------------
+# Options
+# ---------------------------------------------------------------------------------------------------
+
+OWN_SCRIPTS = ("train_mnist.py", "train_cifar.py")
+METRICS = {"val_loss": "minimize", "val_acc": "maximize"}
+
+# The tutorials' own searches: script, space, flags, number of trials.
+CIFAR_SEARCH = (
+    "train_cifar.py", ["c1=48,96", "c2=96,192", "l1=256,512"],
+    ["--epochs", "10", "--lr", "0.001", "--batch-size", "512", "--tolerance", "3"],
+)  # fmt: skip
+MNIST_SEARCH = ("train_mnist.py", ["lr=log:1e-4..1e-1", "batch_size=32,64,128,256"], [])
+DEFAULT_SEARCH = {"grid": CIFAR_SEARCH, "random": MNIST_SEARCH, "bayes": MNIST_SEARCH}
+
+
+def build_parser():
+    parser = common.ArgumentParser(prog="sweep.py", description=__doc__, usage="sweep.py [options] [-- FLAGS]")
+    count = common.number(int, 1)
+
+    flag = parser.add_argument_group("the search").add_argument
+    flag("--method", choices=tuple(DEFAULT_SEARCH), help="grid: all combinations; bayes: Optuna proposes")
+    flag("--script", metavar="FILE", help="training script: one with main(argv) -> dict, as train_mnist.py has")
+    flag(
+        "--param", action="append", default=[], metavar="NAME=SPEC", help="48,96 or 0.0..0.5 or int:64..512 or log:..."
+    )
+    flag("--config", type=Path, metavar="FILE", help="the search from a YAML or JSON file in W&B's sweep schema")
+    flag("--metric", choices=tuple(METRICS), help="what decides, of each trial's best epoch (val_loss)")
+    flag("--count", type=count, metavar="N", help="trials in all, of random and bayes (20)")
+    flag("--seed", type=common.number(int, 0), default=42, metavar="N", help="of the draws, and of every trial")
+    flag("--seeds", type=count, default=1, metavar="K", help="run each configuration with K seeds; their mean decides")
+
+    flag = parser.add_argument_group("pruning, for grid and random: an iteration is one epoch").add_argument
+    flag("--prune", action="store_true", help="successive halving: at each rung the best continue, the others end")
+    flag("--eta", type=common.number(int, 2), default=3, metavar="N", help="one of so many continues")
+    flag("--rungs", type=rung_list, metavar="A,B,...", help="epochs at which to prune (--epochs / eta, / eta**2, ...)")
+
+    flag = parser.add_argument_group("running it").add_argument
+    flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
+    flag("--max-failures", type=count, default=3, metavar="N", help="stop after so many failed trials in a row")
+    flag("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where the sweep's directory is made")
+    flag("--name", type=common.run_name, metavar="NAME", help="of the sweep; one that exists is continued")
+    flag("--resume", type=Path, metavar="SWEEP", help="continue the sweep in this directory; no other flag is needed")
+    flag("--retry-failed", action="store_true", help="run only the failed trials again")
+    flag("--dry-run", action="store_true", help="print the trials, run none")
+    flag("--report", type=Path, metavar="SWEEP", help="only make the report of this directory anew")
+    flag("--quiet", action="store_true", help="print only errors")
+    return parser
+
+
+def rung_list(text):
+    rungs = [common.number(int, 1)(part) for part in text.split(",")]
+    if rungs != sorted(set(rungs)):
+        raise ValueError("rungs must rise")
+    return rungs
+
+
+@dataclass
+class Search:
+    """What is searched: the part of a sweep that must stay the same when it is continued. It is sweep.json."""
+
+    script: str
+    method: str
+    space: list
+    flags: list
+    metric: str
+    count: int
+    seed: int
+    seeds: int
+    prune: bool
+    eta: int
+    rungs: list
+
+    @property
+    def sign(self):
+        """1 where the metric is minimised, -1 where it is maximised."""
+        return 1 if METRICS[self.metric] == "minimize" else -1
+
+
+def search_from(args, flags):
+    """The Search that the arguments and the --config ask for. UsageError."""
+    config = read_config(args.config) if args.config else {"space": [], "flags": []}
+    method = args.method or config.get("method")
+    if method not in DEFAULT_SEARCH:
+        raise UsageError(
+            "--method grid, random or bayes is needed" if not method else f"method {method} is not supported"
+        )
+    script, default_space, default_flags = DEFAULT_SEARCH[method]
+    space = [*config["space"], *(parse_parameter(text) for text in args.param)]
+    # The tutorial's own flags belong to its own search.
+    flags = [*([] if space or args.script else default_flags), *config["flags"], *flags]
+    if not space:
+        if args.script and args.script != script:
+            raise UsageError(f"--script {args.script} needs its own search: --param NAME=SPEC or --config FILE")
+        space = [parse_parameter(text) for text in default_space]
+    names = [parameter.name for parameter in space]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise UsageError(f"the parameter {twice[0]} is there twice")
+    metric = args.metric or config.get("metric", "val_loss")
+    if metric not in METRICS:
+        raise UsageError(f"metric {metric} is unknown: it is one of {', '.join(METRICS)}")
+    count = args.count or config.get("count")
+    if method == "grid":
+        combinations = math.prod(len(parameter.grid()) for parameter in space)
+        count = min(count or combinations, combinations)
+    if args.prune and method == "bayes":
+        raise UsageError("--prune goes with grid and random")
+    if not args.prune and args.rungs:
+        raise UsageError("--rungs needs --prune")
+    return Search(
+        args.script or config.get("script", script), method, space, flags, metric, count or 20, args.seed, args.seeds,
+        args.prune, args.eta, args.rungs or [],
+    )  # fmt: skip
+
+
+def load_script(path):
+    """The module of a training script. UsageError where it is not one."""
+    path = Path(path)
+    beside = Path(__file__).resolve().parent / path
+    path = path if path.is_file() else beside
+    if not path.is_file():
+        raise UsageError(f"--script {path.name}: there is no such file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    if not hasattr(module, "main"):
+        raise UsageError(f"--script {path}: it has no function main(argv)")
+    return module
+
+
+def flag_words(params):
+    """The parameters as words of a command line."""
+    words = []
+    for name, value in params.items():
+        flag = f"--{name}".replace("_", "-")
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [f"{flag}={value}"]
+    return words
+
+
+def check_trials(search, configurations):
+    """Exit with the script's own message where it refuses a trial; return the epochs, if all trials have as many."""
+    module = load_script(search.script)
+    if not hasattr(module, "build_parser"):
+        return None
+    epochs = set()
+    for params in configurations:
+        parser, words = module.build_parser(), [*search.flags, *flag_words(params), "--no-test"]
+        args = common.parse_arguments(parser, words) if search.script in OWN_SCRIPTS else parser.parse_args(words)
+        epochs.add(getattr(args, "epochs", None))
+    return epochs.pop() if len(epochs) == 1 else None
+
+
+def configurations_to_check(search):
+    """Configurations that the script is asked about before any starts: all, or the corners of a Bayesian search."""
+    if search.method != "bayes":
+        return planned_configurations(search)
+    ends = [parameter.values or (parameter.low, parameter.high) for parameter in search.space]
+    first = {parameter.name: values[0] for parameter, values in zip(search.space, ends, strict=True)}
+    return [{**first, parameter.name: v} for parameter, values in zip(search.space, ends, strict=True) for v in values]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Which configurations
+# ---------------------------------------------------------------------------------------------------
+
+
+def planned_configurations(search):
+    """All configurations of a grid or a random search, in order: they follow from the search alone."""
+    if search.method == "grid":
+        values = [parameter.grid() for parameter in search.space]
+        names = [parameter.name for parameter in search.space]
+        return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)][: search.count]
+    generator = random.Random(f"{search.seed}")
+    chosen = []
+    # A small space runs out: then there are fewer trials than asked for.
+    for _ in range(100 * search.count):
+        params = {parameter.name: parameter.draw(generator) for parameter in search.space}
+        if params not in chosen:
+            chosen.append(params)
+        if len(chosen) == search.count:
+            break
+    return chosen
+
+
+def optuna_distribution(parameter):
+    """A Parameter as Optuna knows it; a range that is both logarithmic and in steps is rounded afterwards."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if parameter.values:
+        return CategoricalDistribution(parameter.values)
+    if parameter.log or not parameter.step:
+        return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
+    kind = IntDistribution if isinstance(parameter.step, int) else FloatDistribution
+    return kind(parameter.low, parameter.high, step=parameter.step)
+
+
+class BayesianProposer:
+    """Optuna's proposals, told what every ended trial gave: rebuilt from trials.jsonl, so nothing else is kept."""
+
+    def __init__(self, search):
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.optuna, self.search = optuna, search
+        self.distributions = {parameter.name: optuna_distribution(parameter) for parameter in search.space}
+        # A Gaussian process with few random trials before it finds better points sooner; its cost grows with the
+        # cube of the trials, and past some two hundred the tree-structured estimator takes over.
+        if search.count <= 200:
+            sampler = optuna.samplers.GPSampler(seed=search.seed, n_startup_trials=5)
+        else:
+            sampler = optuna.samplers.TPESampler(seed=search.seed)
+        self.study = optuna.create_study(sampler=sampler, direction=METRICS[search.metric])
+        self.asked = {}
+
+    def propose(self, known):
+        """Parameters that are not among `known`, or None where ten proposals in a row were."""
+        for _ in range(10):
+            trial = self.study.ask(self.distributions)
+            drawn = trial.params
+            params = {p.name: drawn[p.name] if p.values else p.at(drawn[p.name]) for p in self.search.space}
+            if params not in known:
+                self.asked[json.dumps(params)] = trial
+                return params
+            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
+        return None
+
+    def tell(self, params, value):
+        """What a configuration gave; None for one that failed."""
+        state = self.optuna.trial.TrialState
+        trial = self.asked.pop(json.dumps(params), None)
+        if trial is not None:
+            self.study.tell(trial, value, state=None if value is not None else state.FAIL)
+        elif value is not None:
+            known = self.optuna.trial.create_trial(params=params, distributions=self.distributions, value=value)
+            self.study.add_trial(known)
+
+
+# ---------------------------------------------------------------------------------------------------
+# The sweep's directory
+# ---------------------------------------------------------------------------------------------------
+
+
+def append_line(path, row):
+    """Append a row to a file of JSON lines, whole, however many processes do so; a line torn by a crash goes first."""
+    with common.locked(path.with_name(f".{path.name}.lock"), wait=True), open(path, "ab+") as file:
+        file.seek(0)
+        content = file.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            file.truncate(whole)
+        file.write(json.dumps(row).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path):
+    """The rows of a file of JSON lines, without a last one that a crash has torn. RunError names another bad line."""
+    if not path.exists():
+        return []
+    lines, rows = path.read_bytes().split(b"\n"), []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}, line {number}: {error}") from error
+    return rows
+
+
+class Sweep:
+    """A sweep's directory: `search` is sweep.json, `ended` the last line of trials.jsonl of each trial."""
+
+    def __init__(self, directory, search):
+        self.directory, self.search = directory, search
+        self.path = directory / "trials.jsonl"
+        self.lines = read_lines(self.path)
+
+    @classmethod
+    def open(cls, directory):
+        """RunError where `directory` is not a sweep's."""
+        path = directory / "sweep.json"
+        if not path.is_file():
+            raise RunError(f"{directory} is not a sweep: there is no sweep.json")
+        content = common.read_json(path)
+        try:
+            space = [Parameter(**{**entry, "values": tuple(entry["values"])}) for entry in content["space"]]
+            return cls(directory, Search(**{**content, "space": space}))
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{path} is not of this version of the scripts ({error})") from error
+
+    def write_search(self):
+        text = json.dumps(asdict(self.search), indent=2)
+        common.write_atomically(self.directory / "sweep.json", f"{text}\n".encode())
+
+    @property
+    def ended(self):
+        return {line["trial"]: line for line in self.lines}
+
+    def trial_directory(self, trial):
+        return self.directory / f"trial-{trial:04}"
+
+    def seed(self, trial):
+        return self.search.seed + trial % self.search.seeds
+
+    def append(self, trial, params, status, record, error=None):
+        """End a trial: one line in trials.jsonl. `record` is its run.json, or {} where there is none."""
+        best = record.get("best") or {}
+        line = {
+            "trial": trial, "params": params, "status": status, "metric": best.get(self.search.metric),
+            "val_loss": best.get("val_loss"), "val_acc": best.get("val_acc"), "epochs": record.get("epochs", 0),
+            "seconds": record.get("seconds", 0.0), "seed": self.seed(trial), "run": self.trial_directory(trial).name,
+            "error": error or record.get("error"),
+        }  # fmt: skip
+        append_line(self.path, line)
+        self.lines.append(line)
+        return line
+
+    def configurations(self):
+        """Configurations with an ended trial, in their order: (index, params, lines, mean metric or None)."""
+        groups = {}
+        for trial, line in sorted(self.ended.items()):
+            groups.setdefault(trial // self.search.seeds, []).append(line)
+        rows = []
+        for index, lines in groups.items():
+            values = [line["metric"] for line in lines if line["status"] == "finished"]
+            whole = len(lines) == self.search.seeds and len(values) == len(lines)
+            rows.append((index, lines[0]["params"], lines, statistics.fmean(values) if whole else None))
+        return rows
+
+    def ranked(self):
+        """The configurations that ended well, best first."""
+        ended = [row for row in self.configurations() if row[3] is not None]
+        return sorted(ended, key=lambda row: self.search.sign * row[3])
+
+
+def choose_search(args, flags, defaults):
+    """The Search that the arguments ask for, and the directory of a sweep to be continued, or None. UsageError."""
+    if args.resume:
+        if not (args.resume / "sweep.json").is_file():
+            raise UsageError(f"--resume {args.resume}: no sweep.json there, so it is not a sweep")
+        given = [name for name in FIXED_BY_DIRECTORY if getattr(args, name) != getattr(defaults, name)]
+        if given or flags:
+            what = f"--{given[0].replace('_', '-')}" if given else f"the flags after --, {shlex.join(flags)}"
+            raise UsageError(f"--resume takes the search from the directory: leave out {what}")
+        search = Sweep.open(args.resume).search
+        if args.count and search.method != "grid":
+            search.count = args.count
+        return search, args.resume
+    search = search_from(args, flags)
+    directory = args.runs_dir / args.name if args.name else None
+    if directory is None or not directory.exists():
+        return search, None
+    if not (directory / "sweep.json").is_file():
+        raise UsageError(f"--name {args.name}: {directory} exists and is not a sweep")
+    # As it is after a journey through JSON, where a tuple is a list.
+    before, now = (json.loads(json.dumps(asdict(each))) for each in (Sweep.open(directory).search, search))
+    other = [key for key in now if key != "count" and now[key] != before[key]]
+    if other:
+        raise UsageError(f"{directory} is another search: its {other[0]} is {before[other[0]]}; take another --name")
+    return search, directory
+
+
+FIXED_BY_DIRECTORY = (
+    "method", "script", "param", "config", "metric", "seed", "seeds", "prune", "eta", "rungs", "name", "runs_dir",
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# Workers
+# ---------------------------------------------------------------------------------------------------
+
+
+def work(connection, script, threads, log, directory):
+    """A worker process: run main(argv) for each argv that comes, and answer with (record, None) or (None, error)."""
+    import torch
+
+    os.chdir(directory)
+    # Ctrl-C on the terminal is for the parent, which passes it on once.
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    tasks = queue.SimpleQueue()
+
+    def listen():
+        # In a thread of its own, so that a worker whose parent was killed ends at once, in the middle of a trial.
+        argv = ()
+        while argv is not None:
+            try:
+                argv = connection.recv()
+            except (EOFError, OSError):
+                os._exit(1)
+            tasks.put(argv)
+
+    threading.Thread(target=listen, daemon=True).start()
+    torch.set_num_threads(threads)
+    common.loaded_datasets = {}
+    main = load_script(script).main
+    while (argv := tasks.get()) is not None:
+        try:
+            record = json.loads(json.dumps(main(argv), default=str))
+            connection.send((record, None))
+        except SystemExit as error:
+            connection.send((None, f"the script ended with exit status {error.code}; see {log.name}"))
+        except Exception as error:
+            traceback.print_exc()
+            connection.send((None, f"{type(error).__name__}: {error}"))
+
+
+class Workers:
+    """Processes that keep torch and the data between trials; one that dies is replaced."""
+
+    def __init__(self, jobs, script, directory):
+        # Workers are forked from a process that has imported torch and done nothing else, where the system can fork.
+        known = multiprocessing.get_all_start_methods()
+        self.context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
+        if "forkserver" in known:
+            self.context.set_forkserver_preload(["torch"])
+        self.script, self.directory = script, directory
+        self.threads = max(1, (os.cpu_count() or 1) // jobs)
+        self.slots = [None] * jobs
+        self.busy = {}
+
+    def idle(self):
+        return [slot for slot in range(len(self.slots)) if slot not in self.busy]
+
+    def submit(self, slot, argv):
+        """Give a worker a trial."""
+        if not self.slots[slot] or not self.slots[slot][0].is_alive():
+            mine, theirs = self.context.Pipe()
+            log = self.directory / f"worker-{slot}.log"
+            arguments = (theirs, self.script, self.threads, log.absolute(), os.getcwd())
+            process = self.context.Process(target=work, args=arguments, daemon=True)
+            process.start()
+            theirs.close()
+            self.slots[slot] = process, mine
+        self.busy[slot] = True
+        with contextlib.suppress(BrokenPipeError):  # it has just died: `wait` will say so
+            self.slots[slot][1].send(argv)
+
+    def wait(self):
+        """Wait for the next workers to answer or die: [(slot, record or None, error or None)]."""
+        connections = {self.slots[slot][1]: slot for slot in self.busy}
+        answers = []
+        for connection in multiprocessing.connection.wait(list(connections)):
+            slot = connections[connection]
+            try:
+                answers.append((slot, *connection.recv()))
+            except (EOFError, OSError):
+                process = self.slots[slot][0]
+                process.join()
+                answers.append((slot, None, f"its process died (exit code {process.exitcode})"))
+            del self.busy[slot]
+        return answers
+
+    def signal(self, number):
+        for slot in self.busy:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.slots[slot][0].pid, number)
+
+    def close(self):
+        for process, connection in filter(None, self.slots):
+            with contextlib.suppress(OSError):
+                connection.send(None)
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+            connection.close()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Running the trials
+# ---------------------------------------------------------------------------------------------------
+
+
+class Conductor:
+    """Says which trial comes next, and takes note of what each gave."""
+
+    def __init__(self, sweep, epochs, retry_failed, announce):
+        """`announce(line)` is told of every trial that ends."""
+        self.sweep, self.search, self.announce = sweep, sweep.search, announce
+        self.running = set()
+        self.closed = {trial for trial, line in sweep.ended.items()}
+        if retry_failed:
+            failed = {trial for trial, line in sweep.ended.items() if line["status"] == "failed"}
+            everything = set(range(self.search.count * self.search.seeds))
+            self.closed = everything - failed
+        self.rungs = self.choose_rungs(epochs)
+        self.bayes = None
+        if self.search.method == "bayes":
+            self.bayes = BayesianProposer(self.search)
+            self.configurations = self.configurations_on_disk()
+            for index in list(self.configurations):
+                self.tell(index)
+        else:
+            self.configurations = dict(enumerate(planned_configurations(self.search)))
+
+    def choose_rungs(self, epochs):
+        if not self.search.prune:
+            return []
+        if epochs is None:
+            raise UsageError("--prune needs a number of epochs that is the same for all trials")
+        if self.search.seeds > 1:
+            raise UsageError("--prune and --seeds: one at a time")
+        rungs = self.search.rungs or {epochs // self.search.eta**power for power in range(1, 20)}
+        return sorted(rung for rung in rungs if 0 < rung < epochs)
+
+    def configurations_on_disk(self):
+        """What has been proposed so far: the ended trials, and those that a stop has interrupted."""
+        known = {}
+        for path in sorted(self.sweep.directory.glob("trial-*/run.json")):
+            arguments = common.read_record(path.parent)["args"]
+            index = int(path.parent.name.removeprefix("trial-")) // self.search.seeds
+            known[index] = {parameter.name: arguments[parameter.name] for parameter in self.search.space}
+        return known | {index: params for index, params, _, _ in self.sweep.configurations()}
+
+    def log(self, trial):
+        """The epochs that a trial has behind it."""
+        directory = self.sweep.trial_directory(trial)
+        return common.read_log(directory) if (directory / "log.jsonl").exists() else []
+
+    def race(self):
+        """Successive halving: {trial: epoch that it may go to, or None for the end}, of those still in the race.
+
+        Where all that are left have reached a rung, the best of them go on and the others end. It follows from the
+        logs alone, so that a sweep continued decides as one that was never stopped. (K. Jamieson and A. Talwalkar,
+        "Non-stochastic best arm identification and hyperparameter optimization", 2016.)
+        """
+        field = list(self.configurations)
+        for rung in self.rungs:
+            logs = {trial: self.log(trial) for trial in field}
+            field = [trial for trial in field if trial not in self.closed or len(logs[trial]) >= rung]
+            behind = [trial for trial in field if len(logs[trial]) < rung]
+            if behind:
+                return dict.fromkeys(behind, rung)
+            sign, metric = self.search.sign, self.search.metric
+            reached = {trial: min(sign * row[metric] for row in logs[trial][:rung]) for trial in field}
+            field.sort(key=reached.get)
+            kept = math.ceil(len(field) / self.search.eta)
+            for trial in field[kept:]:
+                if trial not in self.closed:
+                    record = common.read_record(self.sweep.trial_directory(trial))
+                    self.end(trial, "pruned", record)
+            field = field[:kept]
+        return dict.fromkeys(field)
+
+    def next_trial(self):
+        """(trial, epoch to stop after or None), or None where nothing can start now."""
+        open_to = self.race() if self.rungs else dict.fromkeys(range(self.search.count * self.search.seeds))
+        for trial, rung in sorted(open_to.items()):
+            if trial in self.closed or trial in self.running:
+                continue
+            if self.params(trial) is None:
+                return None
+            self.running.add(trial)
+            return trial, rung
+        return None
+
+    def params(self, trial):
+        """The parameters of a trial, proposed if need be, or None where the space holds no more."""
+        index = trial // self.search.seeds
+        if index not in self.configurations and self.bayes:
+            self.configurations[index] = self.bayes.propose(list(self.configurations.values()))
+        return self.configurations.get(index)
+
+    def argv(self, trial, rung):
+        """The command line of a trial: from the start, or from where it was interrupted."""
+        directory = self.sweep.trial_directory(trial)
+        stop = [f"--stop-after={rung}"] if rung else []
+        if (directory / "last.pt").exists() and (directory / "run.json").exists():
+            return [f"--resume={directory}", "--quiet", *stop]
+        if directory.exists():  # killed before it could be continued
+            shutil.rmtree(directory)
+        own = ["--seed", str(self.sweep.seed(trial)), "--no-test", "--quiet", "--runs-dir", str(directory.parent)]
+        return [*self.search.flags, *flag_words(self.params(trial)), *own, "--run-name", directory.name, *stop]
+
+    def take(self, trial, record, error):
+        """Take note of what a worker answered: a trial that was interrupted has not ended."""
+        self.running.discard(trial)
+        if error:
+            path = self.sweep.trial_directory(trial) / "run.json"
+            self.end(trial, "failed", common.read_json(path) if path.exists() else {}, error)
+        elif record["status"] != "interrupted":
+            self.end(trial, "diverged" if record["status"] == "diverged" else "finished", record)
+
+    def end(self, trial, status, record, error=None):
+        line = self.sweep.append(trial, self.params(trial), status, record, error)
+        self.closed.add(trial)
+        if self.bayes:
+            self.tell(trial // self.search.seeds)
+        self.announce(line)
+
+    def tell(self, index):
+        """Tell the Bayesian search what a configuration gave, once all its trials have ended."""
+        rows = {row[0]: row for row in self.sweep.configurations()}
+        if index not in rows or len(rows[index][2]) < self.search.seeds:
+            return
+        _, params, lines, value = rows[index]
+        # One that diverged counts as the worst so far, so that the search keeps away from there.
+        if any(line["status"] == "diverged" for line in lines):
+            value = max((row[3] for row in self.sweep.ranked()), key=lambda v: self.search.sign * v, default=None)
+        self.bayes.tell(params, value)
+
+
+def run_trials(sweep, epochs, args, screen):
+    """Run what is left of a sweep, --jobs trials at a time. Returns the name of the signal that stopped it, or None.
+
+    RunError after --max-failures failed trials in a row.
+    """
+    search, stopped, failed = sweep.search, [], []
+
+    def stop(number, frame):
+        if stopped:
+            workers.signal(signal.SIGKILL)
+            raise KeyboardInterrupt
+        stopped.append(signal.Signals(number).name)
+        workers.signal(signal.SIGTERM)
+
+    def announce(line):
+        failed.append(line) if line["status"] == "failed" else failed.clear()
+        best = sweep.ranked()
+        bar.update()
+        bar.set_postfix({f"best {search.metric}": f"{best[0][3]:.4f}" if best else "-"})
+        if not screen.bars:
+            screen.say(line_as_text(line, search))
+
+    bar = screen.bar(search.count * search.seeds, "trials", "trial", initial=len(sweep.ended))
+    conductor = Conductor(sweep, epochs, args.retry_failed, announce)
+    workers, current = Workers(args.jobs, search.script, sweep.directory), {}
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        while True:
+            while not stopped and len(failed) < args.max_failures and workers.idle():
+                chosen = conductor.next_trial()
+                if chosen is None:
+                    break
+                slot = workers.idle()[0]
+                current[slot] = chosen[0]
+                workers.submit(slot, conductor.argv(*chosen))
+            if not workers.busy:
+                break
+            for slot, record, error in workers.wait():
+                trial = current.pop(slot)
+                if stopped and error:
+                    continue  # it ended because it was told to; a continued sweep takes it up again
+                if record and record["status"] == "interrupted" and record["error"] and not stopped:
+                    record, error = None, f"its process was ended by {record['error']}"
+                conductor.take(trial, record, error)
+    finally:
+        workers.close()
+        bar.close()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if len(failed) >= args.max_failures:
+        raise RunError(
+            f"{len(failed)} trials in a row failed, the last, {failed[-1]['run']}, with: {failed[-1]['error']}; when "
+            f"that is mended: python sweep.py --resume {sweep.directory}, with --retry-failed for the failed ones"
+        )
+    return stopped[0] if stopped else None
+
+
+def line_as_text(line, search):
+    value = "-" if line["metric"] is None else f"{line['metric']:.4f}"
+    params = " ".join(f"{name}={value}" for name, value in line["params"].items())
+    error = f"  {line['error']}" if line["error"] else ""
+    return f"{line['run']}  {line['status']} after {line['epochs']} epochs  {search.metric} {value}  {params}{error}"
+
+
+def dry_run(search, screen):
+    """Print the command line of each trial; of a Bayesian search the space, since each trial follows from the last."""
+    if search.method == "bayes":
+        screen.say(f"{search.count} trials of {search.script}, proposed one after the other from")
+        for parameter in search.space:
+            steps = f" in steps of {parameter.step}" if parameter.step else ""
+            scale = ", logarithmic" if parameter.log else ""
+            text = ", ".join(map(str, parameter.values)) or f"{parameter.low} to {parameter.high}{steps}{scale}"
+            screen.say(f"  {parameter.name}: {text}")
+        return
+    for index, params in enumerate(planned_configurations(search)):
+        for repeat in range(search.seeds):
+            words = [search.script, *search.flags, *flag_words(params), "--seed", str(search.seed + repeat)]
+            screen.say(f"trial {index * search.seeds + repeat:4}  python {shlex.join(words)}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# The report
+# ---------------------------------------------------------------------------------------------------
+
+
+def leaderboard(sweep):
+    """A row for each configuration, best first, then those without a result, each parameter in a column of its own."""
+    search = sweep.search
+    place = {row[0]: number for number, row in enumerate(sweep.ranked())}
+    rows = []
+    for _, params, lines, mean in sorted(sweep.configurations(), key=lambda row: place.get(row[0], math.inf)):
+        values = [line["metric"] for line in lines if line["metric"] is not None]
+        accuracies = [line["val_acc"] for line in lines if line["val_acc"] is not None]
+        rows.append({
+            "trial": " ".join(str(line["trial"]) for line in lines),
+            search.metric: mean if mean is not None or not values else statistics.fmean(values),
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+            "accuracy": statistics.fmean(accuracies) if accuracies else None,
+            "epochs": max(line["epochs"] for line in lines), "seconds": sum(line["seconds"] for line in lines),
+            "status": " ".join(sorted({line["status"] for line in lines})), **params,
+        })  # fmt: skip
+        if search.seeds == 1:
+            del rows[-1]["std"]
+    return rows
+
+
+def best_trial(sweep):
+    """The line of the best trial of the best configuration, or None."""
+    ranked = sweep.ranked()
+    if not ranked:
+        return None
+    return min(ranked[0][2], key=lambda line: sweep.search.sign * line["metric"])
+
+
+def report(sweep, screen, complete=True):
+    """Print the table, best first, and the best configuration as a command line; write leaderboard.csv, `best`, and
+    the pictures. Where the sweep is complete, the test set is read, once, for the winner alone."""
+    import evaluate
+
+    search, rows = sweep.search, leaderboard(sweep)
+    if not rows:
+        screen.say(f"{sweep.directory}: no trial has ended yet")
+        return {"directory": str(sweep.directory), "trials": []}
+
+    def text(value):
+        if isinstance(value, float):
+            return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
+        return "-" if value is None else str(value)
+
+    cells = [[text(value) for value in row.values()] for row in rows]
+    screen.say("\n".join(evaluate.as_table("<" + ">" * (len(rows[0]) - 1), list(rows[0]), cells)))
+    common.write_atomically(sweep.directory / "leaderboard.csv", f"{evaluate.as_csv(rows)}\n".encode())
+    for file, figure in evaluate.draw_sweep(sweep).items():
+        common.write_atomically(sweep.directory / f"{file}.png", evaluate.render(figure))
+    winner = best_trial(sweep)
+    if winner:
+        link = sweep.directory / "best"
+        temporary = link.with_name(f".best.{os.getpid()}.tmp")
+        temporary.symlink_to(winner["run"])
+        temporary.replace(link)
+        words = ["python", search.script, *search.flags, *flag_words(winner["params"]), "--seed", str(winner["seed"])]
+        screen.say(f"best: {winner['run']}, {search.metric} {winner['metric']:.4f}\n  {shlex.join(words)}")
+        if complete and search.script in OWN_SCRIPTS:
+            directory = sweep.directory / winner["run"]
+            if not (directory / "metrics.json").exists():
+                evaluate.main([str(directory), "--quiet"])
+            accuracy = common.read_json(directory / "metrics.json")["accuracy"]
+            screen.say(f"  test accuracy {accuracy:.2%}, read once and for this trial alone")
+    return {"directory": str(sweep.directory), "trials": sweep.lines, "best": winner}
+
+
+def main(argv=None):
+    """Run, continue or report a search; return its directory, the lines of trials.jsonl and that of the best trial."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = build_parser()
+    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
+    screen = common.Screen(args.quiet)
+    if args.report:
+        return report(Sweep.open(args.report), screen, complete=False)
+    search, directory = choose_search(args, flags, parser.parse_args([]))
+    epochs = check_trials(search, configurations_to_check(search))
+    if args.dry_run:
+        dry_run(search, screen)
+        return {}
+    if directory is None:
+        directory = common.make_directory(args.runs_dir, args.name, "sweep")
+        Sweep(directory, search).write_search()
+    with common.locked(directory / ".lock"):
+        sweep = Sweep(directory, search)
+        sweep.write_search()
+        stopped = run_trials(sweep, epochs, args, screen)
+        result = report(sweep, screen, complete=not stopped)
+    screen.say(f"{directory}: {len(sweep.ended)} of {search.count * search.seeds} trials have ended")
+    return {**result, "status": "interrupted" if stopped else "finished", "error": stopped}
+
+
+if __name__ == "__main__":
+    sys.exit(common.command_line(main))
