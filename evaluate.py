@@ -39,6 +39,7 @@ MODE_FLAGS = {
     "compare": {"out", "csv", "json"},
     "predict": {"predict", "json", "device", "batch_size"},
     "export": {"export", "out"},
+    "sweep": set(),
 }  # fmt: skip
 
 
@@ -87,9 +88,12 @@ def parse_arguments(argv=None):
     if modes and len(args.runs) > 1:
         parser.error(f"--{modes[0]} takes one run, not {len(args.runs)}")
     args.mode = modes[0] if modes else "compare" if len(args.runs) > 1 else "evaluate"
+    if args.mode == "evaluate" and (args.runs[0] / "sweep.json").is_file():
+        args.mode = "sweep"
     for name in sorted(set.union(*MODE_FLAGS.values()) - MODE_FLAGS[args.mode]):
         if getattr(args, name) != parser.get_default(name):
-            place = {"compare": "when runs are compared"}.get(args.mode, f"with --{args.mode}")
+            places = {"compare": "when runs are compared", "sweep": "for the report of a sweep"}
+            place = places.get(args.mode, f"with --{args.mode}")
             parser.error(f"--{name.replace('_', '-')} means nothing {place}")
     if args.all_kernels and args.channel is not None:
         parser.error("--all-kernels and --channel: one at a time")
@@ -707,7 +711,7 @@ def draw_slices(sweep, lines):
     """The metric against each parameter; a grid of two as a heatmap."""
     search = sweep.search
     if search.method == "grid" and len(search.space) == 2:
-        return draw_grid_of_two(sweep, lines)
+        return draw_grid_of_two(sweep)
     columns = min(3, len(search.space))
     rows = math.ceil(len(search.space) / columns)
     figure = new_figure(4 * columns + 0.5, 3.4 * rows + 0.6, sweep_title(sweep, "the metric against each parameter"))
@@ -731,13 +735,13 @@ def draw_slices(sweep, lines):
     return figure
 
 
-def draw_grid_of_two(sweep, lines):
+def draw_grid_of_two(sweep):
     down, across = sweep.search.space
     cells = torch.full((len(down.grid()), len(across.grid())), math.nan)
-    for line in lines:
-        cells[down.grid().index(line["params"][down.name]), across.grid().index(line["params"][across.name])] = line[
-            "metric"
-        ]
+    for _, params, shown, mean in sweep.configurations():
+        value = shown[0]["metric"] if mean is None else mean
+        if value is not None:
+            cells[down.grid().index(params[down.name]), across.grid().index(params[across.name])] = value
     figure = new_figure(2.5 + cells.shape[1], 2 + 0.7 * cells.shape[0], sweep_title(sweep, sweep.search.metric))
     axis = figure.subplots()
     shown = axis.imshow(
@@ -760,8 +764,7 @@ def draw_trial_curves(sweep):
     lines = sweep.ended
     best = best_first(sweep, [line for line in lines.values() if line["status"] == "finished"])
     for trial, line in lines.items():
-        path = sweep.trial_directory(trial)
-        history = common.read_log(path) if line["epochs"] and path.exists() else []
+        history = sweep.log(trial)
         if not history:
             continue
         look = {"color": "silver", "linewidth": 1}
@@ -1042,7 +1045,7 @@ def run_export(args, screen):
 def main(argv=None):
     """Do what `argv` says; return what metrics.json, the comparison or the predictions hold."""
     args = parse_arguments(argv)
-    if args.mode == "evaluate" and (args.runs[0] / "sweep.json").is_file():
+    if args.mode == "sweep":
         import sweep
 
         return sweep.report(sweep.Sweep.open(args.runs[0]), common.Screen(args.quiet), complete=False)

@@ -58,18 +58,18 @@ class Parameter:
             return self.values
         if not self.step or self.log:
             raise UsageError(f"{self.name}: a grid needs a list of values, not the range {self.low}..{self.high}")
-        count = math.floor((self.high - self.low) / self.step + 1e-9) + 1
-        return tuple(self.at(self.low + index * self.step) for index in range(count))
+        return tuple(self.at(self.low + index * self.step) for index in range(self.steps()))
+
+    def steps(self):
+        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
 
     def at(self, number):
         """`number` as a value of the parameter: on its steps, between its bounds."""
         if not self.step:  # six digits are enough, and can be read and copied
             return min(max(float(f"{number:.6g}"), self.low), self.high)
-        whole = isinstance(self.step, int)
-        origin = self.low if not self.log else 0
-        number = min(max(origin + round((number - origin) / self.step) * self.step, self.low), self.high)
+        number = self.low + min(max(round((number - self.low) / self.step), 0), self.steps() - 1) * self.step
         # Steps such as 0.1 have no exact sum.
-        return round(number) if whole else float(f"{number:.12g}")
+        return round(number) if isinstance(self.step, int) else float(f"{number:.12g}")
 
     def draw(self, generator):
         """A value at random, from a `random.Random`."""
@@ -77,8 +77,9 @@ class Parameter:
             return generator.choice(self.values)
         if self.log:
             return self.at(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
-        half = self.step / 2  # so that the first and the last step are as likely as the others
-        return self.at(generator.uniform(self.low - half, self.high + half))
+        if self.step:
+            return self.at(self.low + generator.randrange(self.steps()) * self.step)
+        return self.at(generator.uniform(self.low, self.high))
 
 
 def checked(parameter):
@@ -136,9 +137,6 @@ def parameter_from_config(name, content):
     if not isinstance(content, dict):
         raise UsageError(f"parameters: {name}: expected value, values, or min and max, not {content!r}")
     content = {key: scalar(value) for key, value in content.items()}
-    unknown = content.keys() - {"value", "values", "min", "max", "q", "distribution"}
-    if unknown:
-        raise UsageError(f"parameters: {name}: {sorted(unknown)[0]} is not supported")
     bounds = [content.get("min"), content.get("max")]
     whole = all(isinstance(bound, int) for bound in bounds)
     inferred = "constant" if "value" in content else "categorical" if "values" in content else None
@@ -146,6 +144,9 @@ def parameter_from_config(name, content):
     if distribution not in DISTRIBUTIONS:
         known = ", ".join(DISTRIBUTIONS)
         raise UsageError(f"parameters: {name}: the distribution {distribution} is not supported (only {known})")
+    unknown = sorted(map(str, content.keys() - {"value", "values", "min", "max", "q", "distribution"}))
+    if unknown:
+        raise UsageError(f"parameters: {name}: {unknown[0]} is not supported")
     needed = {"constant": ["value"], "categorical": ["values"]}.get(distribution, ["min", "max"])
     missing = [key for key in needed if key not in content]
     if missing:
@@ -161,10 +162,14 @@ def parameter_from_config(name, content):
     if distribution == "int_uniform" and not whole:
         raise UsageError(f"parameters: {name}: int_uniform needs whole numbers")
     step = content.get("q", 1) if distribution.startswith("q_") else int(distribution == "int_uniform")
-    if not isinstance(step, int | float) or isinstance(step, bool) or step < 0:
-        raise UsageError(f"parameters: {name}: q must be a number above 0")
-    if distribution == "log_uniform":
-        bounds = [math.exp(bound) for bound in bounds]  # there the bounds are exponents of e
+    if distribution.startswith("q_"):
+        if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
+            raise UsageError(f"parameters: {name}: q must be a number above 0")
+        bounds = [math.ceil(bounds[0] / step - 1e-9) * step, math.floor(bounds[1] / step + 1e-9) * step]
+    if distribution == "log_uniform":  # there the bounds are exponents of e
+        if max(bounds) > 700:
+            raise UsageError(f"parameters: {name}: log_uniform takes exponents; e to the {max(bounds)} is too large")
+        bounds = [math.exp(bound) for bound in bounds]
     return checked(Parameter(name, (), *bounds, step=step, log="log_uniform" in distribution))
 
 
@@ -183,8 +188,10 @@ CONFIG_KEYS = {
 
 def read_config(path):
     """A YAML or JSON file in W&B's sweep schema as a dictionary of this script's options. UsageError."""
-    import yaml
-
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise UsageError("--config needs PyYAML: pip install pyyaml") from None
     try:
         config = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -209,8 +216,8 @@ def read_config(path):
 
     walk(config.get("parameters"))
     metric = config.get("metric", {})
-    if not isinstance(metric, dict) or metric.keys() - {"name", "goal"}:
-        raise UsageError(f"--config {path}: metric has name and goal, and no other keys here")
+    if not isinstance(metric, dict) or metric.keys() - {"name", "goal"} or (metric and "name" not in metric):
+        raise UsageError(f"--config {path}: metric has a name and a goal, and nothing else here")
     for key, option, kind in (
         ("method", "method", str), ("run_cap", "count", int), ("name", "name", str), ("program", "script", str),
     ):  # fmt: skip
@@ -218,9 +225,11 @@ def read_config(path):
             if not isinstance(config[key], kind) or isinstance(config[key], bool):
                 raise UsageError(f"--config {path}: {key} must be a {kind.__name__}")
             options[option] = config[key]
-    if "name" in metric:
-        options["metric"] = metric["name"]
-        goal = METRICS.get(metric["name"], metric.get("goal"))
+    if options.get("count", 1) < 1:
+        raise UsageError(f"--config {path}: run_cap must be at least 1")
+    if metric:
+        options["metric"] = str(metric["name"])
+        goal = METRICS.get(options["metric"], metric.get("goal"))
         if metric.get("goal", goal) != goal:
             raise UsageError(f"--config {path}: metric {metric['name']}: the goal is to {goal} it")
     options["flags"] = flags_of_command(path, config.get("command", []))
@@ -256,6 +265,11 @@ def flags_of_command(path, command):
 OWN_SCRIPTS = ("train_mnist.py", "train_cifar.py")
 METRICS = {"val_loss": "minimize", "val_acc": "maximize"}
 
+# What `trial_words` gives to every trial.
+SET_BY_SWEEP = dict.fromkeys(
+    ("--runs-dir", "--run-name", "--resume", "--stop-after", "--quiet", "--no-quiet", "--test", "--no-test"), ""
+) | {"--seed": "; use --seed or --seeds of sweep.py"}
+
 # The tutorials' own searches: script, space, flags, number of trials.
 CIFAR_SEARCH = (
     "train_cifar.py", ["c1=48,96", "c2=96,192", "l1=256,512"],
@@ -288,6 +302,7 @@ def build_parser():
 
     flag = parser.add_argument_group("running it").add_argument
     flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
+    flag("--threads", type=count, metavar="N", help="of each trial; other numbers round differently (cores / --jobs)")
     flag("--max-failures", type=count, default=3, metavar="N", help="stop after so many failed trials in a row")
     flag("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where the sweep's directory is made")
     flag("--name", type=common.run_name, metavar="NAME", help="of the sweep; one that exists is continued")
@@ -321,6 +336,7 @@ class Search:
     prune: bool
     eta: int
     rungs: list
+    threads: int
 
     @property
     def sign(self):
@@ -336,14 +352,21 @@ def search_from(args, flags):
         raise UsageError(
             "--method grid, random or bayes is needed" if not method else f"method {method} is not supported"
         )
-    script, default_space, default_flags = DEFAULT_SEARCH[method]
+    default_script, default_space, default_flags = DEFAULT_SEARCH[method]
+    script = args.script or config.get("script", default_script)
+    if find_script(script).parent == Path(__file__).resolve().parent:
+        script = Path(script).name
     space = [*config["space"], *(parse_parameter(text) for text in args.param)]
     # The tutorial's own flags belong to its own search.
-    flags = [*([] if space or args.script else default_flags), *config["flags"], *flags]
+    flags = [*([] if space else default_flags), *config["flags"], *flags]
     if not space:
-        if args.script and args.script != script:
-            raise UsageError(f"--script {args.script} needs its own search: --param NAME=SPEC or --config FILE")
+        if script != default_script:
+            raise UsageError(f"--script {script} needs its own search: --param NAME=SPEC or --config FILE")
         space = [parse_parameter(text) for text in default_space]
+    for word in [*flags, *(f"--{parameter.name}" for parameter in space)]:
+        word = word.split("=")[0].replace("_", "-")
+        if word in SET_BY_SWEEP:
+            raise UsageError(f"{word} is set by the sweep for every trial{SET_BY_SWEEP[word]}")
     names = [parameter.name for parameter in space]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
@@ -357,27 +380,42 @@ def search_from(args, flags):
         count = min(count or combinations, combinations)
     if args.prune and method == "bayes":
         raise UsageError("--prune goes with grid and random")
+    args.name = args.name or config.get("name")
     if not args.prune and args.rungs:
         raise UsageError("--rungs needs --prune")
+    if args.prune and args.seeds > 1:
+        raise UsageError("--prune and --seeds: one at a time")
+    if method == "bayes" and not importlib.util.find_spec("optuna"):
+        raise UsageError("--method bayes needs Optuna: pip install optuna")
     return Search(
-        args.script or config.get("script", script), method, space, flags, metric, count or 20, args.seed, args.seeds,
-        args.prune, args.eta, args.rungs or [],
+        script, method, space, flags, metric, count or 20, args.seed, args.seeds,
+        args.prune, args.eta, args.rungs or [], args.threads or max(1, available_cores() // args.jobs),
     )  # fmt: skip
 
 
-def load_script(path):
+def available_cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def find_script(script):
+    """The path of a training script, here or beside this file. UsageError where there is none."""
+    for path in (Path(script), Path(__file__).parent / script):
+        if path.is_file() and path.suffix == ".py":
+            return path.resolve()
+    raise UsageError(f"--script {script}: there is no such Python file")
+
+
+def load_script(script):
     """The module of a training script. UsageError where it is not one."""
-    path = Path(path)
-    beside = Path(__file__).resolve().parent / path
-    path = path if path.is_file() else beside
-    if not path.is_file():
-        raise UsageError(f"--script {path.name}: there is no such file")
+    path = find_script(script)
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     if not hasattr(module, "main"):
-        raise UsageError(f"--script {path}: it has no function main(argv)")
+        raise UsageError(f"--script {script}: it has no function main(argv)")
     return module
 
 
@@ -393,17 +431,34 @@ def flag_words(params):
     return words
 
 
+def trial_words(search, params, seed):
+    """The command line of a configuration, without what a trial is told beside."""
+    return [*search.flags, *flag_words(params), "--seed", str(seed)]
+
+
+def told_beside(directory, rung):
+    """What a trial is told beside its configuration: where it runs, and not to read the test set."""
+    stop = [f"--stop-after={rung}"] if rung else []
+    return ["--no-test", "--quiet", "--runs-dir", str(directory.parent), "--run-name", directory.name, *stop]
+
+
 def check_trials(search, configurations):
-    """Exit with the script's own message where it refuses a trial; return the epochs, if all trials have as many."""
-    module = load_script(search.script)
-    if not hasattr(module, "build_parser"):
-        return None
-    epochs = set()
-    for params in configurations:
-        parser, words = module.build_parser(), [*search.flags, *flag_words(params), "--no-test"]
+    """Exit with the script's own message where it refuses a trial; return the rungs of pruning. UsageError."""
+    module, epochs = load_script(search.script), set()
+    for params in configurations if hasattr(module, "build_parser") else ():
+        words = [*trial_words(search, params, search.seed), *told_beside(Path("runs/trial-0000"), int(search.prune))]
+        parser = module.build_parser()
         args = common.parse_arguments(parser, words) if search.script in OWN_SCRIPTS else parser.parse_args(words)
         epochs.add(getattr(args, "epochs", None))
-    return epochs.pop() if len(epochs) == 1 else None
+    if not search.prune:
+        return []
+    if len(epochs) != 1 or None in epochs:
+        raise UsageError("--prune needs a number of epochs that is the same for all trials")
+    last = epochs.pop()
+    rungs = sorted(r for r in search.rungs or {last // search.eta**power for power in range(1, 20)} if 0 < r < last)
+    if not rungs:
+        raise UsageError(f"--prune: there is no rung between 0 and {last} epochs; see --rungs and --eta")
+    return rungs
 
 
 def configurations_to_check(search):
@@ -425,7 +480,8 @@ def planned_configurations(search):
     if search.method == "grid":
         values = [parameter.grid() for parameter in search.space]
         names = [parameter.name for parameter in search.space]
-        return [dict(zip(names, chosen, strict=True)) for chosen in itertools.product(*values)][: search.count]
+        combinations = itertools.islice(itertools.product(*values), search.count)
+        return [dict(zip(names, chosen, strict=True)) for chosen in combinations]
     generator = random.Random(f"{search.seed}")
     chosen = []
     # A small space runs out: then there are fewer trials than asked for.
@@ -453,7 +509,8 @@ def optuna_distribution(parameter):
 class BayesianProposer:
     """Optuna's proposals, told what every ended trial gave: rebuilt from trials.jsonl, so nothing else is kept."""
 
-    def __init__(self, search):
+    def __init__(self, search, known):
+        """`known`: how many configurations have been proposed before, so that a continued search draws others."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -461,15 +518,16 @@ class BayesianProposer:
         self.distributions = {parameter.name: optuna_distribution(parameter) for parameter in search.space}
         # A Gaussian process with few random trials before it finds better points sooner; its cost grows with the
         # cube of the trials, and past some two hundred the tree-structured estimator takes over.
+        seed = common.random_seed(search.seed, "proposals", known) % 2**32
         if search.count <= 200:
-            sampler = optuna.samplers.GPSampler(seed=search.seed, n_startup_trials=5)
+            sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=5)
         else:
-            sampler = optuna.samplers.TPESampler(seed=search.seed)
+            sampler = optuna.samplers.TPESampler(seed=seed)
         self.study = optuna.create_study(sampler=sampler, direction=METRICS[search.metric])
         self.asked = {}
 
     def propose(self, known):
-        """Parameters that are not among `known`, or None where ten proposals in a row were."""
+        """Parameters that are not among `known`, or None where there seem to be no others."""
         for _ in range(10):
             trial = self.study.ask(self.distributions)
             drawn = trial.params
@@ -478,7 +536,10 @@ class BayesianProposer:
                 self.asked[json.dumps(params)] = trial
                 return params
             self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
-        return None
+        # A small space, most of it known: one of the rest, at random.
+        generator = random.Random(f"{self.search.seed} {len(known)}")
+        drawn = ({p.name: p.draw(generator) for p in self.search.space} for _ in range(1000))
+        return next((params for params in drawn if params not in known), None)
 
     def tell(self, params, value):
         """What a configuration gave; None for one that failed."""
@@ -549,7 +610,19 @@ class Sweep:
 
     @property
     def ended(self):
-        return {line["trial"]: line for line in self.lines}
+        """The last line of each trial, in the order of these lines: a trial may have been run again."""
+        last = {line["trial"]: number for number, line in enumerate(self.lines)}
+        return {self.lines[number]["trial"]: self.lines[number] for number in sorted(last.values())}
+
+    def record(self, trial):
+        """A trial's run.json, {} where there is none."""
+        path = self.trial_directory(trial) / "run.json"
+        return common.read_json(path) if path.exists() else {}
+
+    def log(self, trial):
+        """The epochs that a trial has behind it, [] where it keeps no log."""
+        directory = self.trial_directory(trial)
+        return common.read_log(directory) if (directory / "log.jsonl").exists() else []
 
     def trial_directory(self, trial):
         return self.directory / f"trial-{trial:04}"
@@ -564,7 +637,7 @@ class Sweep:
             "trial": trial, "params": params, "status": status, "metric": best.get(self.search.metric),
             "val_loss": best.get("val_loss"), "val_acc": best.get("val_acc"), "epochs": record.get("epochs", 0),
             "seconds": record.get("seconds", 0.0), "seed": self.seed(trial), "run": self.trial_directory(trial).name,
-            "error": error or record.get("error"),
+            "error": error,
         }  # fmt: skip
         append_line(self.path, line)
         self.lines.append(line)
@@ -598,25 +671,32 @@ def choose_search(args, flags, defaults):
             what = f"--{given[0].replace('_', '-')}" if given else f"the flags after --, {shlex.join(flags)}"
             raise UsageError(f"--resume takes the search from the directory: leave out {what}")
         search = Sweep.open(args.resume).search
-        if args.count and search.method != "grid":
-            search.count = args.count
+        if args.count and search.method == "grid":
+            raise UsageError("--resume of a grid: leave out --count")
+        search.count = args.count or search.count
         return search, args.resume
     search = search_from(args, flags)
     directory = args.runs_dir / args.name if args.name else None
     if directory is None or not directory.exists():
+        if args.retry_failed:
+            raise UsageError("--retry-failed needs a sweep that exists: --resume SWEEP")
         return search, None
     if not (directory / "sweep.json").is_file():
-        raise UsageError(f"--name {args.name}: {directory} exists and is not a sweep")
+        if any(path.name != ".lock" for path in directory.iterdir()):
+            raise UsageError(f"--name {args.name}: {directory} exists and is not a sweep")
+        return search, directory  # a sweep that was killed before it was written down
     # As it is after a journey through JSON, where a tuple is a list.
     before, now = (json.loads(json.dumps(asdict(each))) for each in (Sweep.open(directory).search, search))
-    other = [key for key in now if key != "count" and now[key] != before[key]]
+    other = [key for key in now if key not in ("count", "threads") and now[key] != before[key]]
     if other:
         raise UsageError(f"{directory} is another search: its {other[0]} is {before[other[0]]}; take another --name")
+    search.threads = args.threads or before["threads"]
     return search, directory
 
 
 FIXED_BY_DIRECTORY = (
     "method", "script", "param", "config", "metric", "seed", "seeds", "prune", "eta", "rungs", "name", "runs_dir",
+    "threads",
 )  # fmt: skip
 
 
@@ -630,9 +710,6 @@ def work(connection, script, threads, log, directory):
     import torch
 
     os.chdir(directory)
-    # Ctrl-C on the terminal is for the parent, which passes it on once.
-    if hasattr(os, "setpgrp"):
-        os.setpgrp()
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -663,50 +740,64 @@ def work(connection, script, threads, log, directory):
             connection.send((None, f"{type(error).__name__}: {error}"))
 
 
+@contextlib.contextmanager
+def interrupts_held():
+    """Hold SIGINT back. A process started meanwhile never gets it: Ctrl-C is for the parent, which passes it on."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 class Workers:
     """Processes that keep torch and the data between trials; one that dies is replaced."""
 
-    def __init__(self, jobs, script, directory):
+    def __init__(self, jobs, search, directory):
         # Workers are forked from a process that has imported torch and done nothing else, where the system can fork.
         known = multiprocessing.get_all_start_methods()
         self.context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
         if "forkserver" in known:
             self.context.set_forkserver_preload(["torch"])
-        self.script, self.directory = script, directory
-        self.threads = max(1, (os.cpu_count() or 1) // jobs)
-        self.slots = [None] * jobs
-        self.busy = {}
+        self.search, self.directory = search, directory
+        self.slots = [None] * jobs  # (process, connection)
+        self.busy = {}  # slot: trial
 
     def idle(self):
         return [slot for slot in range(len(self.slots)) if slot not in self.busy]
 
-    def submit(self, slot, argv):
-        """Give a worker a trial."""
+    def submit(self, trial, argv):
+        """Give a trial to an idle worker."""
+        slot = self.idle()[0]
         if not self.slots[slot] or not self.slots[slot][0].is_alive():
             mine, theirs = self.context.Pipe()
-            log = self.directory / f"worker-{slot}.log"
-            arguments = (theirs, self.script, self.threads, log.absolute(), os.getcwd())
-            process = self.context.Process(target=work, args=arguments, daemon=True)
-            process.start()
+            log = (self.directory / f"worker-{slot}.log").absolute()
+            arguments = (theirs, self.search.script, self.search.threads, log, os.getcwd())
+            process = self.context.Process(target=work, args=arguments)
+            with interrupts_held():
+                process.start()
             theirs.close()
             self.slots[slot] = process, mine
-        self.busy[slot] = True
+        self.busy[slot] = trial
         with contextlib.suppress(BrokenPipeError):  # it has just died: `wait` will say so
             self.slots[slot][1].send(argv)
 
     def wait(self):
-        """Wait for the next workers to answer or die: [(slot, record or None, error or None)]."""
+        """Wait for the next workers to answer or die: [(trial, record or None, error or None)]."""
         connections = {self.slots[slot][1]: slot for slot in self.busy}
         answers = []
         for connection in multiprocessing.connection.wait(list(connections)):
             slot = connections[connection]
+            trial = self.busy.pop(slot)
             try:
-                answers.append((slot, *connection.recv()))
+                answers.append((trial, *connection.recv()))
             except (EOFError, OSError):
                 process = self.slots[slot][0]
                 process.join()
-                answers.append((slot, None, f"its process died (exit code {process.exitcode})"))
-            del self.busy[slot]
+                answers.append((trial, None, f"its process died (exit code {process.exitcode})"))
         return answers
 
     def signal(self, number):
@@ -732,48 +823,31 @@ class Workers:
 class Conductor:
     """Says which trial comes next, and takes note of what each gave."""
 
-    def __init__(self, sweep, epochs, retry_failed, announce):
+    def __init__(self, sweep, rungs, retry_failed, announce):
         """`announce(line)` is told of every trial that ends."""
-        self.sweep, self.search, self.announce = sweep, sweep.search, announce
-        self.running = set()
-        self.closed = {trial for trial, line in sweep.ended.items()}
+        self.sweep, self.search, self.rungs, self.announce = sweep, sweep.search, rungs, announce
+        self.running = {}  # trial: the epoch that it goes to, None for the end
+        self.closed = set(sweep.ended)
         if retry_failed:
             failed = {trial for trial, line in sweep.ended.items() if line["status"] == "failed"}
-            everything = set(range(self.search.count * self.search.seeds))
-            self.closed = everything - failed
-        self.rungs = self.choose_rungs(epochs)
+            self.closed = set(range(self.search.count * self.search.seeds)) - failed
         self.bayes = None
         if self.search.method == "bayes":
-            self.bayes = BayesianProposer(self.search)
             self.configurations = self.configurations_on_disk()
+            self.bayes = BayesianProposer(self.search, len(self.configurations))
             for index in list(self.configurations):
                 self.tell(index)
         else:
             self.configurations = dict(enumerate(planned_configurations(self.search)))
 
-    def choose_rungs(self, epochs):
-        if not self.search.prune:
-            return []
-        if epochs is None:
-            raise UsageError("--prune needs a number of epochs that is the same for all trials")
-        if self.search.seeds > 1:
-            raise UsageError("--prune and --seeds: one at a time")
-        rungs = self.search.rungs or {epochs // self.search.eta**power for power in range(1, 20)}
-        return sorted(rung for rung in rungs if 0 < rung < epochs)
-
     def configurations_on_disk(self):
         """What has been proposed so far: the ended trials, and those that a stop has interrupted."""
         known = {}
         for path in sorted(self.sweep.directory.glob("trial-*/run.json")):
-            arguments = common.read_record(path.parent)["args"]
-            index = int(path.parent.name.removeprefix("trial-")) // self.search.seeds
-            known[index] = {parameter.name: arguments[parameter.name] for parameter in self.search.space}
+            trial = int(path.parent.name.removeprefix("trial-"))
+            arguments = self.sweep.record(trial)["args"]
+            known[trial // self.search.seeds] = {p.name: arguments[p.name] for p in self.search.space}
         return known | {index: params for index, params, _, _ in self.sweep.configurations()}
-
-    def log(self, trial):
-        """The epochs that a trial has behind it."""
-        directory = self.sweep.trial_directory(trial)
-        return common.read_log(directory) if (directory / "log.jsonl").exists() else []
 
     def race(self):
         """Successive halving: {trial: epoch that it may go to, or None for the end}, of those still in the race.
@@ -784,19 +858,18 @@ class Conductor:
         """
         field = list(self.configurations)
         for rung in self.rungs:
-            logs = {trial: self.log(trial) for trial in field}
+            logs = {trial: self.sweep.log(trial) for trial in field}
             field = [trial for trial in field if trial not in self.closed or len(logs[trial]) >= rung]
             behind = [trial for trial in field if len(logs[trial]) < rung]
-            if behind:
+            if behind or any(trial in field for trial, goal in self.running.items() if goal == rung):
                 return dict.fromkeys(behind, rung)
-            sign, metric = self.search.sign, self.search.metric
-            reached = {trial: min(sign * row[metric] for row in logs[trial][:rung]) for trial in field}
-            field.sort(key=reached.get)
+            best = {trial: min(logs[trial][:rung], key=lambda row: row["val_loss"]) for trial in field}
+            field.sort(key=lambda trial: self.search.sign * best[trial][self.search.metric])
             kept = math.ceil(len(field) / self.search.eta)
             for trial in field[kept:]:
                 if trial not in self.closed:
-                    record = common.read_record(self.sweep.trial_directory(trial))
-                    self.end(trial, "pruned", record)
+                    seconds = sum(row.get("seconds", 0.0) for row in logs[trial])
+                    self.end(trial, "pruned", {"best": best[trial], "epochs": len(logs[trial]), "seconds": seconds})
             field = field[:kept]
         return dict.fromkeys(field)
 
@@ -806,38 +879,50 @@ class Conductor:
         for trial, rung in sorted(open_to.items()):
             if trial in self.closed or trial in self.running:
                 continue
-            if self.params(trial) is None:
+            record = self.sweep.record(trial)
+            if record.get("status") == "diverged":  # the sweep was killed before it could take note
+                self.end(trial, "diverged", record, record["error"])
+            elif self.params(trial) is None:
                 return None
-            self.running.add(trial)
-            return trial, rung
+            else:
+                self.running[trial] = rung
+                return trial, rung
         return None
 
     def params(self, trial):
         """The parameters of a trial, proposed if need be, or None where the space holds no more."""
         index = trial // self.search.seeds
         if index not in self.configurations and self.bayes:
-            self.configurations[index] = self.bayes.propose(list(self.configurations.values()))
+            params = self.bayes.propose(list(self.configurations.values()))
+            if params is not None:
+                self.configurations[index] = params
         return self.configurations.get(index)
 
     def argv(self, trial, rung):
         """The command line of a trial: from the start, or from where it was interrupted."""
         directory = self.sweep.trial_directory(trial)
-        stop = [f"--stop-after={rung}"] if rung else []
         if (directory / "last.pt").exists() and (directory / "run.json").exists():
-            return [f"--resume={directory}", "--quiet", *stop]
+            return [f"--resume={directory}", "--quiet", *([f"--stop-after={rung}"] if rung else [])]
         if directory.exists():  # killed before it could be continued
             shutil.rmtree(directory)
-        own = ["--seed", str(self.sweep.seed(trial)), "--no-test", "--quiet", "--runs-dir", str(directory.parent)]
-        return [*self.search.flags, *flag_words(self.params(trial)), *own, "--run-name", directory.name, *stop]
+        words = trial_words(self.search, self.params(trial), self.sweep.seed(trial))
+        return [*words, *told_beside(directory, rung)]
 
     def take(self, trial, record, error):
         """Take note of what a worker answered: a trial that was interrupted has not ended."""
-        self.running.discard(trial)
+        del self.running[trial]
+        known = {"finished": "finished", "stopped_early": "finished", "diverged": "diverged", "interrupted": None}
+        if not error:
+            status = record.get("status") if isinstance(record, dict) else None
+            metric = (record.get("best") or {}).get(self.search.metric) if status in known else None
+            if status not in known:
+                error = f"main(argv) gave no record of a run with a status of {', '.join(known)}"
+            elif known[status] == "finished" and not isinstance(metric, int | float):
+                error = f"its record has no best {self.search.metric}"
         if error:
-            path = self.sweep.trial_directory(trial) / "run.json"
-            self.end(trial, "failed", common.read_json(path) if path.exists() else {}, error)
-        elif record["status"] != "interrupted":
-            self.end(trial, "diverged" if record["status"] == "diverged" else "finished", record)
+            self.end(trial, "failed", self.sweep.record(trial), error)
+        elif known[status]:
+            self.end(trial, known[status], record, record.get("error"))
 
     def end(self, trial, status, record, error=None):
         line = self.sweep.append(trial, self.params(trial), status, record, error)
@@ -858,10 +943,11 @@ class Conductor:
         self.bayes.tell(params, value)
 
 
-def run_trials(sweep, epochs, args, screen):
-    """Run what is left of a sweep, --jobs trials at a time. Returns the name of the signal that stopped it, or None.
+def run_trials(sweep, rungs, args, screen):
+    """Run what is left of a sweep, --jobs trials at a time.
 
-    RunError after --max-failures failed trials in a row.
+    Returns the name of the signal that stopped it or None, and whether all its trials have ended. RunError after
+    --max-failures failed trials in a row.
     """
     search, stopped, failed = sweep.search, [], []
 
@@ -880,27 +966,28 @@ def run_trials(sweep, epochs, args, screen):
         if not screen.bars:
             screen.say(line_as_text(line, search))
 
+    workers = Workers(args.jobs, search, sweep.directory)
     bar = screen.bar(search.count * search.seeds, "trials", "trial", initial=len(sweep.ended))
-    conductor = Conductor(sweep, epochs, args.retry_failed, announce)
-    workers, current = Workers(args.jobs, search.script, sweep.directory), {}
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
+        conductor = Conductor(sweep, rungs, args.retry_failed, announce)
         while True:
             while not stopped and len(failed) < args.max_failures and workers.idle():
                 chosen = conductor.next_trial()
-                if chosen is None:
+                if chosen is None or stopped:
                     break
-                slot = workers.idle()[0]
-                current[slot] = chosen[0]
-                workers.submit(slot, conductor.argv(*chosen))
+                workers.submit(chosen[0], conductor.argv(*chosen))
+                if stopped:  # while it was being submitted
+                    workers.signal(signal.SIGTERM)
             if not workers.busy:
                 break
-            for slot, record, error in workers.wait():
-                trial = current.pop(slot)
+            for trial, record, error in workers.wait():
                 if stopped and error:
                     continue  # it ended because it was told to; a continued sweep takes it up again
-                if record and record["status"] == "interrupted" and record["error"] and not stopped:
-                    record, error = None, f"its process was ended by {record['error']}"
+                if isinstance(record, dict) and record.get("status") == "interrupted" and record.get("error"):
+                    if stopped:
+                        continue
+                    error = f"its process was ended by {record['error']}"
                 conductor.take(trial, record, error)
     finally:
         workers.close()
@@ -912,7 +999,8 @@ def run_trials(sweep, epochs, args, screen):
             f"{len(failed)} trials in a row failed, the last, {failed[-1]['run']}, with: {failed[-1]['error']}; when "
             f"that is mended: python sweep.py --resume {sweep.directory}, with --retry-failed for the failed ones"
         )
-    return stopped[0] if stopped else None
+    planned = min(search.count, len(conductor.configurations)) * search.seeds
+    return stopped[0] if stopped else None, set(range(planned)) <= set(sweep.ended)
 
 
 def line_as_text(line, search):
@@ -934,8 +1022,8 @@ def dry_run(search, screen):
         return
     for index, params in enumerate(planned_configurations(search)):
         for repeat in range(search.seeds):
-            words = [search.script, *search.flags, *flag_words(params), "--seed", str(search.seed + repeat)]
-            screen.say(f"trial {index * search.seeds + repeat:4}  python {shlex.join(words)}")
+            words = trial_words(search, params, search.seed + repeat)
+            screen.say(f"trial {index * search.seeds + repeat:4}  python {shlex.join([search.script, *words])}")
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -957,8 +1045,10 @@ def leaderboard(sweep):
             "std": statistics.stdev(values) if len(values) > 1 else None,
             "accuracy": statistics.fmean(accuracies) if accuracies else None,
             "epochs": max(line["epochs"] for line in lines), "seconds": sum(line["seconds"] for line in lines),
-            "status": " ".join(sorted({line["status"] for line in lines})), **params,
+            "status": " ".join(sorted({line["status"] for line in lines})),
         })  # fmt: skip
+        for name, value in params.items():
+            rows[-1][name if name not in rows[-1] else f"--{name}"] = value
         if search.seeds == 1:
             del rows[-1]["std"]
     return rows
@@ -998,13 +1088,14 @@ def report(sweep, screen, complete=True):
         temporary = link.with_name(f".best.{os.getpid()}.tmp")
         temporary.symlink_to(winner["run"])
         temporary.replace(link)
-        words = ["python", search.script, *search.flags, *flag_words(winner["params"]), "--seed", str(winner["seed"])]
+        words = ["python", search.script, *trial_words(search, winner["params"], winner["seed"])]
         screen.say(f"best: {winner['run']}, {search.metric} {winner['metric']:.4f}\n  {shlex.join(words)}")
         if complete and search.script in OWN_SCRIPTS:
             directory = sweep.directory / winner["run"]
-            if not (directory / "metrics.json").exists():
+            path = directory / "metrics.json"
+            if not path.exists() or common.read_json(path)["split"] != "test":
                 evaluate.main([str(directory), "--quiet"])
-            accuracy = common.read_json(directory / "metrics.json")["accuracy"]
+            accuracy = common.read_json(path)["accuracy"]
             screen.say(f"  test accuracy {accuracy:.2%}, read once and for this trial alone")
     return {"directory": str(sweep.directory), "trials": sweep.lines, "best": winner}
 
@@ -1019,19 +1110,19 @@ def main(argv=None):
     if args.report:
         return report(Sweep.open(args.report), screen, complete=False)
     search, directory = choose_search(args, flags, parser.parse_args([]))
-    epochs = check_trials(search, configurations_to_check(search))
+    rungs = check_trials(search, configurations_to_check(search))
     if args.dry_run:
         dry_run(search, screen)
         return {}
-    if directory is None:
-        directory = common.make_directory(args.runs_dir, args.name, "sweep")
-        Sweep(directory, search).write_search()
+    directory = directory or common.make_directory(args.runs_dir, args.name, "sweep")
     with common.locked(directory / ".lock"):
         sweep = Sweep(directory, search)
         sweep.write_search()
-        stopped = run_trials(sweep, epochs, args, screen)
-        result = report(sweep, screen, complete=not stopped)
-    screen.say(f"{directory}: {len(sweep.ended)} of {search.count * search.seeds} trials have ended")
+        stopped, complete = run_trials(sweep, rungs, args, screen)
+        result = report(sweep, screen, complete)
+    screen.say(f"{directory}: {len(sweep.ended)} trials have ended")
+    if complete and not sweep.ranked():
+        raise RunError(f"{directory}: no trial finished; the errors are in {sweep.path}")
     return {**result, "status": "interrupted" if stopped else "finished", "error": stopped}
 
 
