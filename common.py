@@ -1199,7 +1199,7 @@ def weights_and_biases(args, run):
     try:
         tracked = wandb.init(
             project=args.wandb_project, name=run.record["name"], id=identity, resume="allow",
-            config=run.record["args"], dir=run.directory, mode=args.wandb,
+            config=run.record["args"], dir=run.directory.absolute(), mode=args.wandb,
             settings=wandb.Settings(silent=args.quiet, console="off"),
         )  # fmt: skip
     except wandb.errors.Error as error:
