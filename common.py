@@ -1194,11 +1194,13 @@ def weights_and_biases(args, run):
         return
     import wandb
 
-    # A run that continues goes on in its W&B run, which no run of the same name elsewhere shares.
+    # A run that continues goes on in its W&B run, which no run of the same name elsewhere shares. In a W&B sweep the
+    # agent has named it.
     identity = f"{run.record['name']}-{re.sub('[^0-9]', '', run.record['started'])}"[-128:]
+    named = {} if "WANDB_SWEEP_ID" in os.environ else {"id": identity, "resume": "allow"}
     try:
         tracked = wandb.init(
-            project=args.wandb_project, name=run.record["name"], id=identity, resume="allow",
+            project=args.wandb_project, name=run.record["name"], **named,
             config=run.record["args"], dir=run.directory.absolute(), mode=args.wandb,
             settings=wandb.Settings(silent=args.quiet, console="off"),
         )  # fmt: skip

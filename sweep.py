@@ -9,6 +9,7 @@
 A parameter is a flag of the training script; flags after -- go to every trial. A trial never reads the test set.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import itertools
@@ -27,6 +28,8 @@ import statistics
 import sys
 import threading
 import traceback
+import urllib.error
+import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -300,6 +303,16 @@ def build_parser():
     flag("--eta", type=common.number(int, 2), default=3, metavar="N", help="one of so many continues")
     flag("--rungs", type=rung_list, metavar="A,B,...", help="epochs at which to prune (--epochs / eta, / eta**2, ...)")
 
+    flag = parser.add_argument_group("who drives it").add_argument
+    flag(
+        "--engine",
+        choices=("auto", "local", "wandb"),
+        default="auto",
+        help="auto: W&B for bayes with an API key, online",
+    )
+    flag("--sweep-id", metavar="ID", help="take trials from this W&B sweep, which other machines may share")
+    flag("--wandb-project", default="image-classifiers", metavar="NAME", help="where W&B files the sweep")
+
     flag = parser.add_argument_group("running it").add_argument
     flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
     flag("--threads", type=count, metavar="N", help="of each trial; other numbers round differently (cores / --jobs)")
@@ -347,7 +360,8 @@ class Search:
 def search_from(args, flags):
     """The Search that the arguments and the --config ask for. UsageError."""
     config = read_config(args.config) if args.config else {"space": [], "flags": []}
-    method = args.method or config.get("method")
+    # A sweep that is joined brings its own method and parameters.
+    method = args.method or config.get("method") or ("random" if args.sweep_id else None)
     if method not in DEFAULT_SEARCH:
         raise UsageError(
             "--method grid, random or bayes is needed" if not method else f"method {method} is not supported"
@@ -358,8 +372,8 @@ def search_from(args, flags):
         script = Path(script).name
     space = [*config["space"], *(parse_parameter(text) for text in args.param)]
     # The tutorial's own flags belong to its own search.
-    flags = [*([] if space else default_flags), *config["flags"], *flags]
-    if not space:
+    flags = [*([] if space or args.sweep_id else default_flags), *config["flags"], *flags]
+    if not space and not args.sweep_id:
         if script != default_script:
             raise UsageError(f"--script {script} needs its own search: --param NAME=SPEC or --config FILE")
         space = [parse_parameter(text) for text in default_space]
@@ -380,13 +394,16 @@ def search_from(args, flags):
         count = min(count or combinations, combinations)
     if args.prune and method == "bayes":
         raise UsageError("--prune goes with grid and random")
-    args.name = args.name or config.get("name")
+    try:
+        args.name = args.name or ("name" in config and common.run_name(config["name"])) or None
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"--config {args.config}: name: {error}") from None
     if not args.prune and args.rungs:
         raise UsageError("--rungs needs --prune")
     if args.prune and args.seeds > 1:
         raise UsageError("--prune and --seeds: one at a time")
-    if method == "bayes" and not importlib.util.find_spec("optuna"):
-        raise UsageError("--method bayes needs Optuna: pip install optuna")
+    if args.engine == "wandb" and (args.prune or args.seeds > 1):
+        raise UsageError("--prune and --seeds go with --engine local")
     return Search(
         script, method, space, flags, metric, count or 20, args.seed, args.seeds,
         args.prune, args.eta, args.rungs or [], args.threads or max(1, available_cores() // args.jobs),
@@ -1003,6 +1020,147 @@ def run_trials(sweep, rungs, args, screen):
     return stopped[0] if stopped else None, set(range(planned)) <= set(sweep.ended)
 
 
+# ---------------------------------------------------------------------------------------------------
+# Weights & Biases as the engine
+# ---------------------------------------------------------------------------------------------------
+
+
+def choose_engine(args, search, screen):
+    """`local` or `wandb`, as --engine says; of `auto` it is printed which, and why. UsageError."""
+    engine = "wandb" if args.sweep_id else args.engine
+    if engine == "auto" and search.method == "bayes":
+        online = os.environ.get("WANDB_MODE", "online") == "online"
+        key = online and importlib.util.find_spec("wandb") and has_wandb_key()
+        engine = "wandb" if key else "local"
+        reason = "an API key is configured" if key else "no API key is configured" if online else "W&B is not online"
+        screen.say(f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)")
+    if engine == "wandb":
+        common.check_wandb(argparse.Namespace(wandb="online", quiet=args.quiet))
+        return engine
+    if search.method == "bayes" and not importlib.util.find_spec("optuna"):
+        raise UsageError("--method bayes needs Optuna: pip install optuna")
+    return "local"
+
+
+def has_wandb_key():
+    import wandb
+
+    return bool(wandb.setup().settings.api_key or wandb.api.api_key)
+
+
+def reach_wandb():
+    """RunError where W&B's server does not answer soon: its own client would try for minutes."""
+    import wandb
+
+    address = wandb.setup().settings.base_url
+    try:
+        urllib.request.urlopen(address, timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except (OSError, ValueError) as error:
+        raise RunError(f"W&B's server {address} cannot be reached ({error}); --engine local does without") from error
+
+
+def wandb_parameter(parameter):
+    """A Parameter in the schema of W&B's sweeps."""
+    if parameter.values:
+        return {"values": list(parameter.values)}
+    bounds = {"min": parameter.low, "max": parameter.high}
+    if parameter.log:
+        step = {"distribution": "q_log_uniform_values", "q": parameter.step}
+        return bounds | (step if parameter.step else {"distribution": "log_uniform_values"})
+    if not parameter.step:
+        return bounds | {"distribution": "uniform"}
+    if isinstance(parameter.step, int) and parameter.step == 1:
+        return bounds | {"distribution": "int_uniform"}
+    return bounds | {"distribution": "q_uniform", "q": parameter.step}
+
+
+def observed_space(lines):
+    """The parameters of a sweep that others have set up, as far as its trials show them."""
+    space = []
+    for name in dict.fromkeys(name for line in lines for name in line["params"]):
+        values = sorted(
+            {line["params"][name] for line in lines if name in line["params"]}, key=lambda v: (str(type(v)), v)
+        )
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        if numbers and len(values) > 6:
+            low, high = min(values), max(values)
+            space.append(Parameter(name, (), low, high, log=0 < low <= high / 100))
+        else:
+            space.append(Parameter(name, tuple(values)))
+    return space
+
+
+def run_wandb(sweep, args, screen):
+    """Run the trials that a W&B sweep gives out, here in this process; each is written to trials.jsonl as well.
+
+    Returns as `run_trials` does. W&B's agent returns nothing and hides what failed, so each outcome is looked at here.
+    """
+    import wandb
+    import yaml
+
+    search, stopped = sweep.search, []
+    main = load_script(search.script).main
+    common.loaded_datasets = {}
+    os.environ.setdefault("WANDB_DIR", str(sweep.directory.absolute()))
+    reach_wandb()
+    joined = bool(args.sweep_id)
+    if not joined:
+        config = {
+            "program": search.script, "method": search.method, "run_cap": search.count,
+            "metric": {"name": search.metric, "goal": METRICS[search.metric]},
+            "parameters": {parameter.name: wandb_parameter(parameter) for parameter in search.space},
+        }  # fmt: skip
+        args.sweep_id = wandb.sweep(config, project=args.wandb_project)
+    screen.say(f"W&B sweep {args.sweep_id}; another machine joins with --sweep-id {args.sweep_id}")
+
+    def trial():
+        number = max((int(path.name[6:]) for path in sweep.directory.glob("trial-*")), default=-1) + 1
+        directory = sweep.trial_directory(number)
+        # The agent leaves the parameters of the run in this file.
+        content = yaml.safe_load(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]).read_text())
+        params = {name: entry["value"] for name, entry in content.items() if isinstance(entry, dict)}
+        words = [*trial_words(search, params, search.seed), *told_beside(directory, None)]
+        status, error, record = "failed", None, {}
+        try:
+            record = main([*words, "--wandb", "online", "--wandb-project", args.wandb_project])
+            status = {"finished": "finished", "stopped_early": "finished"}.get(record["status"], "diverged")
+            error = record["error"]
+        except SystemExit as failure:
+            error = f"the script ended with exit status {failure.code}"
+            raise RunError(error) from failure
+        except Exception as failure:
+            # The agent stops a run by raising a bare Exception in its thread.
+            told = type(failure) is Exception and not failure.args
+            status, error = ("pruned", None) if told else ("failed", f"{type(failure).__name__}: {failure}")
+            raise
+        finally:
+            if not stopped:
+                screen.say(
+                    line_as_text(sweep.append(number, params, status, record or sweep.record(number), error), search)
+                )
+
+    def stop(number, frame):
+        stopped.append(signal.Signals(number).name)
+        raise KeyboardInterrupt
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        wandb.agent(args.sweep_id, function=trial, project=args.wandb_project, count=search.count)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    if joined:
+        search.space = observed_space(sweep.lines)
+        sweep.write_search()
+    if sweep.lines and not any(line["status"] in ("finished", "pruned") for line in sweep.lines):
+        raise RunError(f"all {len(sweep.lines)} trials failed, the last with: {sweep.lines[-1]['error']}")
+    return stopped[0] if stopped else None, bool(sweep.lines) and not stopped
+
+
 def line_as_text(line, search):
     value = "-" if line["metric"] is None else f"{line['metric']:.4f}"
     params = " ".join(f"{name}={value}" for name, value in line["params"].items())
@@ -1111,6 +1269,7 @@ def main(argv=None):
         return report(Sweep.open(args.report), screen, complete=False)
     search, directory = choose_search(args, flags, parser.parse_args([]))
     rungs = check_trials(search, configurations_to_check(search))
+    engine = "local" if args.dry_run else choose_engine(args, search, screen)
     if args.dry_run:
         dry_run(search, screen)
         return {}
@@ -1118,7 +1277,10 @@ def main(argv=None):
     with common.locked(directory / ".lock"):
         sweep = Sweep(directory, search)
         sweep.write_search()
-        stopped, complete = run_trials(sweep, rungs, args, screen)
+        if engine == "wandb":
+            stopped, complete = run_wandb(sweep, args, screen)
+        else:
+            stopped, complete = run_trials(sweep, rungs, args, screen)
         result = report(sweep, screen, complete)
     screen.say(f"{directory}: {len(sweep.ended)} trials have ended")
     if complete and not sweep.ranked():

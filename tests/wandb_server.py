@@ -1,0 +1,102 @@
+"""A stand-in for W&B's server, as far as a sweep and its agents need one: GraphQL and the file stream, on loopback."""
+
+import http.server
+import json
+import re
+import threading
+
+
+class WandbServer:
+    """Gives out one run for each entry of `trials` (parameters), then tells the agent to end.
+
+    The run with the number `stop` is told to stop when its first line of history has come.
+    """
+
+    def __init__(self, trials, stop=None):
+        self.trials, self.stop = trials, stop
+        self.given, self.history, self.exit_codes, self.operations, self.sweeps = 0, {}, {}, [], []
+        self.told = False
+        stand_in = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def answer(self, content):
+                body = json.dumps(content).encode()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                self.answer({})
+
+            def do_PUT(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.answer({})
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+                if self.path.endswith("file_stream"):
+                    stand_in.take_stream(self.path.split("/")[-2], body)
+                    body = {}
+                self.answer({"data": stand_in.graphql(body)} if "query" in body else {})
+
+            def log_message(self, *arguments):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+    def take_stream(self, run, body):
+        lines = body.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+        self.history.setdefault(run, []).extend(json.loads(line) for line in lines)
+        if "exitcode" in body:
+            self.exit_codes[run] = body["exitcode"]
+
+    def graphql(self, body):
+        query, variables = body["query"], body.get("variables") or {}
+        name = re.search(r"(?:query|mutation)\s+(\w+)", query)
+        self.operations.append(name[1] if name else query[:60])
+        project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "nobody"}}
+        if "upsertSweep" in query:
+            self.sweeps.append(variables["config"])
+            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+        if "createAgent" in query:
+            return {"createAgent": {"agent": {"id": "agent1"}}}
+        if "agentHeartbeat" in query:
+            running = json.loads(variables["runState"])
+            return {"agentHeartbeat": {"agent": {"id": "agent1"}, "commands": json.dumps(self.commands(running))}}
+        if "upsertBucket" in query:
+            bucket = {
+                "id": "b", "name": variables.get("name"), "displayName": variables.get("name"), "description": None,
+                "config": None, "sweepName": variables.get("sweep"), "historyLineCount": 0, "project": project,
+            }  # fmt: skip
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if "createRunFiles" in query:
+            files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        if "viewer" in query:
+            viewer = {"id": "v", "entity": "nobody", "username": "nobody", "flags": "{}", "teams": {"edges": []}}
+            return {"viewer": viewer, "serverInfo": None}
+        return {}
+
+    def commands(self, running):
+        run = f"run{self.stop}"
+        if self.stop is not None and running.get(run) and self.history.get(run) and not self.told:
+            self.told = True
+            return [{"type": "stop", "run_id": run}]
+        if running:
+            return []
+        if self.given == len(self.trials):
+            return [{"type": "exit"}]
+        params = self.trials[self.given]
+        self.given += 1
+        args = {name: {"value": value} for name, value in params.items()}
+        return [{"type": "run", "run_id": f"run{self.given - 1}", "args": args}]
