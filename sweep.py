@@ -204,9 +204,7 @@ def read_config(path):
     unknown = sorted(map(str, config.keys() - CONFIG_KEYS))
     if unknown:
         raise UsageError(f"--config {path}: unknown key {unknown[0]} (known: {', '.join(sorted(CONFIG_KEYS))})")
-    options = {"space": []}
-    if "early_terminate" in config:
-        raise UsageError(f"--config {path}: early_terminate is not supported; --prune is")
+    options = {"space": [], "bands": bands_of(path, config.get("early_terminate"))}
 
     def walk(parameters):
         if not isinstance(parameters, dict) or not parameters:
@@ -237,6 +235,27 @@ def read_config(path):
             raise UsageError(f"--config {path}: metric {metric['name']}: the goal is to {goal} it")
     options["flags"] = flags_of_command(path, config.get("command", []))
     return options
+
+
+def bands_of(path, rule):
+    """The epochs at which a config's early_terminate compares the trials, and its eta: ([], 3) where there is none."""
+    if rule is None:
+        return [], 3
+    where = f"--config {path}: early_terminate"
+    if not isinstance(rule, dict) or rule.get("type") != "hyperband":
+        raise UsageError(f"{where}: the only type is hyperband")
+    unknown = sorted(map(str, rule.keys() - {"type", "min_iter", "max_iter", "s", "eta"}))
+    if unknown:
+        raise UsageError(f"{where}: {unknown[0]} is not supported")
+    for key in rule.keys() - {"type"}:
+        if isinstance(rule[key], bool) or not isinstance(rule[key], int) or rule[key] < (2 if key == "eta" else 1):
+            raise UsageError(f"{where}: {key} must be a whole number above {1 if key == 'eta' else 0}")
+    eta = rule.get("eta", 3)
+    if "min_iter" in rule and "max_iter" not in rule:
+        return [rule["min_iter"] * eta**power for power in range(12)], eta
+    if "max_iter" in rule and "s" in rule and "min_iter" not in rule:
+        return sorted({rule["max_iter"] // eta**power for power in range(1, rule["s"] + 1)} - {0}), eta
+    raise UsageError(f"{where}: give min_iter, or max_iter with s")
 
 
 # What may stand in a config's command, and is what the local engine does in any case.
@@ -349,6 +368,7 @@ class Search:
     prune: bool
     eta: int
     rungs: list
+    bands: list
     threads: int
 
     @property
@@ -359,7 +379,7 @@ class Search:
 
 def search_from(args, flags):
     """The Search that the arguments and the --config ask for. UsageError."""
-    config = read_config(args.config) if args.config else {"space": [], "flags": []}
+    config = read_config(args.config) if args.config else {"space": [], "flags": [], "bands": ([], 3)}
     # A sweep that is joined brings its own method and parameters.
     method = args.method or config.get("method") or ("random" if args.sweep_id else None)
     if method not in DEFAULT_SEARCH:
@@ -392,21 +412,25 @@ def search_from(args, flags):
     if method == "grid":
         combinations = math.prod(len(parameter.grid()) for parameter in space)
         count = min(count or combinations, combinations)
-    if args.prune and method == "bayes":
-        raise UsageError("--prune goes with grid and random")
+    bands, eta = config["bands"]
+    if method == "bayes" and (args.prune or bands):
+        raise UsageError("--prune and early_terminate go with grid and random")
+    if args.prune and bands:
+        raise UsageError("--prune and the config's early_terminate: one at a time")
     try:
         args.name = args.name or ("name" in config and common.run_name(config["name"])) or None
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"--config {args.config}: name: {error}") from None
     if not args.prune and args.rungs:
         raise UsageError("--rungs needs --prune")
-    if args.prune and args.seeds > 1:
-        raise UsageError("--prune and --seeds: one at a time")
+    if (args.prune or bands) and args.seeds > 1:
+        raise UsageError("pruning and --seeds: one at a time")
     if args.engine == "wandb" and (args.prune or args.seeds > 1):
         raise UsageError("--prune and --seeds go with --engine local")
     return Search(
         script, method, space, flags, metric, count or 20, args.seed, args.seeds,
-        args.prune, args.eta, args.rungs or [], args.threads or max(1, available_cores() // args.jobs),
+        args.prune, eta if bands else args.eta, args.rungs or [], bands,
+        args.threads or max(1, available_cores() // args.jobs),
     )  # fmt: skip
 
 
@@ -468,7 +492,7 @@ def check_trials(search, configurations):
         args = common.parse_arguments(parser, words) if search.script in OWN_SCRIPTS else parser.parse_args(words)
         epochs.add(getattr(args, "epochs", None))
     if not search.prune:
-        return []
+        return search.bands
     if len(epochs) != 1 or None in epochs:
         raise UsageError("--prune needs a number of epochs that is the same for all trials")
     last = epochs.pop()
@@ -837,6 +861,11 @@ class Workers:
 # ---------------------------------------------------------------------------------------------------
 
 
+def best_row(log, epochs):
+    """The row of the best epoch among the first `epochs`: that of the lowest validation loss, as in training."""
+    return min(log[:epochs], key=lambda row: row["val_loss"])
+
+
 class Conductor:
     """Says which trial comes next, and takes note of what each gave."""
 
@@ -880,19 +909,45 @@ class Conductor:
             behind = [trial for trial in field if len(logs[trial]) < rung]
             if behind or any(trial in field for trial, goal in self.running.items() if goal == rung):
                 return dict.fromkeys(behind, rung)
-            best = {trial: min(logs[trial][:rung], key=lambda row: row["val_loss"]) for trial in field}
+            best = {trial: best_row(logs[trial], rung) for trial in field}
             field.sort(key=lambda trial: self.search.sign * best[trial][self.search.metric])
             kept = math.ceil(len(field) / self.search.eta)
             for trial in field[kept:]:
                 if trial not in self.closed:
-                    seconds = sum(row.get("seconds", 0.0) for row in logs[trial])
-                    self.end(trial, "pruned", {"best": best[trial], "epochs": len(logs[trial]), "seconds": seconds})
+                    self.end_pruned(trial, logs[trial], best[trial])
             field = field[:kept]
         return dict.fromkeys(field)
 
+    def pass_bands(self):
+        """The rule of W&B's early_terminate: {trial: epoch that it may go to}, of those that have not ended.
+
+        A trial that reaches a band is compared with all that have reached it by then, and ends where it is not among
+        the best of them, one in eta. Nobody waits for the others, so what ends depends on the order.
+        """
+        open_to, sign, metric = {}, self.search.sign, self.search.metric
+        waiting = [trial for trial in self.configurations if trial not in self.closed and trial not in self.running]
+        for trial in waiting:
+            log = self.sweep.log(trial)
+            if len(log) in self.search.bands:
+                logs = [self.sweep.log(other) for other in self.configurations]
+                values = sorted(sign * best_row(rows, len(log))[metric] for rows in logs if len(rows) >= len(log))
+                best = best_row(log, len(log))
+                if sign * best[metric] > values[math.ceil(len(values) / self.search.eta) - 1]:
+                    self.end_pruned(trial, log, best)
+                    continue
+            open_to[trial] = next((band for band in self.search.bands if band > len(log)), None)
+        return open_to
+
+    def end_pruned(self, trial, log, best):
+        seconds = sum(row.get("seconds", 0.0) for row in log)
+        self.end(trial, "pruned", {"best": best, "epochs": len(log), "seconds": seconds})
+
     def next_trial(self):
         """(trial, epoch to stop after or None), or None where nothing can start now."""
-        open_to = self.race() if self.rungs else dict.fromkeys(range(self.search.count * self.search.seeds))
+        if self.search.bands:
+            open_to = self.pass_bands()
+        else:
+            open_to = self.race() if self.rungs else dict.fromkeys(range(self.search.count * self.search.seeds))
         for trial, rung in sorted(open_to.items()):
             if trial in self.closed or trial in self.running:
                 continue

@@ -270,12 +270,12 @@ def test_what_the_script_would_refuse_is_refused_before_the_first_trial(argv, ex
     [
         ([], "--method"),
         (["--method", "grid", "--param", "lr=0.1..0.2"], "needs a list of values"),
-        (["--method", "bayes", "--prune"], "--prune goes with"),
+        (["--method", "bayes", "--prune"], "go with grid and random"),
         (["--method", "grid", "--script", "train_mnist.py"], "needs its own search"),
         (["--method", "grid", "--rungs", "2"], "--rungs needs --prune"),
         (["--resume", "nowhere"], "no sweep.json"),
         (["--method", "grid", "--retry-failed", "--name", "new"], "needs a sweep that exists"),
-        (["--method", "grid", "--prune", "--seeds", "2"], "one at a time"),
+        (["--method", "grid", "--prune", "--seeds", "2"], "pruning and --seeds"),
         (["--method", "grid", "--prune", "--rungs", "10"], "no rung between 0 and 10 epochs"),
         (["--method", "grid", "--prune", "--param", "epochs=5,10"], "the same for all trials"),
         (["--method", "grid", "--script", "notes.txt", "--param", "c1=1"], "no such Python file"),
@@ -350,6 +350,38 @@ def test_pruning_continues_the_best_from_where_they_were_and_says_where_the_othe
     assert [line for line in started if line.startswith("trial-0002")] == [
         "trial-0002 0 1", "trial-0002 1 2", "trial-0002 2 4", "trial-0002 4 8"
     ]  # fmt: skip
+
+
+def test_the_band_rule_of_a_wandb_config_ends_what_is_not_among_the_best_at_a_band(toy, tmp_path):
+    pytest.importorskip("yaml")
+    config = {
+        "program": "toy.py", "method": "grid", "parameters": {"x": {"values": [0.3, 0.5, 0.4, 0.35]}},
+        "early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2},
+    }  # fmt: skip
+    (tmp_path / "sweep.json").write_text(json.dumps(config))
+    sweep.main(["--config", "sweep.json", "--quiet", "--name", "s"])
+    rows = {row["params"]["x"]: (row["status"], row["epochs"]) for row in lines()}
+    # The first at a band has nobody to fear; 0.4 is second of three at epoch 2, of whom two go on, and of two at 4.
+    assert rows == {0.3: ("finished", 8), 0.5: ("pruned", 2), 0.4: ("pruned", 4), 0.35: ("finished", 8)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"type": "median"}, "the only type is hyperband"),
+        ({"type": "hyperband"}, "min_iter, or max_iter with s"),
+        ({"type": "hyperband", "min_iter": 0}, "min_iter must be a whole number above 0"),
+        ({"type": "hyperband", "min_iter": 1, "strict": True}, "strict is not supported"),
+    ],
+)
+def test_an_early_terminate_that_is_wrong_is_refused(tmp_path, rule, expected):
+    with pytest.raises(common.UsageError, match=expected):
+        sweep.bands_of(tmp_path, rule)
+
+
+def test_the_bands_of_an_early_terminate(tmp_path):
+    assert sweep.bands_of(tmp_path, {"type": "hyperband", "min_iter": 3})[0][:3] == [3, 9, 27]
+    assert sweep.bands_of(tmp_path, {"type": "hyperband", "max_iter": 27, "s": 2}) == ([3, 9], 3)
 
 
 def test_several_seeds_are_averaged(toy):

@@ -13,7 +13,7 @@ import sweep
 pytest.importorskip("wandb", reason="wandb is not installed")
 
 FLAGS = ["--dataset", "synthetic", "--limit-train", "300", "--model", "dense"]
-SEARCH = ["--method", "random", "--script", "train_mnist.py", "--engine", "wandb", "--name", "s"]
+SEARCH = ["--method", "random", "--script", "train_mnist.py", "--engine", "wandb", "--name", "s", "--count", "4"]
 SEARCH += ["--param", "lr=log:1e-4..1e-1", "--param", "epochs=2,5000"]
 
 
@@ -65,7 +65,7 @@ def test_trials_that_finish_fail_and_are_told_to_stop(serve, capfd):
 def test_a_sweep_is_joined_and_one_where_all_fail_is_a_failure(serve):
     server = serve([{"lr": -1}, {"lr": -2}])
     with pytest.raises(common.RunError, match="all 2 trials failed"):
-        sweep.main(["--script", "train_mnist.py", "--name", "s", "--sweep-id", "sweep1", "--", *FLAGS])
+        sweep.main(["--script", "train_mnist.py", "--name", "s", "--count", "2", "--sweep-id", "sweep1", "--", *FLAGS])
     assert not server.sweeps
     assert sweep.Sweep.open(common.Path("runs/s")).search.space == [sweep.Parameter("lr", (-2, -1))]
 
