@@ -1171,7 +1171,8 @@ def run_wandb(sweep, args, screen):
     screen.say(f"W&B sweep {args.sweep_id}; another machine joins with --sweep-id {args.sweep_id}")
 
     def trial():
-        number = max((int(path.name[6:]) for path in sweep.directory.glob("trial-*")), default=-1) + 1
+        known = [int(path.name.removeprefix("trial-")) for path in sweep.directory.glob("trial-*")]
+        number = max([*known, *sweep.ended], default=-1) + 1
         directory = sweep.trial_directory(number)
         # The agent leaves the parameters of the run in this file.
         content = yaml.safe_load(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]).read_text())
