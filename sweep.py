@@ -370,6 +370,7 @@ class Search:
     rungs: list
     bands: list
     threads: int
+    sweep_id: str | None  # of the W&B sweep that drives it
 
     @property
     def sign(self):
@@ -430,7 +431,7 @@ def search_from(args, flags):
     return Search(
         script, method, space, flags, metric, count or 20, args.seed, args.seeds,
         args.prune, eta if bands else args.eta, args.rungs or [], bands,
-        args.threads or max(1, available_cores() // args.jobs),
+        args.threads or max(1, available_cores() // args.jobs), args.sweep_id,
     )  # fmt: skip
 
 
@@ -728,10 +729,10 @@ def choose_search(args, flags, defaults):
         return search, directory  # a sweep that was killed before it was written down
     # As it is after a journey through JSON, where a tuple is a list.
     before, now = (json.loads(json.dumps(asdict(each))) for each in (Sweep.open(directory).search, search))
-    other = [key for key in now if key not in ("count", "threads") and now[key] != before[key]]
+    other = [key for key in now if key not in ("count", "threads", "sweep_id") and now[key] != before[key]]
     if other:
         raise UsageError(f"{directory} is another search: its {other[0]} is {before[other[0]]}; take another --name")
-    search.threads = args.threads or before["threads"]
+    search.threads, search.sweep_id = args.threads or before["threads"], args.sweep_id or before["sweep_id"]
     return search, directory
 
 
@@ -1082,7 +1083,7 @@ def run_trials(sweep, rungs, args, screen):
 
 def choose_engine(args, search, screen):
     """`local` or `wandb`, as --engine says; of `auto` it is printed which, and why. UsageError."""
-    engine = "wandb" if args.sweep_id else args.engine
+    engine = "wandb" if search.sweep_id else args.engine
     if engine == "auto" and search.method == "bayes":
         online = os.environ.get("WANDB_MODE", "online") == "online"
         key = online and importlib.util.find_spec("wandb") and has_wandb_key()
@@ -1160,15 +1161,16 @@ def run_wandb(sweep, args, screen):
     common.loaded_datasets = {}
     os.environ.setdefault("WANDB_DIR", str(sweep.directory.absolute()))
     reach_wandb()
-    joined = bool(args.sweep_id)
-    if not joined:
+    joined = not search.space
+    if not search.sweep_id:
         config = {
             "program": search.script, "method": search.method, "run_cap": search.count,
             "metric": {"name": search.metric, "goal": METRICS[search.metric]},
             "parameters": {parameter.name: wandb_parameter(parameter) for parameter in search.space},
         }  # fmt: skip
-        args.sweep_id = wandb.sweep(config, project=args.wandb_project)
-    screen.say(f"W&B sweep {args.sweep_id}; another machine joins with --sweep-id {args.sweep_id}")
+        search.sweep_id = wandb.sweep(config, project=args.wandb_project)
+        sweep.write_search()
+    screen.say(f"W&B sweep {search.sweep_id}; another machine joins with --sweep-id {search.sweep_id}")
 
     def trial():
         known = [int(path.name.removeprefix("trial-")) for path in sweep.directory.glob("trial-*")]
@@ -1203,7 +1205,9 @@ def run_wandb(sweep, args, screen):
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        wandb.agent(args.sweep_id, function=trial, project=args.wandb_project, count=search.count)
+        left = max(0, search.count - len(sweep.ended))
+        if left:
+            wandb.agent(search.sweep_id, function=trial, project=args.wandb_project, count=left)
     except KeyboardInterrupt:
         pass
     finally:

@@ -37,6 +37,7 @@ def drive(tmp_path):
         servers.append(server)
         kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
         own = {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+        own["no_proxy"] = "127.0.0.1"
         command = [sys.executable, "-c", IMPATIENT, str(ROOT / "sweep.py"), *arguments, "--", *FLAGS]
         return subprocess.run(command, cwd=tmp_path, env=kept | own, capture_output=True, text=True, timeout=120)
 
