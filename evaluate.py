@@ -123,6 +123,8 @@ def load_trained(directory, device):
     record = common.read_record(directory)
     if status_of(directory, record) == "running":
         raise RunError(f"{directory} is still being trained; evaluate it when it has ended")
+    if device.type == "cpu":
+        common.keep_freed_memory()
     blueprint = common.load_checkpoint(directory / "best.pt")
     try:
         model = common.build_model(blueprint)
