@@ -162,7 +162,8 @@ def test_every_picture_of_ten_classes_is_made_and_has_its_size(here, tmp_path, c
         "mistakes": (1160, 995), "calibration": (600, 650), "filters": (650, 320), "activations": (1100, 480),
     }.items():  # fmt: skip
         size, drawn = picture(tmp_path / f"{name}.png")
-        assert drawn and size == expected, name
+        # Releases of matplotlib round the last pixel each in their way.
+        assert drawn and size == pytest.approx(expected, abs=1), name
     printed = capsys.readouterr().out
     assert "95% interval" in printed and "most confused" in printed and printed.endswith("metrics.json\n")
 
@@ -176,7 +177,8 @@ def test_every_picture_of_a_hundred_classes_is_made(here, tmp_path, capsys):
         "mistakes": (1160, 995), "calibration": (600, 650), "filters": (650, 320), "activations": (1100, 350),
     }.items():  # fmt: skip
         size, drawn = picture(tmp_path / f"{name}.png")
-        assert drawn and size == expected, name
+        # Releases of matplotlib round the last pixel each in their way.
+        assert drawn and size == pytest.approx(expected, abs=1), name
 
 
 def test_recall_and_precision_are_divided_along_their_own_axes():
