@@ -176,16 +176,8 @@ def add_options(parser, datasets):
 
 # What may differ when a run continues: where it runs and how it reports, and how long, never what it computes.
 CHANGEABLE_ON_RESUME = {
-    "resume",
-    "epochs",
-    "stop_after",
-    "data_dir",
-    "data_url",
-    "device",
-    "quiet",
-    "wandb",
-    "wandb_project",
-}
+    "resume", "epochs", "stop_after", "data_dir", "data_url", "device", "quiet", "wandb", "wandb_project",
+}  # fmt: skip
 
 
 def parse_arguments(parser, argv=None):
@@ -482,7 +474,8 @@ def load_dataset(args, synthetic):
             raise RunError(f"{args.dataset}: a label is outside 0..{len(image_set.classes) - 1}; the files are damaged")
         return image_set
 
-    parts = checked(True), lambda: checked(False)
+    # Read when it is asked for, and once: at --val-size 0 both validation and the test at the end ask for it.
+    parts = checked(True), functools.cache(lambda: checked(False))
     if loaded_datasets is not None:
         loaded_datasets[key] = parts
     return parts
@@ -1026,6 +1019,10 @@ def write_atomically(path, content):
         raise
 
 
+def write_json(path, content):
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
 def read_json(path):
     try:
         return json.loads(path.read_text())
@@ -1180,7 +1177,7 @@ class Run:
     def write_record(self, **changes):
         seconds = self.earlier_seconds + time.perf_counter() - self.began
         self.record.update(changes, seconds=seconds)
-        write_atomically(self.directory / "run.json", (json.dumps(self.record, indent=2) + "\n").encode())
+        write_json(self.directory / "run.json", self.record)
 
     def write_log(self):
         write_atomically(self.directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.history).encode())

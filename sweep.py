@@ -292,7 +292,7 @@ SET_BY_SWEEP = dict.fromkeys(
     ("--runs-dir", "--run-name", "--resume", "--stop-after", "--quiet", "--no-quiet", "--test", "--no-test"), ""
 ) | {"--seed": "; use --seed or --seeds of sweep.py"}
 
-# The tutorials' own searches: script, space, flags, number of trials.
+# The tutorials' own searches: script, space, flags.
 CIFAR_SEARCH = (
     "train_cifar.py", ["c1=48,96", "c2=96,192", "l1=256,512"],
     ["--epochs", "10", "--lr", "0.001", "--batch-size", "512", "--tolerance", "3"],
@@ -647,8 +647,7 @@ class Sweep:
             raise RunError(f"{path} is not of this version of the scripts ({error})") from error
 
     def write_search(self):
-        text = json.dumps(asdict(self.search), indent=2)
-        common.write_atomically(self.directory / "sweep.json", f"{text}\n".encode())
+        common.write_json(self.directory / "sweep.json", asdict(self.search))
 
     @property
     def ended(self):
@@ -904,8 +903,8 @@ class Conductor:
         "Non-stochastic best arm identification and hyperparameter optimization", 2016.)
         """
         field = list(self.configurations)
+        logs = {trial: self.sweep.log(trial) for trial in field}
         for rung in self.rungs:
-            logs = {trial: self.sweep.log(trial) for trial in field}
             field = [trial for trial in field if trial not in self.closed or len(logs[trial]) >= rung]
             behind = [trial for trial in field if len(logs[trial]) < rung]
             if behind or any(trial in field for trial, goal in self.running.items() if goal == rung):
@@ -926,12 +925,13 @@ class Conductor:
         the best of them, one in eta. Nobody waits for the others, so what ends depends on the order.
         """
         open_to, sign, metric = {}, self.search.sign, self.search.metric
-        waiting = [trial for trial in self.configurations if trial not in self.closed and trial not in self.running]
-        for trial in waiting:
-            log = self.sweep.log(trial)
+        logs = {trial: self.sweep.log(trial) for trial in self.configurations}
+        for trial, log in logs.items():
+            if trial in self.closed or trial in self.running:
+                continue
             if len(log) in self.search.bands:
-                logs = [self.sweep.log(other) for other in self.configurations]
-                values = sorted(sign * best_row(rows, len(log))[metric] for rows in logs if len(rows) >= len(log))
+                reached = [rows for rows in logs.values() if len(rows) >= len(log)]
+                values = sorted(sign * best_row(rows, len(log))[metric] for rows in reached)
                 best = best_row(log, len(log))
                 if sign * best[metric] > values[math.ceil(len(values) / self.search.eta) - 1]:
                     self.end_pruned(trial, log, best)
@@ -1329,10 +1329,10 @@ def main(argv=None):
         return report(Sweep.open(args.report), screen, complete=False)
     search, directory = choose_search(args, flags, parser.parse_args([]))
     rungs = check_trials(search, configurations_to_check(search))
-    engine = "local" if args.dry_run else choose_engine(args, search, screen)
     if args.dry_run:
         dry_run(search, screen)
         return {}
+    engine = choose_engine(args, search, screen)
     directory = directory or common.make_directory(args.runs_dir, args.name, "sweep")
     with common.locked(directory / ".lock"):
         sweep = Sweep(directory, search)

@@ -154,16 +154,21 @@ def picture(path):
         return image.size, np.mean(grey[120:] < 250) > 0.01
 
 
-def test_every_picture_of_ten_classes_is_made_and_has_its_size(here, tmp_path, capsys):
-    evaluate.main(["runs/cnn", "--out", str(tmp_path)])
-    assert {path.stem for path in tmp_path.glob("*.png")} == PICTURES
-    for name, expected in {
-        "curves": (1100, 420), "per_class": (800, 480), "confusion": (2100, 680), "predictions": (1160, 995),
-        "mistakes": (1160, 995), "calibration": (600, 650), "filters": (650, 320), "activations": (1100, 480),
-    }.items():  # fmt: skip
-        size, drawn = picture(tmp_path / f"{name}.png")
+def check_pictures(directory, sizes):
+    """Every picture is there, shows something, and has its size."""
+    assert {path.stem for path in directory.glob("*.png")} == PICTURES == set(sizes)
+    for name, expected in sizes.items():
+        size, drawn = picture(directory / f"{name}.png")
         # Releases of matplotlib round the last pixel each in their way.
         assert drawn and size == pytest.approx(expected, abs=1), name
+
+
+def test_every_picture_of_ten_classes_is_made_and_has_its_size(here, tmp_path, capsys):
+    evaluate.main(["runs/cnn", "--out", str(tmp_path)])
+    check_pictures(tmp_path, {
+        "curves": (1100, 420), "per_class": (800, 480), "confusion": (2100, 680), "predictions": (1160, 995),
+        "mistakes": (1160, 995), "calibration": (600, 650), "filters": (650, 320), "activations": (1100, 480),
+    })  # fmt: skip
     printed = capsys.readouterr().out
     assert "95% interval" in printed and "most confused" in printed and printed.endswith("metrics.json\n")
 
@@ -171,14 +176,10 @@ def test_every_picture_of_ten_classes_is_made_and_has_its_size(here, tmp_path, c
 def test_every_picture_of_a_hundred_classes_is_made(here, tmp_path, capsys):
     evaluate.main(["runs/hundred", "--out", str(tmp_path), "--all-kernels", "--layer", "2"])
     assert "top-5 accuracy" in capsys.readouterr().out
-    assert {path.stem for path in tmp_path.glob("*.png")} == PICTURES
-    for name, expected in {
+    check_pictures(tmp_path, {
         "curves": (1100, 420), "per_class": (800, 1760), "confusion": (4620, 1520), "predictions": (1160, 995),
         "mistakes": (1160, 995), "calibration": (600, 650), "filters": (650, 320), "activations": (1100, 350),
-    }.items():  # fmt: skip
-        size, drawn = picture(tmp_path / f"{name}.png")
-        # Releases of matplotlib round the last pixel each in their way.
-        assert drawn and size == pytest.approx(expected, abs=1), name
+    })  # fmt: skip
 
 
 def test_recall_and_precision_are_divided_along_their_own_axes():
