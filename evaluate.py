@@ -766,7 +766,7 @@ def draw_trial_curves(sweep):
     lines = sweep.ended
     best = best_first(sweep, [line for line in lines.values() if line["status"] == "finished"])
     for trial, line in lines.items():
-        history = sweep.log(trial)
+        history = sweep.log(trial) if sweep.is_here(line) else []
         if not history:
             continue
         look = {"color": "silver", "linewidth": 1}
@@ -776,7 +776,7 @@ def draw_trial_curves(sweep):
             axis.plot([row["epoch"] for row in history], [row[name] for row in history], **look)
             if line["status"] != "finished":
                 axis.plot(history[-1]["epoch"], history[-1][name], "x", color="black", markersize=5)
-    if best:
+    if axes[0].get_legend_handles_labels()[1]:  # the best may have run on another machine
         axes[0].legend()
     return figure
 

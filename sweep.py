@@ -24,9 +24,11 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import statistics
 import sys
 import threading
+import time
 import traceback
 import urllib.error
 import urllib.request
@@ -331,6 +333,10 @@ def build_parser():
     )
     flag("--sweep-id", metavar="ID", help="take trials from this W&B sweep, which other machines may share")
     flag("--wandb-project", default="image-classifiers", metavar="NAME", help="where W&B files the sweep")
+    flag("--storage", metavar="URL", help="share the search --name with other machines: postgresql://..., mysql://... "
+         "or a journal file on a shared disk")  # fmt: skip
+    flag("--grace", type=common.number(float, 15), default=60, metavar="SECONDS",
+         help="with --storage: a trial whose machine has been silent for so long is run again by another")  # fmt: skip
 
     flag = parser.add_argument_group("running it").add_argument
     flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
@@ -371,11 +377,17 @@ class Search:
     bands: list
     threads: int
     sweep_id: str | None  # of the W&B sweep that drives it
+    shared: bool = False  # with other machines, by --storage
 
     @property
     def sign(self):
         """1 where the metric is minimised, -1 where it is maximised."""
         return 1 if METRICS[self.metric] == "minimize" else -1
+
+
+def as_json(search):
+    """A Search as it is after a journey through JSON, where a tuple is a list."""
+    return json.loads(json.dumps(asdict(search)))
 
 
 def search_from(args, flags):
@@ -428,10 +440,20 @@ def search_from(args, flags):
         raise UsageError("pruning and --seeds: one at a time")
     if args.engine == "wandb" and (args.prune or args.seeds > 1):
         raise UsageError("--prune and --seeds go with --engine local")
+    if args.storage:
+        for flag, given in (
+            ("--engine wandb", args.engine == "wandb"), ("--sweep-id", args.sweep_id), ("--prune", args.prune),
+            ("a config's early_terminate", bands),
+            ("--seeds with --method bayes", method == "bayes" and args.seeds > 1),
+        ):  # fmt: skip
+            if given:
+                raise UsageError(f"--storage and {flag} do not go together")
+        if not args.name:
+            raise UsageError("--storage needs --name NAME: the machines find the search by it")
     return Search(
         script, method, space, flags, metric, count or 20, args.seed, args.seeds,
         args.prune, eta if bands else args.eta, args.rungs or [], bands,
-        args.threads or max(1, available_cores() // args.jobs), args.sweep_id,
+        args.threads or max(1, available_cores() // args.jobs), args.sweep_id, bool(args.storage),
     )  # fmt: skip
 
 
@@ -548,40 +570,54 @@ def optuna_distribution(parameter):
     return kind(parameter.low, parameter.high, step=parameter.step)
 
 
+def make_sampler(search, known):
+    """Optuna's sampler. `known`: how many configurations there are by now, so that a continued search draws others."""
+    import optuna
+
+    # A Gaussian process with few random trials before it finds better points sooner; its cost grows with the
+    # cube of the trials, and past some two hundred the tree-structured estimator takes over.
+    seed = common.random_seed(search.seed, "proposals", known) % 2**32
+    if search.count <= 200:
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=5)
+    return optuna.samplers.TPESampler(seed=seed)
+
+
+def params_of(space, trial):
+    """The parameters of an Optuna trial: where a range is both logarithmic and in steps, they are rounded here."""
+    drawn = trial.params
+    return {p.name: drawn[p.name] if p.values else p.at(drawn[p.name]) for p in space}
+
+
+def draw_another(search, known):
+    """Parameters at random that are not among `known`, or None where there seem to be no others."""
+    generator = random.Random(f"{search.seed} {len(known)}")
+    drawn = ({p.name: p.draw(generator) for p in search.space} for _ in range(1000))
+    return next((params for params in drawn if params not in known), None)
+
+
 class BayesianProposer:
     """Optuna's proposals, told what every ended trial gave: rebuilt from trials.jsonl, so nothing else is kept."""
 
     def __init__(self, search, known):
-        """`known`: how many configurations have been proposed before, so that a continued search draws others."""
+        """`known`: how many configurations have been proposed before."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self.optuna, self.search = optuna, search
         self.distributions = {parameter.name: optuna_distribution(parameter) for parameter in search.space}
-        # A Gaussian process with few random trials before it finds better points sooner; its cost grows with the
-        # cube of the trials, and past some two hundred the tree-structured estimator takes over.
-        seed = common.random_seed(search.seed, "proposals", known) % 2**32
-        if search.count <= 200:
-            sampler = optuna.samplers.GPSampler(seed=seed, n_startup_trials=5)
-        else:
-            sampler = optuna.samplers.TPESampler(seed=seed)
-        self.study = optuna.create_study(sampler=sampler, direction=METRICS[search.metric])
+        self.study = optuna.create_study(sampler=make_sampler(search, known), direction=METRICS[search.metric])
         self.asked = {}
 
     def propose(self, known):
         """Parameters that are not among `known`, or None where there seem to be no others."""
         for _ in range(10):
             trial = self.study.ask(self.distributions)
-            drawn = trial.params
-            params = {p.name: drawn[p.name] if p.values else p.at(drawn[p.name]) for p in self.search.space}
+            params = params_of(self.search.space, trial)
             if params not in known:
                 self.asked[json.dumps(params)] = trial
                 return params
             self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
-        # A small space, most of it known: one of the rest, at random.
-        generator = random.Random(f"{self.search.seed} {len(known)}")
-        drawn = ({p.name: p.draw(generator) for p in self.search.space} for _ in range(1000))
-        return next((params for params in drawn if params not in known), None)
+        return draw_another(self.search, known)  # a small space, most of it known
 
     def tell(self, params, value):
         """What a configuration gave; None for one that failed."""
@@ -680,9 +716,16 @@ class Sweep:
             "seconds": record.get("seconds", 0.0), "seed": self.seed(trial), "run": self.trial_directory(trial).name,
             "error": error,
         }  # fmt: skip
+        return self.take(line)
+
+    def take(self, line):
         append_line(self.path, line)
         self.lines.append(line)
         return line
+
+    def is_here(self, line):
+        """Whether the trial of a line ran in this directory, and not on another machine."""
+        return line["run"] == self.trial_directory(line["trial"]).name
 
     def configurations(self):
         """Configurations with an ended trial, in their order: (index, params, lines, mean metric or None)."""
@@ -712,6 +755,9 @@ def choose_search(args, flags, defaults):
             what = f"--{given[0].replace('_', '-')}" if given else f"the flags after --, {shlex.join(flags)}"
             raise UsageError(f"--resume takes the search from the directory: leave out {what}")
         search = Sweep.open(args.resume).search
+        if search.shared != bool(args.storage):
+            what = "give its --storage again" if search.shared else "leave out --storage"
+            raise UsageError(f"--resume {args.resume}: this search is {'' if search.shared else 'not '}shared: {what}")
         if args.count and search.method == "grid":
             raise UsageError("--resume of a grid: leave out --count")
         search.count = args.count or search.count
@@ -719,15 +765,14 @@ def choose_search(args, flags, defaults):
     search = search_from(args, flags)
     directory = args.runs_dir / args.name if args.name else None
     if directory is None or not directory.exists():
-        if args.retry_failed:
+        if args.retry_failed and not args.storage:
             raise UsageError("--retry-failed needs a sweep that exists: --resume SWEEP")
         return search, None
     if not (directory / "sweep.json").is_file():
         if any(path.name != ".lock" for path in directory.iterdir()):
             raise UsageError(f"--name {args.name}: {directory} exists and is not a sweep")
         return search, directory  # a sweep that was killed before it was written down
-    # As it is after a journey through JSON, where a tuple is a list.
-    before, now = (json.loads(json.dumps(asdict(each))) for each in (Sweep.open(directory).search, search))
+    before, now = as_json(Sweep.open(directory).search), as_json(search)
     other = [key for key in now if key not in ("count", "threads", "sweep_id") and now[key] != before[key]]
     if other:
         raise UsageError(f"{directory} is another search: its {other[0]} is {before[other[0]]}; take another --name")
@@ -739,6 +784,219 @@ FIXED_BY_DIRECTORY = (
     "method", "script", "param", "config", "metric", "seed", "seeds", "prune", "eta", "rungs", "name", "runs_dir",
     "threads",
 )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------
+# Many machines
+# ---------------------------------------------------------------------------------------------------
+
+BEAT = 5  # seconds between a trial's signs of life
+POLL = 2  # seconds between two looks at what the other machines do
+
+
+def open_storage(url):
+    """Optuna's storage in the database at a URL, or in a journal file. UsageError; else what the driver raises."""
+    from optuna.storages import JournalStorage, RDBStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    if "://" not in url:
+        if not Path(url).parent.is_dir():
+            raise UsageError(f"--storage {url}: there is no directory {Path(url).parent}")
+        return JournalStorage(JournalFileBackend(url))
+    from sqlalchemy import exc
+
+    timeout = {} if url.startswith("sqlite") else {"connect_args": {"connect_timeout": 10}}
+    try:
+        for attempt in range(5):
+            try:
+                return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **timeout})
+            except (exc.ProgrammingError, exc.IntegrityError, exc.OperationalError) as error:
+                # Two machines that start at once make the same tables; nobody answers to a wrong address.
+                if attempt == 4 or not re.search("exist|unique", str(error), re.IGNORECASE):
+                    raise
+                time.sleep(1)
+    except exc.ArgumentError as error:
+        raise UsageError(f"--storage: {error}") from error
+    except ImportError as error:
+        raise UsageError(f"--storage {shown_url(url)}: {error.__cause__ or error}; install that driver") from error
+
+
+def shown_url(url):
+    """The URL without its password."""
+    return re.sub(r"(?<=:)[^:/@]*(?=@)", "***", url)
+
+
+class SharedSearch:
+    """A search in Optuna's storage, from which any number of machines take trials.
+
+    An Optuna trial is a ticket for one `trial` of the search: queued by whoever finds that there is none, taken by one
+    machine, and ended with the trial's `line` of trials.jsonl. A ticket that failed without a line has been given up,
+    by the machine that stopped, or by another when that one was silent for too long; then there is none for this
+    trial, and it is queued again. Where two machines queue the same trial at once, the first ticket holds.
+    """
+
+    def __init__(self, url, name, search, machine, grace):
+        """`machine`: what the others are to call this one; `grace`: seconds after which a silent one is dead.
+
+        UsageError where the storage holds another search of this name, RunError where it cannot be reached.
+        """
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self.state = optuna.trial.TrialState
+        self.url, self.search, self.machine, self.grace = url, search, machine, grace
+        self.distributions = {parameter.name: optuna_distribution(parameter) for parameter in search.space}
+        self.total, self.planned = search.count * search.seeds, []
+        if search.method != "bayes":
+            self.planned = planned_configurations(search)
+            self.total = len(self.planned) * search.seeds
+        elif all(p.values or (p.step and not p.log) for p in search.space):
+            self.total = min(self.total, math.prod(len(p.grid()) for p in search.space))
+        self.mine = {}  # trial: the ticket that this machine has taken
+        self.heard = {}  # number of a running ticket: its last sign of life, and when it was first seen here
+        with self.errors():
+            storage = open_storage(url)
+            with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
+                optuna.create_study(storage=storage, study_name=name, direction=METRICS[search.metric])
+            self.study = optuna.load_study(storage=storage, study_name=name)
+            # What may differ from machine to machine is left out.
+            wanted = {key: value for key, value in as_json(search).items() if key not in ("count", "threads")}
+            if "search" not in self.study.user_attrs:
+                self.study.set_user_attr("search", wanted)
+            found = self.study.user_attrs["search"]
+        other = [key for key in wanted if found.get(key) != wanted[key]]
+        if other:
+            raise UsageError(f"{shown_url(url)} holds another search {name}: its {other[0]} is {found.get(other[0])}")
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self.beat, daemon=True)
+        self.thread.start()
+
+    @contextlib.contextmanager
+    def errors(self):
+        """Turn what Optuna and its drivers raise into one line."""
+        from optuna.exceptions import StorageInternalError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        try:
+            yield
+        except (StorageInternalError, SQLAlchemyError, OSError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise RunError(f"--storage {shown_url(self.url)}: {reason}; the same command goes on from here") from error
+
+    def beat(self):
+        from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
+        from sqlalchemy.exc import SQLAlchemyError
+
+        while not self.closing.wait(BEAT):
+            for ticket in list(self.mine.values()):
+                # Taken over by another machine, or the storage is away: the main thread will meet the same.
+                with contextlib.suppress(UpdateFinishedTrialError, StorageInternalError, SQLAlchemyError, OSError):
+                    ticket.set_user_attr("beat", time.time())
+
+    def tickets(self):
+        """{trial: the ticket that holds}, and {trial: the parameters of those that were given up}."""
+        holding, given_up = {}, {}
+        for ticket in sorted(self.study.get_trials(deepcopy=False), key=lambda ticket: ticket.number):
+            known = ticket.user_attrs
+            if "trial" not in known:
+                continue
+            if ticket.state == self.state.FAIL and "line" not in known:
+                if ticket.params.keys() == self.distributions.keys() and "repeated" not in known:
+                    given_up[known["trial"]] = ticket.params
+                continue
+            before = holding.get(known["trial"])
+            if before is None or known["attempt"] > before.user_attrs["attempt"]:
+                holding[known["trial"]] = ticket
+        return holding, given_up
+
+    def queue(self, trial, params, attempt=1):
+        self.study.enqueue_trial(params, user_attrs={"trial": trial, "attempt": attempt})
+
+    def tend(self):
+        """Give up the tickets of machines that have fallen silent, and queue the trials that have none."""
+        with self.errors():
+            holding, _ = self.tickets()
+            now = time.monotonic()
+            for ticket in holding.values():
+                if ticket.state != self.state.RUNNING or ticket.number in {own.number for own in self.mine.values()}:
+                    continue
+                sign = ticket.user_attrs.get("beat")
+                last, since = self.heard.setdefault(ticket.number, (sign, now))
+                if last != sign:
+                    self.heard[ticket.number] = sign, now
+                elif now - since > self.grace:
+                    self.tell(ticket.number, ticket.user_attrs.get("line"))
+            holding, given_up = self.tickets()
+            for trial in sorted({*range(self.total), *given_up} - holding.keys()):
+                index = trial // self.search.seeds
+                planned = self.planned[index] if index < len(self.planned) else {}
+                self.queue(trial, given_up.get(trial, planned))
+
+    def take(self):
+        """(trial, params) of a trial that is this machine's from now on, or None where none is waiting."""
+        with self.errors():
+            while any(ticket.state == self.state.WAITING for ticket in self.tickets()[0].values()):
+                self.study.sampler = make_sampler(self.search, f"{self.machine} {len(self.study.get_trials())}")
+                ticket = self.study.ask(self.distributions)
+                trial, (holding, _) = ticket.user_attrs.get("trial"), self.tickets()
+                if trial is None or holding[trial].number != ticket.number:
+                    self.tell(ticket.number, None)  # there was another for this trial
+                    continue
+                params = params_of(self.search.space, ticket)
+                if self.search.method == "bayes":
+                    known = [
+                        params_of(self.search.space, other) for other in holding.values()
+                        if other.number < ticket.number and other.params.keys() == self.distributions.keys()
+                    ]  # fmt: skip
+                    if params in known:
+                        ticket.set_user_attr("repeated", True)
+                        self.tell(ticket.number, None)
+                        self.queue(trial, draw_another(self.search, known))
+                        continue
+                ticket.set_user_attr("machine", self.machine)
+                self.mine[trial] = ticket
+                return trial, params
+        return None
+
+    def end(self, trial, line):
+        """Tell all machines how a trial of this one has ended, if it was not taken over by another."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        ticket = self.mine.pop(trial)
+        with self.errors(), contextlib.suppress(UpdateFinishedTrialError):
+            ticket.set_user_attr("line", line)
+            self.tell(ticket.number, line)
+
+    def tell(self, number, line):
+        """End a ticket: with the line of its trial, or None to give it up."""
+        value = line and line["metric"]
+        if line and line["status"] == "diverged":  # the worst so far, so that a Bayesian search keeps away from there
+            values = [one.value for one in self.study.get_trials(deepcopy=False) if one.value is not None]
+            value = max(values, key=lambda value: self.search.sign * value, default=None)
+        state = self.state.COMPLETE if line and line["status"] != "failed" and value is not None else self.state.FAIL
+        self.study.tell(number, value if state == self.state.COMPLETE else None, state, skip_if_finished=True)
+
+    def ended(self):
+        """{trial: (machine, line)} of what has ended anywhere."""
+        with self.errors():
+            return {
+                trial: (ticket.user_attrs["machine"], ticket.user_attrs["line"])
+                for trial, ticket in self.tickets()[0].items() if ticket.state.is_finished()
+            }  # fmt: skip
+
+    def retry_failed(self):
+        with self.errors():
+            for trial, ticket in self.tickets()[0].items():
+                if ticket.state.is_finished() and ticket.user_attrs["line"]["status"] == "failed":
+                    self.queue(trial, ticket.params, ticket.user_attrs["attempt"] + 1)
+
+    def close(self):
+        """Give up what this machine has taken and not ended."""
+        self.closing.set()
+        self.thread.join()
+        with self.errors():
+            while self.mine:
+                self.tell(self.mine.popitem()[1].number, None)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -826,11 +1084,11 @@ class Workers:
         with contextlib.suppress(BrokenPipeError):  # it has just died: `wait` will say so
             self.slots[slot][1].send(argv)
 
-    def wait(self):
-        """Wait for the next workers to answer or die: [(trial, record or None, error or None)]."""
+    def wait(self, seconds):
+        """Wait for the next workers to answer or die: [(trial, record or None, error or None)]; None: for ever."""
         connections = {self.slots[slot][1]: slot for slot in self.busy}
         answers = []
-        for connection in multiprocessing.connection.wait(list(connections)):
+        for connection in multiprocessing.connection.wait(list(connections), seconds):
             slot = connections[connection]
             trial = self.busy.pop(slot)
             try:
@@ -869,15 +1127,20 @@ def best_row(log, epochs):
 class Conductor:
     """Says which trial comes next, and takes note of what each gave."""
 
-    def __init__(self, sweep, rungs, retry_failed, announce):
-        """`announce(line)` is told of every trial that ends."""
+    def __init__(self, sweep, rungs, retry_failed, announce, shared=None):
+        """`announce(line)` is told of every trial that ends; `shared`: the SharedSearch to take trials from."""
         self.sweep, self.search, self.rungs, self.announce = sweep, sweep.search, rungs, announce
+        self.shared = shared
         self.running = {}  # trial: the epoch that it goes to, None for the end
         self.closed = set(sweep.ended)
+        self.bayes, self.configurations = None, {}
+        if shared:
+            if retry_failed:
+                shared.retry_failed()
+            return
         if retry_failed:
             failed = {trial for trial, line in sweep.ended.items() if line["status"] == "failed"}
             self.closed = set(range(self.search.count * self.search.seeds)) - failed
-        self.bayes = None
         if self.search.method == "bayes":
             self.configurations = self.configurations_on_disk()
             self.bayes = BayesianProposer(self.search, len(self.configurations))
@@ -943,8 +1206,35 @@ class Conductor:
         seconds = sum(row.get("seconds", 0.0) for row in log)
         self.end(trial, "pruned", {"best": best, "epochs": len(log), "seconds": seconds})
 
+    def next_shared_trial(self):
+        """As `next_trial`, of a search that is shared, after a look at what the other machines have done."""
+        self.shared.tend()
+        self.hear()
+        while taken := self.shared.take():
+            trial, params = taken
+            self.configurations[trial // self.search.seeds] = params
+            line = self.sweep.ended.get(trial)
+            if line and line["status"] != "failed" and self.sweep.is_here(line):
+                self.shared.end(trial, line)  # it ended here, when the storage could not be reached
+                continue
+            self.running[trial] = None
+            return trial, None
+        return None
+
+    def hear(self):
+        """Take note of what the other machines have ended. Returns the number of trials that have ended anywhere."""
+        ended = self.shared.ended()
+        for trial, (machine, line) in ended.items():
+            before, there = self.sweep.ended.get(trial), {**line, "run": f"{machine}/{line['run']}"}
+            if before not in (line, there):
+                self.configurations[trial // self.search.seeds] = line["params"]
+                self.announce(self.sweep.take(there))
+        return len(ended)
+
     def next_trial(self):
         """(trial, epoch to stop after or None), or None where nothing can start now."""
+        if self.shared:
+            return self.next_shared_trial()
         if self.search.bands:
             open_to = self.pass_bands()
         else:
@@ -974,11 +1264,15 @@ class Conductor:
     def argv(self, trial, rung):
         """The command line of a trial: from the start, or from where it was interrupted."""
         directory = self.sweep.trial_directory(trial)
-        if (directory / "last.pt").exists() and (directory / "run.json").exists():
+        params, record = self.params(trial), self.sweep.record(trial)
+        goes_on = record and (directory / "last.pt").exists()
+        if goes_on and self.shared and self.search.method == "bayes":  # another may have been proposed in its place
+            goes_on = params.items() <= record["args"].items()
+        if goes_on:
             return [f"--resume={directory}", "--quiet", *([f"--stop-after={rung}"] if rung else [])]
         if directory.exists():  # killed before it could be continued
             shutil.rmtree(directory)
-        words = trial_words(self.search, self.params(trial), self.sweep.seed(trial))
+        words = trial_words(self.search, params, self.sweep.seed(trial))
         return [*words, *told_beside(directory, rung)]
 
     def take(self, trial, record, error):
@@ -1000,6 +1294,8 @@ class Conductor:
     def end(self, trial, status, record, error=None):
         line = self.sweep.append(trial, self.params(trial), status, record, error)
         self.closed.add(trial)
+        if self.shared:
+            self.shared.end(trial, line)
         if self.bayes:
             self.tell(trial // self.search.seeds)
         self.announce(line)
@@ -1016,8 +1312,8 @@ class Conductor:
         self.bayes.tell(params, value)
 
 
-def run_trials(sweep, rungs, args, screen):
-    """Run what is left of a sweep, --jobs trials at a time.
+def run_trials(sweep, rungs, args, screen, shared):
+    """Run what is left of a sweep, --jobs trials at a time; of a shared one, what no other machine runs.
 
     Returns the name of the signal that stopped it or None, and whether all its trials have ended. RunError after
     --max-failures failed trials in a row.
@@ -1032,7 +1328,8 @@ def run_trials(sweep, rungs, args, screen):
         workers.signal(signal.SIGTERM)
 
     def announce(line):
-        failed.append(line) if line["status"] == "failed" else failed.clear()
+        if sweep.is_here(line):
+            failed.append(line) if line["status"] == "failed" else failed.clear()
         best = sweep.ranked()
         bar.update()
         bar.set_postfix({f"best {search.metric}": f"{best[0][3]:.4f}" if best else "-"})
@@ -1043,7 +1340,7 @@ def run_trials(sweep, rungs, args, screen):
     bar = screen.bar(search.count * search.seeds, "trials", "trial", initial=len(sweep.ended))
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        conductor = Conductor(sweep, rungs, args.retry_failed, announce)
+        conductor = Conductor(sweep, rungs, args.retry_failed, announce, shared)
         while True:
             while not stopped and len(failed) < args.max_failures and workers.idle():
                 chosen = conductor.next_trial()
@@ -1053,8 +1350,12 @@ def run_trials(sweep, rungs, args, screen):
                 if stopped:  # while it was being submitted
                     workers.signal(signal.SIGTERM)
             if not workers.busy:
-                break
-            for trial, record, error in workers.wait():
+                # The others' trials may have to be run again here.
+                if stopped or len(failed) >= args.max_failures or not shared or conductor.hear() >= shared.total:
+                    break
+                time.sleep(POLL)
+                continue
+            for trial, record, error in workers.wait(POLL if shared else None):
                 if stopped and error:
                     continue  # it ended because it was told to; a continued sweep takes it up again
                 if isinstance(record, dict) and record.get("status") == "interrupted" and record.get("error"):
@@ -1067,6 +1368,8 @@ def run_trials(sweep, rungs, args, screen):
         bar.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
+        if shared:
+            shared.close()
     if len(failed) >= args.max_failures:
         raise RunError(
             f"{len(failed)} trials in a row failed, the last, {failed[-1]['run']}, with: {failed[-1]['error']}; when "
@@ -1084,6 +1387,10 @@ def run_trials(sweep, rungs, args, screen):
 def choose_engine(args, search, screen):
     """`local` or `wandb`, as --engine says; of `auto` it is printed which, and why. UsageError."""
     engine = "wandb" if search.sweep_id else args.engine
+    if search.shared:
+        if not importlib.util.find_spec("optuna"):
+            raise UsageError("--storage needs Optuna: pip install optuna")
+        return "local"
     if engine == "auto" and search.method == "bayes":
         online = os.environ.get("WANDB_MODE", "online") == "online"
         key = online and importlib.util.find_spec("wandb") and has_wandb_key()
@@ -1302,12 +1609,13 @@ def report(sweep, screen, complete=True):
         common.write_atomically(sweep.directory / f"{file}.png", evaluate.render(figure))
     winner = best_trial(sweep)
     if winner:
+        words = ["python", search.script, *trial_words(search, winner["params"], winner["seed"])]
+        screen.say(f"best: {winner['run']}, {search.metric} {winner['metric']:.4f}\n  {shlex.join(words)}")
+    if winner and sweep.is_here(winner):
         link = sweep.directory / "best"
         temporary = link.with_name(f".best.{os.getpid()}.tmp")
         temporary.symlink_to(winner["run"])
         temporary.replace(link)
-        words = ["python", search.script, *trial_words(search, winner["params"], winner["seed"])]
-        screen.say(f"best: {winner['run']}, {search.metric} {winner['metric']:.4f}\n  {shlex.join(words)}")
         if complete and search.script in OWN_SCRIPTS:
             directory = sweep.directory / winner["run"]
             path = directory / "metrics.json"
@@ -1333,6 +1641,11 @@ def main(argv=None):
         dry_run(search, screen)
         return {}
     engine = choose_engine(args, search, screen)
+    shared = None
+    if search.shared:
+        place = directory or args.runs_dir / args.name
+        machine = f"{socket.gethostname()}:{place.absolute()}"
+        shared = SharedSearch(args.storage, place.name, search, machine, args.grace)
     directory = directory or common.make_directory(args.runs_dir, args.name, "sweep")
     with common.locked(directory / ".lock"):
         sweep = Sweep(directory, search)
@@ -1340,7 +1653,7 @@ def main(argv=None):
         if engine == "wandb":
             stopped, complete = run_wandb(sweep, args, screen)
         else:
-            stopped, complete = run_trials(sweep, rungs, args, screen)
+            stopped, complete = run_trials(sweep, rungs, args, screen, shared)
         result = report(sweep, screen, complete)
     screen.say(f"{directory}: {len(sweep.ended)} trials have ended")
     if complete and not sweep.ranked():

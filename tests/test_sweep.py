@@ -2,10 +2,17 @@
 
 import json
 import multiprocessing
+import os
+import pwd
 import random
+import shutil
 import signal
+import socket
+import subprocess
+import tempfile
 import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -80,7 +87,7 @@ def toy(tmp_path, monkeypatch):
 
 
 def lines():
-    return sweep.read_lines(common.Path("runs/s/trials.jsonl"))
+    return sweep.read_lines(Path("runs/s/trials.jsonl"))
 
 
 GRID = ["--method", "grid", "--param", "x=0.1,0.2,0.3", "--param", "k=1,2"]
@@ -307,12 +314,12 @@ def test_a_grid_runs_every_combination_once_whatever_the_number_of_jobs(toy):
     results = []
     for jobs in ("1", "2"):
         sweep.main([*toy[:-1], f"jobs{jobs}", *GRID, "--jobs", jobs])
-        rows = sweep.read_lines(common.Path(f"runs/jobs{jobs}/trials.jsonl"))
+        rows = sweep.read_lines(Path(f"runs/jobs{jobs}/trials.jsonl"))
         assert sorted(row["trial"] for row in rows) == list(range(6))
         assert {row["status"] for row in rows} == {"finished"} and {row["epochs"] for row in rows} == {8}
         results.append({row["trial"]: (row["params"], row["metric"]) for row in rows})
     assert results[0] == results[1]
-    best = json.loads((common.Path("runs/jobs2/best") / "run.json").read_text())
+    best = json.loads((Path("runs/jobs2/best") / "run.json").read_text())
     assert (best["args"]["x"], best["args"]["k"]) == (0.3, 1)
 
 
@@ -320,14 +327,14 @@ def test_a_trial_that_fails_is_recorded_and_does_not_end_the_sweep(toy):
     for way, error in (("raise", "ValueError: k is 2"), ("die", "its process died (exit code -9)")):
         name = [*toy[:-1], way]
         sweep.main([*name, *GRID, "--jobs", "2", "--max-failures", "9", "--", "--fail", way])
-        rows = {row["trial"]: row for row in sweep.read_lines(common.Path(f"runs/{way}/trials.jsonl"))}
+        rows = {row["trial"]: row for row in sweep.read_lines(Path(f"runs/{way}/trials.jsonl"))}
         assert [rows[trial]["status"] for trial in range(6)] == ["finished", "failed"] * 3
         assert {row["error"] for row in rows.values()} == {None, error}
     # Again: nothing is left to do. With --retry-failed the failed ones run once more, and only those.
     sweep.main([*name, *GRID, "--max-failures", "9", "--", "--fail", way])
-    assert len(sweep.read_lines(common.Path("runs/die/trials.jsonl"))) == 6
+    assert len(sweep.read_lines(Path("runs/die/trials.jsonl"))) == 6
     sweep.main(["--resume", "runs/die", "--retry-failed", "--max-failures", "9", "--quiet"])
-    again = sweep.read_lines(common.Path("runs/die/trials.jsonl"))[6:]
+    again = sweep.read_lines(Path("runs/die/trials.jsonl"))[6:]
     assert sorted(row["trial"] for row in again) == [1, 3, 5]
 
 
@@ -347,7 +354,7 @@ def test_pruning_continues_the_best_from_where_they_were_and_says_where_the_othe
     finished = sorted((row["params"]["x"], row["params"]["k"]) for row in rows.values() if row["status"] == "finished")
     assert finished == [(0.1, 1), (0.3, 1)] or finished == [(0.3, 1), (0.5, 1)]
     assert {row["status"] for row in rows.values() if row["epochs"] < 8} == {"pruned"}
-    started = common.Path("runs/s/started.txt").read_text().splitlines()
+    started = Path("runs/s/started.txt").read_text().splitlines()
     assert [line for line in started if line.startswith("trial-0002")] == [
         "trial-0002 0 1", "trial-0002 1 2", "trial-0002 2 4", "trial-0002 4 8"
     ]  # fmt: skip
@@ -388,7 +395,7 @@ def test_the_bands_of_an_early_terminate(tmp_path):
 def test_several_seeds_are_averaged(toy):
     sweep.main([*toy, "--method", "grid", "--param", "k=1,2", "--seeds", "3"])
     assert [(row["params"]["k"], row["seed"]) for row in lines()] == [(k, s) for k in (1, 2) for s in (42, 43, 44)]
-    rows = sweep.leaderboard(sweep.Sweep.open(common.Path("runs/s")))
+    rows = sweep.leaderboard(sweep.Sweep.open(Path("runs/s")))
     assert [row["k"] for row in rows] == [1, 2] and rows[0]["std"] == pytest.approx(0.001)
     assert rows[0]["val_loss"] == pytest.approx(0.09 + 0.1 + 1 / 8 + 0.043)
 
@@ -416,7 +423,7 @@ def test_a_bayesian_search_learns_is_seeded_and_continues_from_its_lines(toy):
     sweep.main(["--resume", "runs/s", "--count", "12", "--quiet"])
     rows = lines()
     sweep.main([*toy[:-1], "twin", *space, "--count", "6"])
-    twin = sweep.read_lines(common.Path("runs/twin/trials.jsonl"))
+    twin = sweep.read_lines(Path("runs/twin/trials.jsonl"))
     assert [row["params"] for row in twin] == [row["params"] for row in rows[:6]]
     assert [row["trial"] for row in rows] == list(range(12))
     assert len({json.dumps(row["params"]) for row in rows}) == 12
@@ -474,6 +481,181 @@ def test_a_signal_ends_the_sweep_and_says_how_to_go_on(toy, cli, tmp_path):
         sweep.main(["--resume", "runs/s", "--quiet"])
     sweep.main(["--resume", "runs/s", "--quiet"])
     assert lines()[: len(before)] == before and sorted(row["trial"] for row in lines()) == list(range(6))
+
+
+# ---------------------------------------------------------------------------------------------------
+# Many machines: each is a process with a runs directory of its own
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def postgresql(tmp_path_factory):
+    """The URL of a PostgreSQL server that lives as long as the tests."""
+    pytest.importorskip("psycopg")
+    programs = [*sorted(Path("/usr/lib/postgresql").glob("*/bin")), *map(Path, os.get_exec_path())]
+    place = next((path for path in programs if (path / "initdb").exists() and (path / "pg_ctl").exists()), None)
+    if place is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: postgresql)")
+    user = None
+    directory = Path(
+        tempfile.mkdtemp(prefix="postgresql-")
+    )  # where another user can reach it, and a socket's name fits
+    if os.geteuid() == 0:  # it refuses to run as root
+        try:
+            user = pwd.getpwnam("postgres").pw_name
+        except KeyError:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+        shutil.chown(directory, user)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(program, *arguments):
+        command = [place / program, "-D", directory / "data", *arguments]
+        subprocess.run(command, check=True, user=user, cwd=directory, stdout=subprocess.DEVNULL, timeout=60)
+
+    run("initdb", "--auth=trust", "--username=sweep")
+    options = f"-p {port} -k {directory} -c listen_addresses=127.0.0.1"
+    run("pg_ctl", "-w", "-o", options, "-l", directory / "log", "start")
+    yield f"postgresql://sweep@127.0.0.1:{port}/postgres"
+    run("pg_ctl", "-w", "-m", "immediate", "stop")
+    shutil.rmtree(directory)
+
+
+def machine(cli, name, storage, *arguments, flags=("--fail", "slow")):
+    """A process that takes trials from a shared search, as a machine of its own would."""
+    where = ["--script", "toy.py", "--name", "s", "--runs-dir", name, "--storage", storage, "--grace", "15"]
+    return cli("sweep.py", *arguments, *where, "--", *flags, start=True)
+
+
+def ended(name):
+    return {line["trial"]: line for line in sweep.read_lines(Path(name, "s", "trials.jsonl"))}
+
+
+def test_three_machines_share_a_search_and_the_trial_of_a_dead_one_is_run_by_another(toy, cli, postgresql):
+    flags, twelve = ["--fail", "slow", "--epochs", "15"], [*GRID[:-1], "k=1,2,3,4"]
+    a, b, c = (machine(cli, name, postgresql, *twelve, flags=flags) for name in "abc")
+    until(lambda: any(Path("b/s").glob("trial-*/last.pt")))
+    b.send_signal(signal.SIGKILL)
+    b.wait()
+    lost = {int(path.name[-4:]) for path in Path("b/s").glob("trial-*")} - ended("b").keys()
+    assert len(lost) == 1
+    for process in (a, c):
+        output, error = process.communicate(timeout=100)
+        assert process.returncode == 0 and not error and "s: 12 trials have ended" in output
+    for first, other in ("ac", "ca"):
+        lines = ended(first)
+        assert sorted(lines) == list(range(12)) and len({str(line["params"]) for line in lines.values()}) == 12
+        here = {trial for trial, line in lines.items() if line["run"] == f"trial-{trial:04}"}
+        assert here == {int(path.name[-4:]) for path in Path(first, "s").glob("trial-*")}
+        assert {trial: line["metric"] for trial, line in lines.items()} == {
+            trial: line["metric"] for trial, line in ended(other).items()
+        }
+        assert all(
+            f"/{other}/s/trial-" in lines[t]["run"] or "/b/s/trial-" in lines[t]["run"] for t in lines.keys() - here
+        )
+    assert all("/b/" not in ended("a")[trial]["run"] for trial in lost)
+
+
+def test_a_machine_that_is_told_to_stop_gives_its_trial_up_and_may_join_again(toy, cli, tmp_path):
+    storage = str(tmp_path / "journal.log")
+    process = machine(cli, "a", storage, *GRID)
+    assert process.stdout.readline().startswith("trial-0000  finished")
+    until(lambda: (tmp_path / "a" / "s" / "trial-0001").exists())
+    process.send_signal(signal.SIGINT)
+    process.wait(60)
+    began = time.monotonic()
+    common_flags = ["--script", "toy.py", "--quiet", "--name", "s", "--storage", storage]
+    sweep.main([*GRID, *common_flags, "--runs-dir", "b", "--", "--fail", "slow"])
+    assert time.monotonic() - began < 15  # nobody had to be taken for dead
+    assert ended("b")[0]["run"].endswith("/a/s/trial-0000") and sorted(ended("b")) == list(range(6))
+    with pytest.raises(common.UsageError, match="shared: give its --storage again"):
+        sweep.main(["--resume", "a/s"])
+    sweep.main(["--resume", "a/s", "--storage", storage, "--quiet"])
+    assert ended("a")[0]["run"] == "trial-0000" and ended("a")[5]["run"].endswith("/b/s/trial-0005")
+
+
+def test_what_a_machine_brings_that_was_taken_for_dead_does_not_count_twice(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "BEAT", 0.05)
+    search = sweep.Search("toy.py", "grid", [sweep.parse_parameter("k=1,2")], [], "val_loss", 2, 42, 1, False, 3, [],
+                          [], 1, None, True)  # fmt: skip
+    slow, quick = (sweep.SharedSearch(str(tmp_path / "j"), "s", search, name, grace=0.5) for name in ("slow", "quick"))
+    line = {"trial": 0, "status": "finished", "metric": 0.5, "run": "trial-0000"}
+    slow.tend()
+    quick.queue(0, {"k": 1})  # as if both had found it missing: the first ticket holds
+    assert slow.take() == (0, {"k": 1})
+    quick.tend()
+    time.sleep(1)
+    quick.tend()
+    assert quick.take() == (1, {"k": 2}) and quick.take() is None  # the other gives signs of life
+    slow.closing.set()
+    slow.thread.join()
+    quick.tend()
+    time.sleep(0.6)
+    quick.tend()
+    assert quick.take() == (0, {"k": 1})
+    slow.end(0, {**line, "metric": 0.1})
+    assert quick.ended() == {}
+    quick.end(0, line)
+    assert quick.ended() == slow.ended() == {0: ("quick", line)}
+    quick.close()
+    slow.tend()
+    assert slow.take() == (1, {"k": 2})  # given up by the one that closed
+
+
+def test_a_bayesian_search_is_shared_until_its_space_is_at_an_end(toy, cli, tmp_path):
+    pytest.importorskip("optuna")
+    search = ["--method", "bayes", "--param", "x=0.1,0.2,0.3", "--param", "k=1,2", "--count", "9"]
+    processes = [machine(cli, name, str(tmp_path / "journal.log"), *search) for name in "ab"]
+    for process in processes:
+        output, _ = process.communicate(timeout=100)
+        assert process.returncode == 0 and "s: 6 trials have ended" in output
+    assert len({str(line["params"]) for line in ended("a").values()}) == 6
+    assert {line["metric"] for line in ended("a").values()} == {line["metric"] for line in ended("b").values()}
+
+
+def test_failed_trials_of_a_shared_search_are_run_again_when_asked_for(toy, tmp_path):
+    arguments = [*GRID, "--script", "toy.py", "--quiet", "--name", "s", "--storage", str(tmp_path / "j"), "--runs-dir"]
+    sweep.main([*arguments, "a", "--", "--fail", "raise"])
+    assert [ended("a")[trial]["status"] for trial in range(6)] == ["finished", "failed"] * 3
+    text = (tmp_path / "toy.py").read_text()
+    (tmp_path / "toy.py").write_text(text.replace('args.fail == "raise"', "False"))
+    sweep.main([*arguments, "b", "--retry-failed", "--", "--fail", "raise"])
+    assert {line["status"] for line in ended("b").values()} == {"finished"}
+    assert sorted(path.name for path in (tmp_path / "b" / "s").glob("trial-*")) == [
+        "trial-0001", "trial-0003", "trial-0005",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--storage", "j"], "--storage needs --name"),
+        (["--storage", "no/j", "--name", "s"], "there is no directory no"),
+        (["--storage", "nothing://u:secret@h/d", "--name", "s"], "Can't load plugin"),
+        (["--storage", "j", "--name", "s", "--prune"], "--storage and --prune do not go together"),
+        (["--storage", "j", "--name", "s", "--engine", "wandb"], "--storage and --engine wandb"),
+    ],
+)
+def test_a_shared_search_that_is_wrong_is_refused(toy, tmp_path, argv, expected):
+    with pytest.raises(common.UsageError, match=expected) as caught:
+        sweep.main([*GRID, "--script", "toy.py", *argv])
+    assert "secret" not in str(caught.value) and not (tmp_path / "runs").exists()
+
+
+def test_a_storage_holds_one_search_of_a_name_and_says_when_nobody_answers(toy, tmp_path):
+    sweep.main([*GRID, *toy, "--storage", "j"])
+    with pytest.raises(common.UsageError, match="j holds another search s: its space is"):
+        sweep.main(["--method", "grid", "--param", "x=0.1", *toy, "--storage", "j", "--runs-dir", "other"])
+    pytest.importorskip("psycopg")
+    with pytest.raises(common.RunError, match=r"postgresql://u:\*\*\*@127.0.0.1:1/d: .*refused"):
+        sweep.main([*GRID, *toy, "--storage", "postgresql://u:secret@127.0.0.1:1/d", "--runs-dir", "other"])
+    assert not (tmp_path / "other").exists()
+
+
+# ---------------------------------------------------------------------------------------------------
+# trials.jsonl, and the report
+# ---------------------------------------------------------------------------------------------------
 
 
 def append_ten(path, number):
