@@ -14,8 +14,6 @@ and the two alternate. The last column is the arithmetic of the training as a pa
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,17 +21,15 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
+import torch.nn.functional as F
+from measuring import ROOT, machine, write_result
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
-
-import common  # noqa: E402
-import train_cifar  # noqa: E402
-import train_mnist  # noqa: E402
+import common
+import train_cifar
+import train_mnist
 
 TASKS = {
     "cifar": {"script": train_cifar, "shape": (3, 32, 32), "argv": ["--c1", "48"]},
@@ -111,15 +107,6 @@ def matrix_rate(precision):
     return 2 * 2048**3 / statistics.median(seconds[2:])
 
 
-def machine():
-    """The name of the GPU or of the CPU, with the number of cores."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
-
-
 def main():
     parser = common.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=tuple(TASKS))
@@ -134,8 +121,6 @@ def main():
         print(json.dumps(measure(args.task, images, args.data_dir)))
         return
 
-    output = ROOT / "benchmarks" / "results" / "throughput.jsonl"
-    output.parent.mkdir(exist_ok=True)
     results = {"ours": [], "tutorial": []}
     command = [sys.executable, __file__, args.task, "--images", str(images), "--data-dir", str(args.data_dir)]
     for pair in range(args.pairs):
@@ -149,13 +134,12 @@ def main():
     ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
     rate, flop = matrix_rate(precision), flop_per_image(args.task)
     row = {
-        "task": args.task, "images": images, "pairs": args.pairs, "machine": machine(), "torch": torch.__version__,
-        "threads": torch.get_num_threads(), "seed": 42, "precision": precision, "images_per_second": rates,
-        "ratio": ratio, "matrix_gflops": rate / 1e9, "part_of_matrix_rate": flop * median["ours"] / rate,
+        "task": args.task, "images": images, "pairs": args.pairs, "threads": torch.get_num_threads(), "seed": 42,
+        "precision": precision, "images_per_second": rates, "ratio": ratio, "matrix_gflops": rate / 1e9,
+        "part_of_matrix_rate": flop * median["ours"] / rate,
     }  # fmt: skip
-    with open(output, "a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(f"{args.task}, {images:,} images, {args.pairs} pairs, {row['machine']}, torch {torch.__version__}")
+    write_result("throughput", row)
+    print(f"{args.task}, {images:,} images, {args.pairs} pairs, {machine()}, torch {torch.__version__}")
     print(f"{'':10}{'precision':>10}{'images/s':>10}{'s/epoch':>10}{'ratio':>8}{'of matrix rate':>16}")
     for name in ("tutorial", "ours"):
         part = flop * median[name] / rate

@@ -1,0 +1,30 @@
+"""What the benchmarks share: where they are, on what machine, and where their results go."""
+
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+
+def machine():
+    """The name of the GPU or of the CPU, with the number of cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+
+
+def write_result(name, row):
+    """Append a row, with the machine and torch's version, to benchmarks/results/<name>.jsonl."""
+    output = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+    output.parent.mkdir(exist_ok=True)
+    with open(output, "a") as file:
+        file.write(json.dumps({**row, "machine": machine(), "torch": torch.__version__}) + "\n")
