@@ -336,8 +336,8 @@ def command_line(main):
     if record.get("status") == "diverged":
         return fail(1, f"{record['error']}; try a lower --lr. The epochs before are in {record['directory']}")
     if record.get("status") == "interrupted" and record["error"]:
-        hint = f"continue with: python {program} --resume {record['directory']}"
-        return fail(128 + signal.Signals[record["error"]], f"interrupted by {record['error']}; {hint}")
+        go_on = record.get("go_on") or f"python {program} --resume {record['directory']}"
+        return fail(128 + signal.Signals[record["error"]], f"interrupted by {record['error']}; continue with: {go_on}")
     return 0
 
 

@@ -11,6 +11,7 @@ A parameter is a flag of the training script; flags after -- go to every trial. 
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import itertools
 import json
@@ -61,7 +62,7 @@ class Parameter:
         """All values. UsageError where they cannot be counted."""
         if self.values:
             return self.values
-        if not self.step or self.log:
+        if not self.step:
             raise UsageError(f"{self.name}: a grid needs a list of values, not the range {self.low}..{self.high}")
         return tuple(self.at(self.low + index * self.step) for index in range(self.steps()))
 
@@ -384,6 +385,11 @@ class Search:
         """1 where the metric is minimised, -1 where it is maximised."""
         return 1 if METRICS[self.metric] == "minimize" else -1
 
+    @property
+    def size(self):
+        """How many configurations there are: infinity where a parameter is continuous."""
+        return math.prod(len(p.values) or (p.steps() if p.step else math.inf) for p in self.space)
+
 
 def as_json(search):
     """A Search as it is after a journey through JSON, where a tuple is a list."""
@@ -423,8 +429,8 @@ def search_from(args, flags):
         raise UsageError(f"metric {metric} is unknown: it is one of {', '.join(METRICS)}")
     count = args.count or config.get("count")
     if method == "grid":
-        combinations = math.prod(len(parameter.grid()) for parameter in space)
-        count = min(count or combinations, combinations)
+        number = math.prod(len(parameter.grid()) for parameter in space)
+        count = min(count or number, number)
     bands, eta = config["bands"]
     if method == "bayes" and (args.prune or bands):
         raise UsageError("--prune and early_terminate go with grid and random")
@@ -539,13 +545,16 @@ def configurations_to_check(search):
 # ---------------------------------------------------------------------------------------------------
 
 
+def combinations(space):
+    names = [parameter.name for parameter in space]
+    for values in itertools.product(*(parameter.grid() for parameter in space)):
+        yield dict(zip(names, values, strict=True))
+
+
 def planned_configurations(search):
     """All configurations of a grid or a random search, in order: they follow from the search alone."""
     if search.method == "grid":
-        values = [parameter.grid() for parameter in search.space]
-        names = [parameter.name for parameter in search.space]
-        combinations = itertools.islice(itertools.product(*values), search.count)
-        return [dict(zip(names, chosen, strict=True)) for chosen in combinations]
+        return list(itertools.islice(combinations(search.space), search.count))
     generator = random.Random(f"{search.seed}")
     chosen = []
     # A small space runs out: then there are fewer trials than asked for.
@@ -589,10 +598,15 @@ def params_of(space, trial):
 
 
 def draw_another(search, known):
-    """Parameters at random that are not among `known`, or None where there seem to be no others."""
+    """Parameters at random that are not among `known`, or None where there are no others."""
     generator = random.Random(f"{search.seed} {len(known)}")
-    drawn = ({p.name: p.draw(generator) for p in search.space} for _ in range(1000))
-    return next((params for params in drawn if params not in known), None)
+    for _ in range(1000):
+        params = {parameter.name: parameter.draw(generator) for parameter in search.space}
+        if params not in known:
+            return params
+    if search.size == math.inf:
+        return None
+    return next((params for params in combinations(search.space) if params not in known), None)
 
 
 class BayesianProposer:
@@ -714,11 +728,11 @@ class Sweep:
             "trial": trial, "params": params, "status": status, "metric": best.get(self.search.metric),
             "val_loss": best.get("val_loss"), "val_acc": best.get("val_acc"), "epochs": record.get("epochs", 0),
             "seconds": record.get("seconds", 0.0), "seed": self.seed(trial), "run": self.trial_directory(trial).name,
-            "error": error,
+            "error": error and error[:1000],
         }  # fmt: skip
-        return self.take(line)
+        return self.add(line)
 
-    def take(self, line):
+    def add(self, line):
         append_line(self.path, line)
         self.lines.append(line)
         return line
@@ -743,6 +757,11 @@ class Sweep:
         """The configurations that ended well, best first."""
         ended = [row for row in self.configurations() if row[3] is not None]
         return sorted(ended, key=lambda row: self.search.sign * row[3])
+
+    def worst(self):
+        """The metric of the worst of them, or None."""
+        ranked = self.ranked()
+        return ranked[-1][3] if ranked else None
 
 
 def choose_search(args, flags, defaults):
@@ -792,29 +811,33 @@ FIXED_BY_DIRECTORY = (
 
 BEAT = 5  # seconds between a trial's signs of life
 POLL = 2  # seconds between two looks at what the other machines do
+PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before each new attempt when the storage does not answer
 
 
 def open_storage(url):
     """Optuna's storage in the database at a URL, or in a journal file. UsageError; else what the driver raises."""
     from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend
+    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
+    from sqlalchemy import exc
 
     if "://" not in url:
         if not Path(url).parent.is_dir():
             raise UsageError(f"--storage {url}: there is no directory {Path(url).parent}")
-        return JournalStorage(JournalFileBackend(url))
-    from sqlalchemy import exc
-
-    timeout = {} if url.startswith("sqlite") else {"connect_args": {"connect_timeout": 10}}
+        return JournalStorage(JournalFileBackend(url, JournalFileOpenLock(url)))
+    # A network that is gone must not hold up a machine for as long as the system would wait.
+    arguments = {}
+    if re.match(r"postgresql(\+psycopg2?)?:", url):
+        arguments = {"connect_timeout": 10, "tcp_user_timeout": 30_000}
+    elif re.match(r"mysql(\+mysqldb|\+pymysql)?:", url):
+        arguments = {"connect_timeout": 10, "read_timeout": 30}
     try:
-        for attempt in range(5):
+        while True:
             try:
-                return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, **timeout})
+                return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": arguments})
             except (exc.ProgrammingError, exc.IntegrityError, exc.OperationalError) as error:
-                # Two machines that start at once make the same tables; nobody answers to a wrong address.
-                if attempt == 4 or not re.search("exist|unique", str(error), re.IGNORECASE):
+                if not re.search("already exists|duplicate|unique", str(error), re.IGNORECASE):
                     raise
-                time.sleep(1)
+                time.sleep(1)  # another machine makes the tables at this moment
     except exc.ArgumentError as error:
         raise UsageError(f"--storage: {error}") from error
     except ImportError as error:
@@ -823,15 +846,39 @@ def open_storage(url):
 
 def shown_url(url):
     """The URL without its password."""
-    return re.sub(r"(?<=:)[^:/@]*(?=@)", "***", url)
+    return re.sub(r"(//[^:/@]*:)[^@]*@", r"\1***@", url)
+
+
+def failures():
+    """What Optuna and the drivers below it raise where a storage does not answer, or holds what it should not."""
+    from optuna.exceptions import OptunaError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return OptunaError, SQLAlchemyError, OSError, RuntimeError, ValueError, KeyError
+
+
+def persistent(method):
+    """Let a method of SharedSearch try again for a minute where the storage does not answer; then RunError."""
+
+    @functools.wraps(method)
+    def attempts(self, *arguments):
+        for pause in (*PAUSES, None):
+            try:
+                return method(self, *arguments)
+            except failures() as error:
+                if pause is None:
+                    raise self.error(error) from error
+                time.sleep(pause)
+
+    return attempts
 
 
 class SharedSearch:
     """A search in Optuna's storage, from which any number of machines take trials.
 
     An Optuna trial is a ticket for one `trial` of the search: queued by whoever finds that there is none, taken by one
-    machine, and ended with the trial's `line` of trials.jsonl. A ticket that failed without a line has been given up,
-    by the machine that stopped, or by another when that one was silent for too long; then there is none for this
+    `machine`, and ended with the trial's `line` of trials.jsonl. A ticket that failed without a line has been given
+    up, by the machine that stopped, or by another when that one was silent for too long; then there is none for this
     trial, and it is queued again. Where two machines queue the same trial at once, the first ticket holds.
     """
 
@@ -846,24 +893,22 @@ class SharedSearch:
         self.state = optuna.trial.TrialState
         self.url, self.search, self.machine, self.grace = url, search, machine, grace
         self.distributions = {parameter.name: optuna_distribution(parameter) for parameter in search.space}
-        self.total, self.planned = search.count * search.seeds, []
-        if search.method != "bayes":
-            self.planned = planned_configurations(search)
-            self.total = len(self.planned) * search.seeds
-        elif all(p.values or (p.step and not p.log) for p in search.space):
-            self.total = min(self.total, math.prod(len(p.grid()) for p in search.space))
+        self.planned = planned_configurations(search) if search.method != "bayes" else []
+        self.total = search.seeds * (len(self.planned) or min(search.count, search.size))
         self.mine = {}  # trial: the ticket that this machine has taken
         self.heard = {}  # number of a running ticket: its last sign of life, and when it was first seen here
-        with self.errors():
+        # What may differ from machine to machine is left out.
+        wanted = {key: value for key, value in as_json(search).items() if key not in ("count", "threads")}
+        try:
             storage = open_storage(url)
             with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
                 optuna.create_study(storage=storage, study_name=name, direction=METRICS[search.metric])
             self.study = optuna.load_study(storage=storage, study_name=name)
-            # What may differ from machine to machine is left out.
-            wanted = {key: value for key, value in as_json(search).items() if key not in ("count", "threads")}
             if "search" not in self.study.user_attrs:
                 self.study.set_user_attr("search", wanted)
             found = self.study.user_attrs["search"]
+        except failures() as error:
+            raise self.error(error) from error
         other = [key for key in wanted if found.get(key) != wanted[key]]
         if other:
             raise UsageError(f"{shown_url(url)} holds another search {name}: its {other[0]} is {found.get(other[0])}")
@@ -871,38 +916,27 @@ class SharedSearch:
         self.thread = threading.Thread(target=self.beat, daemon=True)
         self.thread.start()
 
-    @contextlib.contextmanager
-    def errors(self):
-        """Turn what Optuna and its drivers raise into one line."""
-        from optuna.exceptions import StorageInternalError
-        from sqlalchemy.exc import SQLAlchemyError
-
-        try:
-            yield
-        except (StorageInternalError, SQLAlchemyError, OSError) as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
-            raise RunError(f"--storage {shown_url(self.url)}: {reason}; the same command goes on from here") from error
+    def error(self, error):
+        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+        return RunError(f"--storage {shown_url(self.url)}: {reason}; the same command goes on from here")
 
     def beat(self):
-        from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
-        from sqlalchemy.exc import SQLAlchemyError
-
         while not self.closing.wait(BEAT):
             for ticket in list(self.mine.values()):
                 # Taken over by another machine, or the storage is away: the main thread will meet the same.
-                with contextlib.suppress(UpdateFinishedTrialError, StorageInternalError, SQLAlchemyError, OSError):
+                with contextlib.suppress(*failures()):
                     ticket.set_user_attr("beat", time.time())
 
     def tickets(self):
-        """{trial: the ticket that holds}, and {trial: the parameters of those that were given up}."""
+        """{trial: the ticket that holds} and {trial: the last one that a machine has given up}."""
         holding, given_up = {}, {}
         for ticket in sorted(self.study.get_trials(deepcopy=False), key=lambda ticket: ticket.number):
             known = ticket.user_attrs
             if "trial" not in known:
                 continue
             if ticket.state == self.state.FAIL and "line" not in known:
-                if ticket.params.keys() == self.distributions.keys() and "repeated" not in known:
-                    given_up[known["trial"]] = ticket.params
+                if "machine" in known:
+                    given_up[known["trial"]] = ticket
                 continue
             before = holding.get(known["trial"])
             if before is None or known["attempt"] > before.user_attrs["attempt"]:
@@ -912,91 +946,111 @@ class SharedSearch:
     def queue(self, trial, params, attempt=1):
         self.study.enqueue_trial(params, user_attrs={"trial": trial, "attempt": attempt})
 
-    def tend(self):
-        """Give up the tickets of machines that have fallen silent, and queue the trials that have none."""
-        with self.errors():
-            holding, _ = self.tickets()
-            now = time.monotonic()
-            for ticket in holding.values():
-                if ticket.state != self.state.RUNNING or ticket.number in {own.number for own in self.mine.values()}:
-                    continue
-                sign = ticket.user_attrs.get("beat")
-                last, since = self.heard.setdefault(ticket.number, (sign, now))
-                if last != sign:
-                    self.heard[ticket.number] = sign, now
-                elif now - since > self.grace:
-                    self.tell(ticket.number, ticket.user_attrs.get("line"))
-            holding, given_up = self.tickets()
-            for trial in sorted({*range(self.total), *given_up} - holding.keys()):
+    def queue_next(self):
+        """Queue the first trial for which there is no ticket; False where there is none."""
+        holding, given_up = self.tickets()
+        for trial in sorted({*range(self.total), *given_up}):
+            again, held = given_up.get(trial), holding.get(trial)
+            if again and (not held or again.user_attrs["attempt"] > held.user_attrs["attempt"]):
+                self.queue(trial, again.params, again.user_attrs["attempt"])
+                return True
+            if not held:
                 index = trial // self.search.seeds
-                planned = self.planned[index] if index < len(self.planned) else {}
-                self.queue(trial, given_up.get(trial, planned))
+                self.queue(trial, self.planned[index] if index < len(self.planned) else {})
+                return True
+        return False
 
-    def take(self):
-        """(trial, params) of a trial that is this machine's from now on, or None where none is waiting."""
-        with self.errors():
-            while any(ticket.state == self.state.WAITING for ticket in self.tickets()[0].values()):
-                self.study.sampler = make_sampler(self.search, f"{self.machine} {len(self.study.get_trials())}")
+    @persistent
+    def give_up_silent(self):
+        """Give up the tickets of machines that have not been heard of for too long."""
+        now = time.monotonic()
+        own = {ticket.number for ticket in self.mine.values()}
+        for ticket in self.tickets()[0].values():
+            if ticket.state != self.state.RUNNING or ticket.number in own:
+                continue
+            sign = ticket.user_attrs.get("beat")
+            last, since = self.heard.setdefault(ticket.number, (sign, now))
+            if last != sign:
+                self.heard[ticket.number] = sign, now
+            elif now - since > self.grace:
+                line = ticket.user_attrs.get("line")  # it died between the last two things that `end` does
+                self.close_ticket(ticket.number, line["metric"] if line and line["status"] == "finished" else None)
+
+    @persistent
+    def claim(self):
+        """(trial, params) of a trial that is this machine's from now on, or None where there is none to be had."""
+        from optuna.exceptions import UpdateFinishedTrialError
+
+        while any(ticket.state == self.state.WAITING for ticket in self.tickets()[0].values()) or self.queue_next():
+            tickets = len(self.study.get_trials(deepcopy=False))
+            self.study.sampler = make_sampler(self.search, f"{self.machine} {tickets}")
+            try:
                 ticket = self.study.ask(self.distributions)
-                trial, (holding, _) = ticket.user_attrs.get("trial"), self.tickets()
-                if trial is None or holding[trial].number != ticket.number:
-                    self.tell(ticket.number, None)  # there was another for this trial
+                trial, (holding, given_up) = ticket.user_attrs.get("trial"), self.tickets()
+                if trial not in holding or holding[trial].number != ticket.number:
+                    self.close_ticket(ticket.number)  # there is another for this trial
                     continue
                 params = params_of(self.search.space, ticket)
                 if self.search.method == "bayes":
                     known = [
-                        params_of(self.search.space, other) for other in holding.values()
-                        if other.number < ticket.number and other.params.keys() == self.distributions.keys()
+                        params_of(self.search.space, other) for other in (*holding.values(), *given_up.values())
+                        if other.user_attrs["trial"] != trial and "machine" in other.user_attrs
                     ]  # fmt: skip
-                    if params in known:
-                        ticket.set_user_attr("repeated", True)
-                        self.tell(ticket.number, None)
-                        self.queue(trial, draw_another(self.search, known))
+                    another = draw_another(self.search, known) if params in known else None
+                    if another:
+                        self.close_ticket(ticket.number)
+                        self.queue(trial, another)
                         continue
                 ticket.set_user_attr("machine", self.machine)
                 self.mine[trial] = ticket
                 return trial, params
+            except UpdateFinishedTrialError:
+                continue  # it took so long that this machine was taken for dead
         return None
 
-    def end(self, trial, line):
-        """Tell all machines how a trial of this one has ended, if it was not taken over by another."""
+    @persistent
+    def end(self, trial, line, value):
+        """Tell all machines how a trial of this one has ended, if it was not taken over by another.
+
+        `value`: the metric, or what a Bayesian search is to take for it; None for a trial that failed.
+        """
         from optuna.exceptions import UpdateFinishedTrialError
 
-        ticket = self.mine.pop(trial)
-        with self.errors(), contextlib.suppress(UpdateFinishedTrialError):
-            ticket.set_user_attr("line", line)
-            self.tell(ticket.number, line)
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self.mine[trial].set_user_attr("line", line)
+        self.close_ticket(self.mine[trial].number, value)
+        del self.mine[trial]
 
-    def tell(self, number, line):
-        """End a ticket: with the line of its trial, or None to give it up."""
-        value = line and line["metric"]
-        if line and line["status"] == "diverged":  # the worst so far, so that a Bayesian search keeps away from there
-            values = [one.value for one in self.study.get_trials(deepcopy=False) if one.value is not None]
-            value = max(values, key=lambda value: self.search.sign * value, default=None)
-        state = self.state.COMPLETE if line and line["status"] != "failed" and value is not None else self.state.FAIL
-        self.study.tell(number, value if state == self.state.COMPLETE else None, state, skip_if_finished=True)
+    def close_ticket(self, number, value=None):
+        from optuna.exceptions import UpdateFinishedTrialError
 
+        state = self.state.FAIL if value is None else self.state.COMPLETE
+        with contextlib.suppress(UpdateFinishedTrialError):  # by another machine, at the same moment
+            self.study.tell(number, value, state, skip_if_finished=True)
+
+    @persistent
     def ended(self):
         """{trial: (machine, line)} of what has ended anywhere."""
-        with self.errors():
-            return {
-                trial: (ticket.user_attrs["machine"], ticket.user_attrs["line"])
-                for trial, ticket in self.tickets()[0].items() if ticket.state.is_finished()
-            }  # fmt: skip
+        return {
+            trial: (ticket.user_attrs["machine"], ticket.user_attrs["line"])
+            for trial, ticket in self.tickets()[0].items() if ticket.state.is_finished()
+        }  # fmt: skip
 
+    @persistent
     def retry_failed(self):
-        with self.errors():
-            for trial, ticket in self.tickets()[0].items():
-                if ticket.state.is_finished() and ticket.user_attrs["line"]["status"] == "failed":
-                    self.queue(trial, ticket.params, ticket.user_attrs["attempt"] + 1)
+        for trial, ticket in self.tickets()[0].items():
+            if ticket.state.is_finished() and ticket.user_attrs["line"]["status"] == "failed":
+                self.queue(trial, ticket.params, ticket.user_attrs["attempt"] + 1)
 
     def close(self):
         """Give up what this machine has taken and not ended."""
         self.closing.set()
-        self.thread.join()
-        with self.errors():
+        self.thread.join(BEAT)
+        try:
             while self.mine:
-                self.tell(self.mine.popitem()[1].number, None)
+                self.close_ticket(self.mine.popitem()[1].number)
+        except failures() as error:
+            raise self.error(error) from error
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1208,28 +1262,35 @@ class Conductor:
 
     def next_shared_trial(self):
         """As `next_trial`, of a search that is shared, after a look at what the other machines have done."""
-        self.shared.tend()
+        self.shared.give_up_silent()
         self.hear()
-        while taken := self.shared.take():
+        while taken := self.shared.claim():
             trial, params = taken
             self.configurations[trial // self.search.seeds] = params
             line = self.sweep.ended.get(trial)
-            if line and line["status"] != "failed" and self.sweep.is_here(line):
-                self.shared.end(trial, line)  # it ended here, when the storage could not be reached
+            if line and line["status"] != "failed" and line["params"] == params and self.sweep.is_here(line):
+                self.tell_others(line)  # it ended here, when the storage could not be reached
                 continue
             self.running[trial] = None
             return trial, None
         return None
 
     def hear(self):
-        """Take note of what the other machines have ended. Returns the number of trials that have ended anywhere."""
-        ended = self.shared.ended()
-        for trial, (machine, line) in ended.items():
+        """Take note of what the other machines have ended."""
+        for trial, (machine, line) in self.shared.ended().items():
             before, there = self.sweep.ended.get(trial), {**line, "run": f"{machine}/{line['run']}"}
             if before not in (line, there):
                 self.configurations[trial // self.search.seeds] = line["params"]
-                self.announce(self.sweep.take(there))
-        return len(ended)
+                self.announce(self.sweep.add(there))
+
+    def tell_others(self, line):
+        value = {"finished": line["metric"], "diverged": self.sweep.worst()}.get(line["status"])
+        self.shared.end(line["trial"], line, value)
+
+    def all_ended(self):
+        """Whether all trials have ended, wherever they ran."""
+        planned = min(self.search.count, len(self.configurations)) * self.search.seeds
+        return set(range(self.shared.total if self.shared else planned)) <= set(self.sweep.ended)
 
     def next_trial(self):
         """(trial, epoch to stop after or None), or None where nothing can start now."""
@@ -1284,8 +1345,8 @@ class Conductor:
             metric = (record.get("best") or {}).get(self.search.metric) if status in known else None
             if status not in known:
                 error = f"main(argv) gave no record of a run with a status of {', '.join(known)}"
-            elif known[status] == "finished" and not isinstance(metric, int | float):
-                error = f"its record has no best {self.search.metric}"
+            elif known[status] == "finished" and not (isinstance(metric, int | float) and math.isfinite(metric)):
+                error, record = f"its record has no best {self.search.metric} that is a number", {}
         if error:
             self.end(trial, "failed", self.sweep.record(trial), error)
         elif known[status]:
@@ -1295,7 +1356,7 @@ class Conductor:
         line = self.sweep.append(trial, self.params(trial), status, record, error)
         self.closed.add(trial)
         if self.shared:
-            self.shared.end(trial, line)
+            self.tell_others(line)
         if self.bayes:
             self.tell(trial // self.search.seeds)
         self.announce(line)
@@ -1308,8 +1369,12 @@ class Conductor:
         _, params, lines, value = rows[index]
         # One that diverged counts as the worst so far, so that the search keeps away from there.
         if any(line["status"] == "diverged" for line in lines):
-            value = max((row[3] for row in self.sweep.ranked()), key=lambda v: self.search.sign * v, default=None)
+            value = self.sweep.worst()
         self.bayes.tell(params, value)
+
+
+def how_to_go_on(sweep):
+    return f"python sweep.py --resume {sweep.directory}{' --storage ...' if sweep.search.shared else ''}"
 
 
 def run_trials(sweep, rungs, args, screen, shared):
@@ -1351,7 +1416,7 @@ def run_trials(sweep, rungs, args, screen, shared):
                     workers.signal(signal.SIGTERM)
             if not workers.busy:
                 # The others' trials may have to be run again here.
-                if stopped or len(failed) >= args.max_failures or not shared or conductor.hear() >= shared.total:
+                if stopped or len(failed) >= args.max_failures or not shared or conductor.all_ended():
                     break
                 time.sleep(POLL)
                 continue
@@ -1373,10 +1438,9 @@ def run_trials(sweep, rungs, args, screen, shared):
     if len(failed) >= args.max_failures:
         raise RunError(
             f"{len(failed)} trials in a row failed, the last, {failed[-1]['run']}, with: {failed[-1]['error']}; when "
-            f"that is mended: python sweep.py --resume {sweep.directory}, with --retry-failed for the failed ones"
+            f"that is mended: {how_to_go_on(sweep)}, with --retry-failed for the failed ones"
         )
-    planned = min(search.count, len(conductor.configurations)) * search.seeds
-    return stopped[0] if stopped else None, set(range(planned)) <= set(sweep.ended)
+    return stopped[0] if stopped else None, conductor.all_ended()
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1611,8 +1675,10 @@ def report(sweep, screen, complete=True):
     if winner:
         words = ["python", search.script, *trial_words(search, winner["params"], winner["seed"])]
         screen.say(f"best: {winner['run']}, {search.metric} {winner['metric']:.4f}\n  {shlex.join(words)}")
-    if winner and sweep.is_here(winner):
-        link = sweep.directory / "best"
+    link = sweep.directory / "best"
+    if not winner or not sweep.is_here(winner):
+        link.unlink(missing_ok=True)
+    else:
         temporary = link.with_name(f".best.{os.getpid()}.tmp")
         temporary.symlink_to(winner["run"])
         temporary.replace(link)
@@ -1643,8 +1709,8 @@ def main(argv=None):
     engine = choose_engine(args, search, screen)
     shared = None
     if search.shared:
-        place = directory or args.runs_dir / args.name
-        machine = f"{socket.gethostname()}:{place.absolute()}"
+        place = (directory or args.runs_dir / args.name).resolve()
+        machine = f"{socket.gethostname()}:{place}"
         shared = SharedSearch(args.storage, place.name, search, machine, args.grace)
     directory = directory or common.make_directory(args.runs_dir, args.name, "sweep")
     with common.locked(directory / ".lock"):
@@ -1658,7 +1724,8 @@ def main(argv=None):
     screen.say(f"{directory}: {len(sweep.ended)} trials have ended")
     if complete and not sweep.ranked():
         raise RunError(f"{directory}: no trial finished; the errors are in {sweep.path}")
-    return {**result, "status": "interrupted" if stopped else "finished", "error": stopped}
+    status = "interrupted" if stopped else "finished"
+    return {**result, "status": status, "error": stopped, "go_on": how_to_go_on(sweep)}
 
 
 if __name__ == "__main__":

@@ -403,11 +403,12 @@ def test_several_seeds_are_averaged(toy):
 def test_what_a_script_gives_that_is_no_record_is_a_failed_trial(toy, tmp_path):
     (tmp_path / "odd.py").write_text("import other\ndef main(argv):\n    return other.ANSWERS[int(argv[0][-1])]\n")
     answers = [None, {"status": "failed"}, {"status": "finished", "best": None, "epochs": 1}]
-    (tmp_path / "other.py").write_text(f"ANSWERS = {answers!r}")
+    answers.append({"status": "finished", "best": {"val_loss": float("nan")}, "epochs": 1})
+    (tmp_path / "other.py").write_text(f"from math import nan\nANSWERS = {answers!r}")
     with pytest.raises(common.RunError, match="no trial finished"):
-        sweep.main(["--script", "odd.py", *toy[2:], "--method", "grid", "--param", "k=0,1,2", "--max-failures", "9"])
+        sweep.main(["--script", "odd.py", *toy[2:], "--method", "grid", "--param", "k=0,1,2,3", "--max-failures", "9"])
     assert {row["status"] for row in lines()} == {"failed"}
-    assert [row["error"][:20] for row in lines()] == ["main(argv) gave no r"] * 2 + ["its record has no be"]
+    assert [row["error"][:20] for row in lines()] == ["main(argv) gave no r"] * 2 + ["its record has no be"] * 2
 
 
 def test_a_small_space_is_searched_to_its_end(toy):
@@ -581,26 +582,25 @@ def test_what_a_machine_brings_that_was_taken_for_dead_does_not_count_twice(toy,
                           [], 1, None, True)  # fmt: skip
     slow, quick = (sweep.SharedSearch(str(tmp_path / "j"), "s", search, name, grace=0.5) for name in ("slow", "quick"))
     line = {"trial": 0, "status": "finished", "metric": 0.5, "run": "trial-0000"}
-    slow.tend()
-    quick.queue(0, {"k": 1})  # as if both had found it missing: the first ticket holds
-    assert slow.take() == (0, {"k": 1})
-    quick.tend()
+    assert slow.claim() == (0, {"k": 1})
+    quick.queue(0, {"k": 1})  # as if it had found it missing at the same moment: the first ticket holds
+    quick.give_up_silent()
     time.sleep(1)
-    quick.tend()
-    assert quick.take() == (1, {"k": 2}) and quick.take() is None  # the other gives signs of life
+    quick.give_up_silent()
+    assert quick.claim() == (1, {"k": 2}) and quick.claim() is None  # the other gives signs of life
     slow.closing.set()
     slow.thread.join()
-    quick.tend()
+    quick.give_up_silent()
     time.sleep(0.6)
-    quick.tend()
-    assert quick.take() == (0, {"k": 1})
-    slow.end(0, {**line, "metric": 0.1})
+    quick.give_up_silent()
+    assert quick.claim() == (0, {"k": 1})
+    slow.end(0, {**line, "metric": 0.1}, 0.1)
     assert quick.ended() == {}
-    quick.end(0, line)
+    quick.end(0, line, 0.5)
     assert quick.ended() == slow.ended() == {0: ("quick", line)}
     quick.close()
-    slow.tend()
-    assert slow.take() == (1, {"k": 2})  # given up by the one that closed
+    assert slow.claim() == (1, {"k": 2})  # given up by the one that closed
+    slow.close()
 
 
 def test_a_bayesian_search_is_shared_until_its_space_is_at_an_end(toy, cli, tmp_path):
@@ -643,11 +643,12 @@ def test_a_shared_search_that_is_wrong_is_refused(toy, tmp_path, argv, expected)
     assert "secret" not in str(caught.value) and not (tmp_path / "runs").exists()
 
 
-def test_a_storage_holds_one_search_of_a_name_and_says_when_nobody_answers(toy, tmp_path):
+def test_a_storage_holds_one_search_of_a_name_and_says_when_nobody_answers(toy, tmp_path, monkeypatch):
     sweep.main([*GRID, *toy, "--storage", "j"])
     with pytest.raises(common.UsageError, match="j holds another search s: its space is"):
         sweep.main(["--method", "grid", "--param", "x=0.1", *toy, "--storage", "j", "--runs-dir", "other"])
     pytest.importorskip("psycopg")
+    monkeypatch.setattr(sweep, "PAUSES", ())
     with pytest.raises(common.RunError, match=r"postgresql://u:\*\*\*@127.0.0.1:1/d: .*refused"):
         sweep.main([*GRID, *toy, "--storage", "postgresql://u:secret@127.0.0.1:1/d", "--runs-dir", "other"])
     assert not (tmp_path / "other").exists()
