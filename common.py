@@ -78,7 +78,7 @@ class ArgumentParser(argparse.ArgumentParser):
             flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
             close = difflib.get_close_matches(unknown[1], flags, n=1)
             message += f" (did you mean {close[0]}?)" if close else ""
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
 def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
@@ -1058,6 +1058,8 @@ def load_checkpoint(path):
         raise RunError(f"{path} is not a checkpoint of this project ({type(error).__name__})") from error
 
 
+FORMAT = 1  # of best.pt: raised when what is in it changes
+
 # What every run.json has.
 RECORD_KEYS = {
     "name", "script", "args", "status", "started", "seconds", "device", "precision", "data", "parameters", "epochs",
@@ -1173,6 +1175,12 @@ class Run:
         run = cls(directory, record)
         run.write_record()
         return run
+
+    def remove_leftovers(self):
+        """Remove what a process that was killed in the middle of a save has left beside the files."""
+        for name in ("best.pt", "last.pt", "log.jsonl", "run.json"):
+            for path in self.directory.glob(f".{name}.*.tmp"):
+                path.unlink()
 
     def write_record(self, **changes):
         seconds = self.earlier_seconds + time.perf_counter() - self.began
@@ -1321,7 +1329,8 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
                     bar.set_postfix(loss=f"{totals.loss:.4f}", refresh=False)
 
     done = 0
-    if args.resume:
+    # A run that was killed before its first save begins anew.
+    if args.resume and (run.record["epochs"] or (run.directory / "last.pt").exists()):
         state = load_checkpoint(run.directory / "last.pt")
         try:
             for name, part in parts.items():
@@ -1401,7 +1410,7 @@ def run_job(args, synthetic):
     train_set, val_set = train_set.to(device), val_set.to(device)
 
     blueprint = {
-        "format": 1, "script": args.script, "model": args.model, "model_options": args.model_options,
+        "format": FORMAT, "script": args.script, "model": args.model, "model_options": args.model_options,
         "image_shape": list(image_shape(args)), "classes": classes, "mean": mean, "std": std, "dataset": args.dataset,
     }  # fmt: skip
     torch.manual_seed(random_seed(args.seed, "weights"))
@@ -1420,6 +1429,7 @@ def run_job(args, synthetic):
     with locked(directory / ".lock"), GracefulStop() as stop:
         if args.resume:
             run = Run(directory, read_record(directory))
+            run.remove_leftovers()
         record = run.record
         if record["data"]["checksum"] != checksum:
             raise RunError(f"{args.dataset} is not what {directory} was trained on: the checksums differ")

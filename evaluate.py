@@ -10,6 +10,7 @@ A run directory is all it needs: best.pt holds the model and its preprocessing. 
 """
 
 import csv
+import functools
 import importlib
 import importlib.util
 import io
@@ -130,6 +131,8 @@ def load_trained(directory, device):
         model = common.build_model(blueprint)
         model.load_state_dict(blueprint.pop("weights"))
         missing = {"mean", "std", "epoch", "val_loss", "val_acc"} - blueprint.keys()
+        if blueprint["format"] != common.FORMAT:
+            raise ValueError(f"its format is {blueprint['format']}, not {common.FORMAT}")
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, UsageError) as error:
         raise RunError(f"{directory}/best.pt does not fit this version of the scripts ({error})") from error
     if missing:
@@ -303,10 +306,33 @@ def new_figure(width, height, title, layout="constrained"):
     from matplotlib.figure import Figure
 
     # A class may be called $x$.
-    matplotlib.rcParams["text.parse_math"] = False
+    matplotlib.rcParams.update({"text.parse_math": False, "font.family": fonts()[0]})
     figure = Figure((width, height), dpi=DPI, layout=layout)
-    figure.suptitle(title)
+    figure.suptitle(legible(title))
     return figure
+
+
+# Matplotlib's own font, and those of the systems for what it lacks: Chinese, Japanese, Korean.
+FONTS = (
+    "DejaVu Sans", "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans CJK KR", "WenQuanYi Zen Hei", "Hiragino Sans",
+    "PingFang SC", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic", "Arial Unicode MS",
+)  # fmt: skip
+
+
+@functools.cache
+def fonts():
+    """Those of FONTS that are installed, and the characters that they have."""
+    from matplotlib import font_manager
+
+    files = {font.name: font.fname for font in font_manager.fontManager.ttflist}
+    installed = [name for name in FONTS if name in files]
+    return installed, {code for name in installed for code in font_manager.get_font(files[name]).get_charmap()}
+
+
+def legible(text):
+    r"""The text with characters that no font has as \u732b, where a picture would show empty boxes."""
+    known = fonts()[1]
+    return "".join(c if c == "\n" or ord(c) in known else c.encode("unicode_escape").decode() for c in text)
 
 
 def render(figure):
@@ -372,7 +398,7 @@ def draw_per_class(metrics, title):
     errors += [[max(0, high - s) for s, (_, high) in zip(shares, intervals, strict=True)]]
     axis.barh(places, shares, xerr=errors, color=BLUE, error_kw={"elinewidth": 1, "capsize": 2})
     axis.axvline(metrics["accuracy"], color="black", linestyle="--", label=f"all images: {metrics['accuracy']:.2%}")
-    labels = [f"{shorten(row['name'], 24)}  {row['accuracy']:.1%}" for row in rows]
+    labels = [f"{legible(shorten(row['name'], 24))}  {row['accuracy']:.1%}" for row in rows]
     axis.set_yticks(places, labels, fontsize=10 if len(rows) <= 30 else 8)
     axis.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
     percent_axis(axis.xaxis)
@@ -385,7 +411,7 @@ def draw_confusion(metrics, title):
     from matplotlib.colors import PowerNorm
 
     counts = torch.tensor(metrics["confusion_matrix"], dtype=torch.float64)
-    names = [shorten(row["name"], 24) for row in metrics["classes"]]
+    names = [legible(shorten(row["name"], 24)) for row in metrics["classes"]]
     annotated = len(names) <= ANNOTATED_CLASSES
     side = min(len(names) * (0.46 if annotated else 0.13), 20)
     # Of more than 150 classes the names would run into one another.
@@ -433,7 +459,7 @@ def draw_images(image_set, predicted, confidence, chosen, title):
     for axis, index in zip(axes, chosen, strict=False):
         pixels, label, guess = image_set.images[index], image_set.labels[index], predicted[index]
         draw_image(axis, pixels)
-        actual, answer = (shorten(image_set.classes[which]) for which in (label, guess))
+        actual, answer = (legible(shorten(image_set.classes[which])) for which in (label, guess))
         if label == guess:
             axis.set_title(f"{actual}\n({confidence[index]:.0%})", fontsize=8, pad=3)
             continue
@@ -557,7 +583,7 @@ def draw_comparison(rows):
         history = common.read_log(Path(row["run"])) if row["epochs"] else []
         look = {"color": "lightgrey", "linewidth": 1, "zorder": 1}
         if place < 10:
-            look = {"color": colours[place % 5], "linestyle": "-" if place < 5 else "--", "label": row["run"]}
+            look = {"color": colours[place % 5], "linestyle": "-" if place < 5 else "--", "label": legible(row["run"])}
         for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
             marker = "." if len(history) < 40 else None
             axis.plot([line["epoch"] for line in history], [line[name] for line in history], marker=marker, **look)
@@ -771,7 +797,7 @@ def draw_trial_curves(sweep):
             continue
         look = {"color": "silver", "linewidth": 1}
         if best and line is best[0]:
-            look = {"color": ORANGE, "linewidth": 2.5, "zorder": 3, "label": line["run"]}
+            look = {"color": ORANGE, "linewidth": 2.5, "zorder": 3, "label": legible(line["run"])}
         for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
             axis.plot([row["epoch"] for row in history], [row[name] for row in history], **look)
             if line["status"] != "finished":

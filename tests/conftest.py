@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -148,3 +149,26 @@ def read_run(directory):
 
 def without_times(rows):
     return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+
+
+# A small ConfigNet with dropout, augmentation, label smoothing, a schedule and early stopping, on 150 images.
+EVERYTHING_ON = [
+    "--dataset", "synthetic", "--limit-train", "150", "--c1", "4", "--c2", "8", "--l1", "16", "--augment",
+    "--batch-size", "64", "--schedule", "onecycle", "--tolerance", "5", "--label-smoothing", "0.1", "--quiet",
+]  # fmt: skip
+
+
+def run(script, *argv):
+    record = script.main([str(argument) for argument in argv])
+    directory = Path(record.pop("directory"))
+    return directory, record, read_run(directory)[1]
+
+
+def states_are_equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(states_are_equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(states_are_equal, a, b))
+    return a == b

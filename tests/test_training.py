@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 import pytest
 import torch
-from conftest import read_run, without_times
+from conftest import EVERYTHING_ON, read_run, run, states_are_equal, without_times
 
 import common
 import train_cifar
@@ -20,19 +20,6 @@ RECORD = {
     "versions", "host", "git", "data", "parameters", "epochs", "best", "test",
 }  # fmt: skip
 ROW = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second"]
-EVERYTHING_ON = ["--dataset", "synthetic", "--limit-train", "150", "--c1", "4", "--c2", "8", "--l1", "16"]
-EVERYTHING_ON += [
-    "--augment",
-    "--batch-size",
-    "64",
-    "--schedule",
-    "onecycle",
-    "--tolerance",
-    "5",
-    "--label-smoothing",
-    "0.1",
-    "--quiet",
-]
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +34,6 @@ def small_synthetic_sets(request, monkeypatch):
         return
     for script, draw in ((train_mnist, train_mnist.synthetic_digits), (train_cifar, train_cifar.synthetic_shapes)):
         monkeypatch.setattr(script, "synthetic", lambda train, draw=draw: draw(300 if train else 60, int(train)))
-
-
-def run(script, *argv):
-    record = script.main([str(argument) for argument in argv])
-    directory = common.Path(record.pop("directory"))
-    return directory, record, read_run(directory)[1]
 
 
 def test_a_run_directory_holds_what_the_contract_says(tmp_path):
@@ -103,16 +84,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not():
     other = run(train_cifar, *EVERYTHING_ON, "--epochs", 2, "--seed", 7)
     assert without_times(first[2]) == without_times(again[2]) != without_times(other[2])
     assert first[1]["test"] == again[1]["test"]
-
-
-def states_are_equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(states_are_equal(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(states_are_equal, a, b))
-    return a == b
 
 
 def interrupt_in_epoch(monkeypatch, wanted, fault):
@@ -169,20 +140,8 @@ def test_a_run_interrupted_before_its_first_epoch_ended_continues(monkeypatch):
 
 
 def test_early_stopping_ends_the_run_and_the_best_epoch_is_reported():
-    argv = [
-        "--dataset",
-        "synthetic",
-        "--epochs",
-        30,
-        "--tolerance",
-        2,
-        "--lr",
-        0.03,
-        "--schedule",
-        "constant",
-        "--quiet",
-    ]
-    directory, record, rows = run(train_mnist, *argv, "--model", "dense")
+    argv = ["--dataset", "synthetic", "--model", "dense", "--epochs", 30, "--tolerance", 2, "--quiet"]
+    directory, record, rows = run(train_mnist, *argv, "--lr", 0.03, "--schedule", "constant")
     assert record["status"] == "stopped_early" and len(rows) == record["epochs"] < 30
     losses = [row["val_loss"] for row in rows]
     assert record["best"]["val_loss"] == min(losses) and record["best"]["epoch"] == len(rows) - 2

@@ -1,0 +1,345 @@
+"""What a run promises when something goes wrong: kills, failing saves, damaged files, no terminal, strange names."""
+
+import ctypes
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import forked
+import golden
+import pytest
+import torch
+from conftest import EVERYTHING_ON, read_run, run, states_are_equal, without_times
+from PIL import Image
+
+import common
+import evaluate
+import sweep
+import train_mnist
+
+DENSE = ["--dataset", "synthetic", "--model", "dense", "--quiet"]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Kill -9. Each process is forked from one that has imported torch, so that dozens of them take seconds.
+# ---------------------------------------------------------------------------------------------------
+
+
+def check_files(directory):
+    """Every file of a run is whole, whenever its process was killed; True where there is something to resume."""
+    for name in ("best.pt", "last.pt"):
+        if (directory / name).exists():
+            common.load_checkpoint(directory / name)
+    if (directory / "log.jsonl").exists():
+        epochs = [row["epoch"] for row in common.read_log(directory)]
+        assert epochs == list(range(1, len(epochs) + 1))
+    if (directory / "run.json").exists():
+        assert common.read_record(directory)["status"] in ("running", "finished")
+        return True
+    return False
+
+
+def check_same(whole, other):
+    """Two runs have the same weights, optimiser, history and results, to the bit."""
+    (record, rows), (other_record, other_rows) = read_run(whole), read_run(other)
+    assert without_times(rows) == without_times(other_rows)
+    assert all(record[key] == other_record[key] for key in ("status", "best", "test"))
+    for name in ("last.pt", "best.pt"):
+        a, b = common.load_checkpoint(whole / name), common.load_checkpoint(other / name)
+        for state in (a, b):
+            state["history"] = without_times(state.get("history", []))
+        assert states_are_equal(a, b), name
+    assert not list(other.glob(".*.tmp"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An undisturbed run, and how long it took."""
+    directory = tmp_path_factory.mktemp("whole")
+    forked.start(directory, [*ARGV, "--stop-after", "1", "--run-name", "warm"]).join()
+    began = time.monotonic()
+    process = forked.start(directory, ARGV)
+    process.join()
+    assert process.exitcode == 0
+    return directory / "runs" / "r", time.monotonic() - began
+
+
+ARGV = [*EVERYTHING_ON, "--epochs", "8", "--run-name", "r"]
+
+
+def kill_and_resume(tmp_path, interruptions):
+    """Start or continue a run once for each of `interruptions(process number)`, and then to its end."""
+    directory = tmp_path / "runs" / "r"
+    for interruption in (*interruptions, None):
+        if not check_files(directory) and directory.exists():
+            shutil.rmtree(directory)  # killed before it had written what it was
+        argv = ["--resume", "runs/r", "--quiet"] if directory.exists() else ARGV
+        if interruption is None:
+            process = forked.start(tmp_path, argv)
+            process.join()
+            assert process.exitcode == 0
+        else:
+            interruption(argv)
+    return directory
+
+
+def test_a_run_killed_at_thirty_random_moments_ends_as_an_undisturbed_one(tmp_path, whole):
+    generator, killed = random.Random(0), []
+
+    def kill_sometime(argv):
+        process = forked.start(tmp_path, argv)
+        time.sleep(generator.uniform(0, whole[1]))
+        process.kill()
+        process.join()
+        killed.append(process.exitcode == -signal.SIGKILL)
+
+    check_same(whole[0], kill_and_resume(tmp_path, [kill_sometime] * 30))
+    assert sum(killed) >= 10  # the others found the run at its end
+
+
+def test_a_run_killed_at_every_step_of_its_saves_ends_as_an_undisturbed_one(tmp_path, whole):
+    def kill_at(steps):
+        def kill(argv):
+            process = forked.start(tmp_path, argv, steps)
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+
+        return kill
+
+    # Each process gets a step further into its saves than the one before: a start saves three or four files, an epoch
+    # as many, each in three steps.
+    check_same(whole[0], kill_and_resume(tmp_path, [kill_at(steps) for steps in range(24)]))
+
+
+def test_twenty_runs_started_together_do_not_mix(tmp_path):
+    argv = [*EVERYTHING_ON, "--epochs", "1"]
+    processes = [forked.start(tmp_path, [*argv, "--seed", str(seed)]) for seed in range(20)]
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    records = [read_run(directory)[0] for directory in (tmp_path / "runs").iterdir()]
+    assert sorted(record["seed"] for record in records) == list(range(20))
+    assert {record["status"] for record in records} == {"finished"}
+
+
+def test_a_second_resume_and_a_second_sweep_are_refused(cli, tmp_path):
+    process = cli("train_mnist.py", *DENSE[:-1], "--epochs", 1000, "--run-name", "r", start=True)
+    assert any(line.startswith("epoch") for line in process.stdout)
+    second = cli("train_mnist.py", "--resume", "runs/r")
+    assert second.returncode == 1 and second.stderr.endswith("runs/r is in use by another process\n")
+    process.kill()
+    process.communicate()
+    assert cli("train_mnist.py", "--resume", "runs/r", "--stop-after", 1).returncode == 0  # the lock died with it
+
+
+# ---------------------------------------------------------------------------------------------------
+# Saves that fail
+# ---------------------------------------------------------------------------------------------------
+
+
+def no_file_larger_than(size):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def as_an_ordinary_user():
+    """Take away root's right to write where it must not."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        if os.geteuid() == 0 and libc.prctl(24, capability, 0, 0, 0):  # PR_CAPBSET_DROP
+            raise OSError(ctypes.get_errno(), "prctl")
+
+
+@pytest.fixture
+def interrupted(cli, tmp_path):
+    """A run that has two epochs behind it and four before."""
+    done = cli("train_mnist.py", *DENSE, "--epochs", 6, "--stop-after", 2, "--run-name", "r")
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "runs" / "r"
+
+
+def check_one_line(done, *expected):
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert all(text in done.stderr for text in expected), done.stderr
+
+
+@pytest.mark.parametrize("size", [20_000, 200])  # enough for run.json, and not even that
+def test_a_full_disk_leaves_what_was_there(cli, interrupted, size):
+    before = {name: (interrupted / name).read_bytes() for name in ("best.pt", "last.pt")}
+    done = cli("train_mnist.py", "--resume", "runs/r", "--quiet", preexec_fn=no_file_larger_than(size))
+    check_one_line(done, "File too large")
+    assert {name: (interrupted / name).read_bytes() for name in before} == before
+    assert not list(interrupted.glob(".*.tmp")) and json.loads((interrupted / "run.json").read_text())
+    assert cli("train_mnist.py", "--resume", "runs/r", "--quiet").returncode == 0
+    assert len(read_run(interrupted)[1]) == 6
+
+
+def test_a_directory_that_cannot_be_written_is_named(cli, interrupted):
+    before = {path.name: path.read_bytes() for path in interrupted.iterdir()}
+    interrupted.chmod(0o555)
+    done = cli("train_mnist.py", "--resume", "runs/r", "--quiet", preexec_fn=as_an_ordinary_user)
+    interrupted.chmod(0o755)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "runs/r" in done.stderr
+    assert {path.name: path.read_bytes() for path in interrupted.iterdir()} == before
+
+
+def test_an_error_inside_serialisation_leaves_what_was_there(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    common.save_checkpoint(path, {"epoch": 1})
+    with pytest.raises(TypeError, match="pickle"):
+        common.save_checkpoint(path, {"epoch": (number for number in ())})
+    assert common.load_checkpoint(path) == {"epoch": 1} and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------------------------------------------
+# Losses and checkpoints that are not to be trusted
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_a_diverged_run_ends_with_status_1_and_says_what_to_do(cli, tmp_path):
+    done = cli("train_mnist.py", *DENSE, "--lr", "1e30", "--optimizer", "sgd", "--run-name", "r")
+    check_one_line(done, "epoch 1", "lower --lr")
+    assert read_run(tmp_path / "runs" / "r")[0]["status"] == "diverged"
+    again = cli("train_mnist.py", "--resume", "runs/r")
+    check_one_line(again, "would again")
+
+
+def test_a_checkpoint_of_another_model_or_version_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    draw = train_mnist.synthetic_digits
+    monkeypatch.setattr(train_mnist, "synthetic", lambda train: draw(300 if train else 60, int(train)))
+    runs = {}
+    for model in ("dense", "cnn"):
+        argv = ["--dataset", "synthetic", "--model", model, "--epochs", 2, "--stop-after", 1, "--quiet"]
+        runs[model] = run(train_mnist, *argv)[0]
+    mine = common.load_checkpoint(runs["dense"] / "last.pt")
+    for state in (common.load_checkpoint(runs["cnn"] / "last.pt"), {**mine, "optimizer": {}}, {"epoch": 1}, [1, 2]):
+        common.save_checkpoint(runs["dense"] / "last.pt", state)
+        with pytest.raises(common.RunError, match=r"last\.pt is not of this version"):
+            run(train_mnist, "--resume", runs["dense"], "--quiet")
+    best = common.load_checkpoint(runs["dense"] / "best.pt")
+    common.save_checkpoint(runs["dense"] / "last.pt", mine)
+    for state in ({**best, "format": 2}, {**best, "model": "other"}, {**best, "weights": {}}, {"weights": {}}, 3):
+        common.save_checkpoint(runs["dense"] / "best.pt", state)
+        with pytest.raises(common.RunError, match=r"best\.pt"):
+            evaluate.main([str(runs["dense"]), "--quiet"])
+
+
+def test_any_flipped_bit_of_a_checkpoint_is_noticed(tmp_path):
+    path = tmp_path / "last.pt"
+    common.save_checkpoint(path, {"weights": torch.arange(50.0)})
+    content = path.read_bytes()
+    for position in range(len(content)):
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1 << position % 8]) + content[position + 1 :])
+        with pytest.raises(common.RunError, match="damaged"):
+            common.load_checkpoint(path)
+
+
+# ---------------------------------------------------------------------------------------------------
+# No terminal, strange names, memory
+# ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_finishes_with_its_output_closed_no_home_and_no_term(cli, tmp_path):
+    def close():
+        os.close(1)
+        os.close(2)
+
+    environment = {"TERM": None, "HOME": "/proc/none", "XDG_CACHE_HOME": None, "XDG_CONFIG_HOME": None}
+    done = cli("train_mnist.py", *DENSE[:-1], "--epochs", 2, "--run-name", "r", preexec_fn=close, env=environment)
+    assert done.returncode == 0
+    record, rows = read_run(tmp_path / "runs" / "r")
+    assert record["status"] == "finished" and len(rows) == 2
+    done = cli("evaluate.py", "runs/r", env=environment)
+    assert done.returncode == 0 and "Traceback" not in done.stderr  # matplotlib speaks of its cache
+    assert (tmp_path / "runs" / "r" / "confusion.png").exists()
+
+
+def test_spaces_long_names_and_other_scripts_work_everywhere(cli, tmp_path):
+    place = tmp_path / ("ein langer Ordner, " * 5 + "数据")
+    classes = [
+        "crème brûlée",
+        "猫",
+        "a class with a name that is much longer than any table or picture would like it to be",
+    ]
+    generator = random.Random(0)
+    for name in classes:
+        (place / "Bilder" / name).mkdir(parents=True)
+        for number in range(12):
+            image = Image.new("RGB", (32, 32), tuple(generator.randrange(256) for _ in range(3)))
+            image.save(place / "Bilder" / name / f"ein Bild {number} ü.png")
+    where = ["--runs-dir", place / "Läufe 1", "--run-name", "Lauf ñ 1"]
+    done = cli("train_cifar.py", "--dataset", place / "Bilder", "--c1", 4, "--c2", 4, "--l1", 8, "--epochs", 1, *where)
+    assert done.returncode == 0, done.stderr
+    directory = place / "Läufe 1" / "Lauf ñ 1"
+    for encoding in ("utf-8", "ascii"):
+        done = cli("evaluate.py", directory, env={"PYTHONIOENCODING": encoding, "PYTHONWARNINGS": "error"})
+        assert done.returncode == 0, done.stderr
+    rows = json.loads((directory / "metrics.json").read_text())["classes"]
+    assert [row["name"] for row in rows] == sorted(classes)
+    assert (directory / "confusion.png").stat().st_size > 10_000
+    done = cli("evaluate.py", directory, "--predict", place / "Bilder" / "猫")
+    assert done.returncode == 0 and "ein Bild 3 ü.png" in done.stdout
+
+
+def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
+    argv = [*EVERYTHING_ON, "--schedule", "constant", "--tolerance", "1000", "--epochs", "60"]
+    forked.start(tmp_path, argv, sizes=tmp_path / "sizes").join()
+    sizes = [float(line) for line in (tmp_path / "sizes").read_text().split()]
+    assert len(sizes) == 61 and sizes[60] - sizes[10] < 5
+
+
+PROBE = """
+import resource
+import train_mnist
+from train_mnist import build_parser
+train_mnist.synthetic = lambda train: train_mnist.synthetic_digits(300 if train else 60, int(train))
+
+def main(argv):
+    record = train_mnist.main(argv)
+    with open("sizes.txt", "a") as file:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=file)
+    return record
+"""
+
+
+def test_memory_does_not_grow_from_trial_to_trial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "report", lambda *arguments: {})
+    monkeypatch.setattr(train_mnist, "synthetic", train_mnist.synthetic)  # which the probe replaces here too
+    Path("probe.py").write_text(PROBE)
+    space = [
+        "--method",
+        "random",
+        "--count",
+        "50",
+        "--script",
+        "probe.py",
+        "--param",
+        "lr=log:1e-4..1e-3",
+        "--name",
+        "s",
+    ]
+    sweep.main([*space, "--quiet", "--", "--dataset", "synthetic", "--model", "dense", "--epochs", "1"])
+    sizes = [float(line) for line in Path("sizes.txt").read_text().split()]
+    assert len(sizes) == 50 and sizes[49] - sizes[9] < 5
+
+
+# ---------------------------------------------------------------------------------------------------
+# What must not change by accident
+# ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", golden.MODELS)
+def test_the_first_losses_of_a_model_are_what_they_were(model):
+    """Other CPUs round differently, by less than this; a change that is meant: python tests/golden.py."""
+    expected = json.loads(golden.PATH.read_text())["losses"][model]
+    assert len(expected) == 10 and golden.losses(model) == pytest.approx(expected, rel=2e-3)
+
+
+def test_the_flags_and_their_defaults_are_what_they_were():
+    assert golden.flags() == json.loads(golden.PATH.read_text())["flags"]
