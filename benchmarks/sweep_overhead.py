@@ -1,15 +1,15 @@
 """What does sweep.py add to the training of a trial, and what does it save against a loop of a shell?
 
-    python benchmarks/sweep_overhead.py               # a few minutes
+    python benchmarks/sweep_overhead.py               # some minutes
 
 The trial is short: `train_mnist.py --model dense` on 2,000 images, one epoch, without the test. `alone` calls the
 script's main() again and again in one process, the data loaded once; `grid` and `bayes` are `sweep.py --jobs 1` over
-the same script. Of each, the seconds a trial are (time of a process with --trials trials - time of one with a quarter
-of them) / the difference in trials, so that start-up and report are in neither; the overhead is the difference to
-`alone`. `loop` is one `python train_mnist.py` a trial, whole; it is compared with a whole `sweep.py --jobs 2`, its
-report included. All alternate; medians. Results are appended to benchmarks/results/sweep_overhead.jsonl.
+the same script. Each prints a line a trial; a trial takes the time from one line to the next, and the median of these
+times tells the overhead. `loop` is one `python train_mnist.py` a trial, whole; it is compared with a whole `sweep.py
+--jobs 2`, its report included. All alternate. Results are appended to benchmarks/results/sweep_overhead.jsonl.
 """
 
+import itertools
 import statistics
 import subprocess
 import sys
@@ -24,67 +24,66 @@ import common
 FLAGS = ["--model", "dense", "--epochs", "1", "--limit-train", "2000"]
 
 # The same trials in one process that stays, without sweep.py.
-ALONE = """
-import sys, common, train_mnist
-common.loaded_datasets = {}
-for number in range(int(sys.argv[1])):
-    train_mnist.main([*sys.argv[2:], "--lr", str(1e-4 * (1 + number)), "--run-name", f"trial-{number}"])
+ALONE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import common, train_mnist
+common.loaded_datasets = {{}}
+rates, flags = sys.argv[1].split(","), sys.argv[2:]
+for number, rate in enumerate(rates):
+    train_mnist.main([*flags, "--lr", rate, "--run-name", f"trial-{{number}}"])
+    print("trial", number, flush=True)
 """
 
 
-def seconds(commands, runs):
-    began = time.perf_counter()
-    for command in commands:
-        subprocess.run([sys.executable, *command], check=True, cwd=runs, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - began
-
-
-def rates(trials):
-    return [f"{1e-4 * (1 + number):.4f}" for number in range(trials)]
-
-
 def run(name, trials, jobs, data_dir):
-    """Seconds of `trials` trials, with everything around them."""
+    """Run so many trials: the seconds in all, and those of each trial but the first."""
+    rates = [f"{1e-4 * (1 + number):.4f}" for number in range(trials)]
     flags = [*FLAGS, "--data-dir", str(data_dir)]
-    with tempfile.TemporaryDirectory() as runs:
-        quiet = ["--no-test", "--quiet", "--runs-dir", "runs"]
-        if name == "loop":
-            script = str(ROOT / "train_mnist.py")
-            return seconds([[script, *flags, *quiet, "--lr", rate] for rate in rates(trials)], runs)
-        if name == "alone":
-            Path(runs, "alone.py").write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{ALONE}")
-            return seconds([["alone.py", str(trials), *flags, *quiet]], runs)
-        space = f"lr={','.join(rates(trials))}" if name == "grid" else "lr=log:1e-4..1e-2"
-        search = ["--method", name, "--script", "train_mnist.py", "--param", space, "--count", str(trials)]
-        search += ["--engine", "local", "--jobs", str(jobs), "--quiet", "--name", "s"]
-        return seconds([[str(ROOT / "sweep.py"), *search, "--", *flags]], runs)
+    quiet = ["--no-test", "--quiet", "--runs-dir", "runs"]
+    commands = [["-c", ALONE, ",".join(rates), *flags, *quiet]]
+    if name == "loop":
+        commands = [[str(ROOT / "train_mnist.py"), *flags, *quiet, "--lr", rate] for rate in rates]
+    elif name != "alone":
+        space = "lr=log:1e-4..1e-2" if name == "bayes" else f"lr={','.join(rates)}"
+        search = ["--method", name, "--script", "train_mnist.py", "--param", space, "--jobs", str(jobs)]
+        search += ["--count", str(trials), "--engine", "local", "--name", "s"]
+        commands = [[str(ROOT / "sweep.py"), *search, "--", *flags]]
+    began, times = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as here:
+        for command in commands:
+            process = subprocess.Popen([sys.executable, *command], cwd=here, stdout=subprocess.PIPE, text=True)
+            times += [time.perf_counter() for line in process.stdout if line.startswith("trial")][:trials]
+            if process.wait():
+                raise SystemExit(f"{name} failed")
+        seconds = time.perf_counter() - began
+    return seconds, [after - before for before, after in itertools.pairwise(times)]
 
 
 def main():
     parser = common.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=common.number(int, 4), default=16)
+    parser.add_argument("--trials", type=common.number(int, 2), default=16)
     parser.add_argument("--pairs", type=common.number(int, 1), default=3, help="measurements of each")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     args = parser.parse_args()
-    few, where = args.trials // 4, args.data_dir.resolve()
-    marginal = {"alone": [], "grid": [], "bayes": []}
-    whole = {"loop": [], "sweep": []}
+    names, where = ["alone", "grid", "bayes", "loop", "sweep"], args.data_dir.resolve()
+    a_trial, in_all = {name: [] for name in names}, {name: [] for name in names}
     for pair in range(args.pairs):
-        for name in marginal if pair % 2 == 0 else reversed(marginal):
-            more, less = run(name, args.trials, 1, where), run(name, few, 1, where)
-            marginal[name].append((more - less) / (args.trials - few))
-            print(f"{name}: {marginal[name][-1]:.3f} s a trial", file=sys.stderr)
-        for name in whole if pair % 2 == 0 else reversed(whole):
-            whole[name].append(run("loop" if name == "loop" else "grid", args.trials, 2, where))
-            print(f"{name}: {whole[name][-1]:.1f} s for {args.trials} trials", file=sys.stderr)
-    write_result("sweep_overhead", {"trials": args.trials, "seconds_a_trial": marginal, "seconds_in_all": whole})
-    median = {name: statistics.median(values) for name, values in {**marginal, **whole}.items()}
-    ratio = statistics.median(a / b for a, b in zip(whole["loop"], whole["sweep"], strict=True))
-    print(f"{args.trials} trials, {args.pairs} pairs, {machine()}")
-    print(f"{'':12}{'s a trial':>10}{'overhead':>10}")
-    for name in marginal:
-        print(f"{name:12}{median[name]:10.3f}{median[name] - median['alone']:10.3f}")
-    print(f"whole: a shell's loop {median['loop']:.1f} s, sweep.py --jobs 2 {median['sweep']:.1f} s: {ratio:.1f} times")
+        for name in names if pair % 2 == 0 else reversed(names):
+            seconds, times = run("grid" if name == "sweep" else name, args.trials, 2 if name == "sweep" else 1, where)
+            in_all[name].append(seconds)
+            a_trial[name] += times
+            print(f"{name}: {seconds:.1f} s for {args.trials} trials", file=sys.stderr)
+    write_result("sweep_overhead", {"trials": args.trials, "seconds_a_trial": a_trial, "seconds_in_all": in_all})
+    print(f"{args.trials} trials, {args.pairs} times, {machine()}")
+    print(f"{'':10}{'s a trial':>10}{'overhead':>10}{'s in all':>10}")
+    alone = statistics.median(a_trial["alone"])
+    for name in names:
+        whole = f"{statistics.median(in_all[name]):10.1f}"
+        median = statistics.median(a_trial[name]) if name in ("alone", "grid", "bayes") else None
+        print(f"{name:10}" + (f"{median:10.3f}{median - alone:10.3f}" if median else f"{'':20}") + whole)
+    ratio = statistics.median(a / b for a, b in zip(in_all["loop"], in_all["sweep"], strict=True))
+    print(f"a shell's loop takes {ratio:.1f} times as long as sweep.py --jobs 2")
 
 
 if __name__ == "__main__":
