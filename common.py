@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import socket
@@ -220,9 +221,14 @@ def resumed_arguments(args, given):
 
 
 def recorded_arguments(record):
-    """The Namespace of a run's own arguments, from its run.json."""
-    paths = {name: Path(record["args"][name]) for name in ("data_dir", "runs_dir")}
-    return argparse.Namespace(**{**record["args"], **paths}, script=record["script"])
+    """The Namespace of a run's own arguments, from its run.json. RunError where they are not of this version."""
+    known = record["args"] if isinstance(record["args"], dict) else {}
+    needed = {"dataset", "data_dir", "runs_dir", "image_size", "val_size", "limit_train", "seed", "epochs"}
+    missing = ", ".join(sorted(needed - known.keys()))
+    if missing:
+        raise RunError(f"run.json of {record['name']} is not of this version of the scripts: its args lack {missing}")
+    paths = {name: Path(known[name]) for name in ("data_dir", "runs_dir")}
+    return argparse.Namespace(**{**known, **paths}, script=record["script"])
 
 
 def check_data_options(args, given):
@@ -256,8 +262,12 @@ def choose_model_options(args):
 def check_model(args):
     """Refuse what the model or the augmentation cannot do with images of the dataset's shape."""
     shape = image_shape(args)
-    with torch.device("meta"):
-        model = MODELS[args.model](shape, 2, **args.model_options)
+    try:
+        with torch.device("meta"):
+            model = MODELS[args.model](shape, 2, **args.model_options)
+    except (RuntimeError, OverflowError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--model {args.model} cannot be built with these options ({reason})") from error
     if args.batch_size == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         raise UsageError(f"--batch-size 1: --model {args.model} has batch norm, which needs at least 2 images")
     if args.augment and args.hue and shape[0] != 3:
@@ -308,8 +318,16 @@ def command_line(main):
     program = Path(sys.argv[0]).name
 
     def fail(status, message):
-        print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
+        if sys.stderr is not None:
+            with contextlib.suppress(OSError):  # nobody reads it; the exit status tells as well
+                print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
         return status
+
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: a file opened later would take its place, and what is printed
+            os.open(os.devnull, os.O_RDWR)
 
     def terminate(signum, frame):
         raise SystemExit(128 + signum)
@@ -333,10 +351,12 @@ def command_line(main):
         return fail(1, f"{str(error).splitlines()[0]}; try a smaller --batch-size or model")
     except KeyboardInterrupt:
         return fail(130, "interrupted")
+    except Interrupted as name:
+        return fail(128 + signal.Signals[str(name)], f"interrupted by {name}")
     if record.get("status") == "diverged":
         return fail(1, f"{record['error']}; try a lower --lr. The epochs before are in {record['directory']}")
     if record.get("status") == "interrupted" and record["error"]:
-        go_on = record.get("go_on") or f"python {program} --resume {record['directory']}"
+        go_on = record.get("go_on") or shlex.join(["python", program, "--resume", record["directory"]])
         return fail(128 + signal.Signals[record["error"]], f"interrupted by {record['error']}; continue with: {go_on}")
     return 0
 
@@ -376,7 +396,8 @@ class Screen:
                 return
             if result:
                 raise
-            print(f"standard output failed ({error.strerror}): going on without it", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"standard output failed ({error.strerror}): going on without it", file=sys.stderr)
 
     def bar(self, total, description, unit="batch", initial=0):
         return tqdm(total=total, desc=description, unit=unit, initial=initial, leave=False, disable=not self.bars)
@@ -1026,7 +1047,7 @@ def write_json(path, content):
 def read_json(path):
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: {error}") from error
 
 
@@ -1058,7 +1079,7 @@ def load_checkpoint(path):
         raise RunError(f"{path} is not a checkpoint of this project ({type(error).__name__})") from error
 
 
-FORMAT = 1  # of best.pt: raised when what is in it changes
+FORMAT = 1  # of the checkpoints: raised when what is in them changes
 
 # What every run.json has.
 RECORD_KEYS = {
@@ -1084,7 +1105,7 @@ def read_log(directory):
     path = directory / "log.jsonl"
     try:
         return [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path} is missing or damaged ({error})") from error
 
 
@@ -1106,7 +1127,7 @@ def is_locked(path):
         return False
     with open(path) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
     return False
@@ -1139,17 +1160,24 @@ def environment(device, precision):
     }  # fmt: skip
 
 
-def make_directory(parent, name, prefix):
-    """Make parent/name, or with no name one of its own from `prefix` and the time. UsageError where it exists."""
+def make_directory(parent, name, prefix, fill=lambda directory: None):
+    """Make parent/name, or with no name one of its own from `prefix` and the time, with what `fill(directory)` writes
+    in it, all at once. UsageError where it exists."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    parent.mkdir(parents=True, exist_ok=True)
     while True:
         directory = parent / (name or f"{prefix}-{stamp}-{secrets.token_hex(2)}")
-        try:
-            directory.mkdir(parents=True)
-            return directory
-        except FileExistsError:
-            if name:
-                raise UsageError(f"{directory} exists already") from None
+        with tempfile.TemporaryDirectory(prefix=".new-", dir=parent) as temporary:
+            new = Path(temporary, directory.name)
+            new.mkdir()
+            fill(new)
+            try:
+                return new.rename(directory)
+            except OSError:
+                if not directory.exists():
+                    raise
+        if name:
+            raise UsageError(f"{directory} exists already")
 
 
 class Run:
@@ -1162,25 +1190,36 @@ class Run:
 
     @classmethod
     def create(cls, args, record):
-        """Make runs/<name>/, which must not exist, with a run.json of status `running`."""
-        directory = make_directory(args.runs_dir, args.run_name, args.script)
+        """Make runs/<name>/, which must not exist, with a run.json of status `running`; both appear at once."""
         plain = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
         for key in ("script", "argv", "resume"):
             del plain[key]
         record = {
-            "name": directory.name, "script": args.script, "argv": args.argv, "args": plain, "status": "running",
+            "name": None, "script": args.script, "argv": args.argv, "args": plain, "status": "running",
             "error": None, "started": utc_now(), "ended": None, "seconds": 0.0, "seed": args.seed, **record,
             "epochs": 0, "best": None, "test": None,
         }  # fmt: skip
-        run = cls(directory, record)
-        run.write_record()
-        return run
+
+        def run_in(directory):
+            return cls(directory, {**record, "name": directory.name})
+
+        return run_in(make_directory(args.runs_dir, args.run_name, args.script, lambda new: run_in(new).write_record()))
 
     def remove_leftovers(self):
         """Remove what a process that was killed in the middle of a save has left beside the files."""
         for name in ("best.pt", "last.pt", "log.jsonl", "run.json"):
             for path in self.directory.glob(f".{name}.*.tmp"):
                 path.unlink()
+
+    def last_state(self):
+        """What last.pt holds, or None of a run that was killed before its first save. RunError."""
+        path = self.directory / "last.pt"
+        if not path.exists() and not self.record["epochs"]:
+            return None
+        state = load_checkpoint(path)
+        if not isinstance(state, dict) or (state.get("format"), state.get("run")) != (FORMAT, self.record["name"]):
+            raise RunError(f"{path} is of another run, or not of this version of the scripts")
+        return state
 
     def write_record(self, **changes):
         seconds = self.earlier_seconds + time.perf_counter() - self.began
@@ -1246,14 +1285,17 @@ def check_wandb(args):
 # ---------------------------------------------------------------------------------------------------
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM came; the argument is its name."""
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM came; the argument is its name. Like KeyboardInterrupt, it is no error to be caught as one."""
 
 
 class GracefulStop:
-    """While active, the first SIGINT or SIGTERM sets `signal` for `watch` to see; a second one ends at once."""
+    """While active, the first SIGINT or SIGTERM sets `signal` for `watch` to see; a second one ends at once.
 
-    signal = None
+    Once `deaf`, none does anything: all that is left is to write down how the run has ended.
+    """
+
+    signal, deaf = None, False
 
     def __enter__(self):
         # Python lets only the main thread set handlers; in another thread whoever started it does the stopping.
@@ -1266,6 +1308,8 @@ class GracefulStop:
             signal.signal(signum, handler)
 
     def handle(self, signum, frame):
+        if self.deaf:
+            return
         if self.signal:
             raise Interrupted(signal.Signals(signum).name)
         self.signal = signal.Signals(signum).name
@@ -1284,8 +1328,10 @@ class GracefulStop:
 EVALUATION_BATCH = 1000
 
 
-def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen, log_row):
+def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop, screen, log_row):
     """Train `model` until --epochs, --stop-after or early stopping, and leave it with the weights of its best epoch.
+
+    `state`: what last.pt holds of a run that is continued, or None.
 
     After each epoch `run` holds best.pt, log.jsonl, run.json and last.pt, written in that order: last.pt, from
     which a run continues, is never ahead of the others. Every random number of epoch k follows from --seed and k,
@@ -1309,7 +1355,8 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
 
     def save_last(epoch):
         states = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(run.directory / "last.pt", {"epoch": epoch, "history": run.history, **states})
+        about = {"format": FORMAT, "run": run.record["name"], "epoch": epoch, "history": run.history}
+        save_checkpoint(run.directory / "last.pt", {**about, **states})
 
     def save_best(row):
         run.record["best"] = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
@@ -1329,19 +1376,20 @@ def fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen
                     bar.set_postfix(loss=f"{totals.loss:.4f}", refresh=False)
 
     done = 0
-    # A run that was killed before its first save begins anew.
-    if args.resume and (run.record["epochs"] or (run.directory / "last.pt").exists()):
-        state = load_checkpoint(run.directory / "last.pt")
+    if state:
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             done, run.history = state["epoch"], state["history"]
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            best = run.history[early_stopping.best_epoch - 1] if early_stopping.best_epoch else None
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise RunError(f"{run.directory}/last.pt is not of this version of the scripts ({error})") from error
         run.record.update(epochs=done, best=None)
         run.write_log()
-        if early_stopping.best_epoch:
-            save_best(run.history[early_stopping.best_epoch - 1])
+        if best:
+            save_best(best)
+        else:  # it may have been killed between best.pt and last.pt
+            (run.directory / "best.pt").unlink(missing_ok=True)
     else:
         run.write_log()
         save_last(0)
@@ -1439,19 +1487,20 @@ def run_job(args, synthetic):
             ended = record["status"].replace("_", " ")
             screen.say(f"{directory}: {ended} after {record['epochs']} epochs, nothing to do")
             return {**record, "directory": str(directory)}
+        state = run.last_state() if args.resume else None
         record["args"]["epochs"] = args.epochs
         record["data"].update(test=None, test_checksum=None)
-        run.write_record(**surroundings, status="running", error=None, ended=None, test=None)
         screen.say(
             f"{record['name']}: {args.model}, {record['parameters']:,} parameters; {args.dataset}, "
             f"{len(train_set):,} training and {len(val_set):,} validation images; {device.type}, {precision}"
         )
         if not args.val_size:
             screen.say("--val-size 0: the test set selects the epoch, as in the tutorials; its accuracy is flattered")
-        status, error = "failed", None
+        status, error = None, None
         try:
+            run.write_record(**surroundings, status="running", error=None, ended=None, test=None)
             with weights_and_biases(args, run) as log_row:
-                status = fit(args, model, train_set, val_set, run, blueprint, precision, stop, screen, log_row)
+                status = fit(args, model, train_set, val_set, run, state, blueprint, precision, stop, screen, log_row)
                 if args.test and status != "interrupted":
                     test_set = load_test()
                     test_sum, test_set = test_set.checksum, test_set.to(device)
@@ -1464,10 +1513,12 @@ def run_job(args, synthetic):
         except NotFinite as reason:
             status, error = "diverged", f"{reason} in epoch {record['epochs'] + 1}"
         except BaseException as exception:
-            status, error = "failed", f"{type(exception).__name__}: {exception}"
+            stop.deaf = True
+            with contextlib.suppress(OSError):  # it may be the disk that has failed: the first error is the one to tell
+                run.write_record(status="failed", error=f"{type(exception).__name__}: {exception}", ended=utc_now())
             raise
-        finally:
-            run.write_record(status=status, error=error, ended=utc_now())
+        stop.deaf = True
+        run.write_record(status=status, error=error, ended=utc_now())
     if record["best"]:
         text = "best epoch {epoch}: validation loss {val_loss:.4f}, accuracy {val_acc:.2%}"
         screen.say(text.format(**record["best"]))

@@ -306,7 +306,7 @@ def new_figure(width, height, title, layout="constrained"):
     from matplotlib.figure import Figure
 
     # A class may be called $x$.
-    matplotlib.rcParams.update({"text.parse_math": False, "font.family": fonts()[0]})
+    matplotlib.rcParams.update({"text.parse_math": False, "font.family": list(fonts())})
     figure = Figure((width, height), dpi=DPI, layout=layout)
     figure.suptitle(legible(title))
     return figure
@@ -321,17 +321,23 @@ FONTS = (
 
 @functools.cache
 def fonts():
-    """Those of FONTS that are installed, and the characters that they have."""
+    """{name: file} of those of FONTS that are installed."""
     from matplotlib import font_manager
 
-    files = {font.name: font.fname for font in font_manager.fontManager.ttflist}
-    installed = [name for name in FONTS if name in files]
-    return installed, {code for name in installed for code in font_manager.get_font(files[name]).get_charmap()}
+    return {name: font_manager.findfont(name) for name in FONTS if name in font_manager.get_font_names()}
+
+
+@functools.cache
+def drawable():
+    """The characters that these fonts have."""
+    from matplotlib import font_manager
+
+    return {code for file in fonts().values() for code in font_manager.get_font(file).get_charmap()}
 
 
 def legible(text):
     r"""The text with characters that no font has as \u732b, where a picture would show empty boxes."""
-    known = fonts()[1]
+    known = drawable()
     return "".join(c if c == "\n" or ord(c) in known else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -96,7 +96,7 @@ def checked(parameter):
         if repeated:
             raise UsageError(f"{name}: {repeated[0]!r} is there twice")
         return parameter
-    if not all(math.isfinite(number) for number in (low, high, parameter.step)) or parameter.step < 0:
+    if not all(-1e300 < number < 1e300 for number in (low, high, parameter.step)) or parameter.step < 0:
         raise UsageError(f"{name}: the bounds and the step must be finite numbers")
     if low >= high:
         raise UsageError(f"{name}: the lower bound {low} is not below the upper bound {high}")
@@ -171,6 +171,8 @@ def parameter_from_config(name, content):
     if distribution.startswith("q_"):
         if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
             raise UsageError(f"parameters: {name}: q must be a number above 0")
+        if not all(abs(bound / step) < 1e15 for bound in bounds):
+            raise UsageError(f"parameters: {name}: there are too many steps of {step} in these bounds")
         bounds = [math.ceil(bounds[0] / step - 1e-9) * step, math.floor(bounds[1] / step + 1e-9) * step]
     if distribution == "log_uniform":  # there the bounds are exponents of e
         if max(bounds) > 700:
@@ -200,8 +202,8 @@ def read_config(path):
         raise UsageError("--config needs PyYAML: pip install pyyaml") from None
     try:
         config = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path}: {error}") from error
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from error  # PyYAML lets its own errors out
     if not isinstance(config, dict):
         raise UsageError(f"--config {path}: expected keys and values, as in W&B's sweep configuration")
     unknown = sorted(map(str, config.keys() - CONFIG_KEYS))
@@ -663,16 +665,25 @@ def append_line(path, row):
 
 
 def read_lines(path):
-    """The rows of a file of JSON lines, without a last one that a crash has torn. RunError names another bad line."""
+    """The rows of trials.jsonl, without a last one that a crash has torn. RunError names another bad line."""
     if not path.exists():
         return []
     lines, rows = path.read_bytes().split(b"\n"), []
     for number, line in enumerate(lines[:-1], 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError as error:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise RunError(f"{path}, line {number}: {error}") from error
+        if not isinstance(row, dict) or TRIAL_KEYS - row.keys() or not isinstance(row["params"], dict):
+            raise RunError(f"{path}, line {number} is not that of a trial")
+        rows.append(row)
     return rows
+
+
+# What every line of trials.jsonl has.
+TRIAL_KEYS = {
+    "trial", "params", "status", "metric", "val_loss", "val_acc", "epochs", "seconds", "seed", "run", "error",
+}  # fmt: skip
 
 
 class Sweep:
@@ -1106,6 +1117,10 @@ def interrupts_held():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+# What workers find imported, where they are forked; optimisers import the second when the first of them is made.
+PRELOADED = ["torch", "torch._dynamo"]
+
+
 class Workers:
     """Processes that keep torch and the data between trials; one that dies is replaced."""
 
@@ -1114,7 +1129,7 @@ class Workers:
         known = multiprocessing.get_all_start_methods()
         self.context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
         if "forkserver" in known:
-            self.context.set_forkserver_preload(["torch"])
+            self.context.set_forkserver_preload(PRELOADED)
         self.search, self.directory = search, directory
         self.slots = [None] * jobs  # (process, connection)
         self.busy = {}  # slot: trial
@@ -1187,7 +1202,7 @@ class Conductor:
         self.shared = shared
         self.running = {}  # trial: the epoch that it goes to, None for the end
         self.closed = set(sweep.ended)
-        self.bayes, self.configurations = None, {}
+        self.bayes, self.configurations, self.diverged_first = None, {}, []
         if shared:
             if retry_failed:
                 shared.retry_failed()
@@ -1370,11 +1385,17 @@ class Conductor:
         # One that diverged counts as the worst so far, so that the search keeps away from there.
         if any(line["status"] == "diverged" for line in lines):
             value = self.sweep.worst()
+            self.diverged_first += [index] if value is None else []
         self.bayes.tell(params, value)
+        if value is not None:  # now there is a worst
+            waiting, self.diverged_first = self.diverged_first, []
+            for earlier in waiting:
+                self.tell(earlier)
 
 
 def how_to_go_on(sweep):
-    return f"python sweep.py --resume {sweep.directory}{' --storage ...' if sweep.search.shared else ''}"
+    storage = " --storage ..." if sweep.search.shared else ""
+    return shlex.join(["python", "sweep.py", "--resume", str(sweep.directory)]) + storage
 
 
 def run_trials(sweep, rungs, args, screen, shared):

@@ -19,6 +19,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import common  # noqa: E402
+
 # A shell starts its background jobs with SIGINT ignored, and what they start inherits that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -172,3 +174,16 @@ def states_are_equal(a, b):
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(states_are_equal, a, b))
     return a == b
+
+
+def check_same(whole, other):
+    """Two runs have the same weights, optimiser, history and results, to the bit."""
+    (record, rows), (other_record, other_rows) = read_run(whole), read_run(other)
+    assert without_times(rows) == without_times(other_rows)
+    assert all(record[key] == other_record[key] for key in ("status", "error", "best", "test"))
+    for name in ("last.pt", "best.pt"):
+        a, b = (common.load_checkpoint(directory / name) for directory in (whole, other))
+        for state in (a, b):
+            state["run"], state["history"] = None, without_times(state.get("history", []))
+        assert states_are_equal(a, b), name
+    assert not list(other.glob(".*.tmp"))

@@ -1,7 +1,4 @@
-"""A training run in a process forked from one that has imported torch: dozens of them start in seconds.
-
-This module imports little, since each of the processes imports it.
-"""
+"""A training run in a process forked from one that has imported torch: dozens of them start in seconds."""
 
 import multiprocessing
 import os
@@ -12,6 +9,7 @@ from pathlib import Path
 import torch
 
 import common
+import sweep
 import train_cifar
 
 
@@ -40,13 +38,18 @@ def die_in_a_save(dies_at):
     Path.replace = lambda *arguments: (replace(*arguments), step())[0]
 
 
+def resident():
+    """The memory of this process, in MB."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
 def record_memory(path):
-    """Write down, at each epoch, the most memory in MB that this process has had."""
+    """Write `resident()` down at each epoch."""
     original = common.Run.write_log
 
     def write_log(run):
         with open(path, "a") as file:
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=file)
+            print(resident(), file=file)
         original(run)
 
     common.Run.write_log = write_log
@@ -54,7 +57,7 @@ def record_memory(path):
 
 def start(directory, argv, dies_at=None, sizes=None):
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch"])
+    context.set_forkserver_preload(sweep.PRELOADED)
     process = context.Process(target=train, args=(directory, argv, dies_at, sizes))
     process.start()
     return process

@@ -14,7 +14,7 @@ import forked
 import golden
 import pytest
 import torch
-from conftest import EVERYTHING_ON, read_run, run, states_are_equal, without_times
+from conftest import EVERYTHING_ON, check_same, read_run, run
 from PIL import Image
 
 import common
@@ -31,103 +31,78 @@ DENSE = ["--dataset", "synthetic", "--model", "dense", "--quiet"]
 
 
 def check_files(directory):
-    """Every file of a run is whole, whenever its process was killed; True where there is something to resume."""
+    """Every file of a run is whole, whenever its process was killed. Returns the run's status."""
     for name in ("best.pt", "last.pt"):
         if (directory / name).exists():
             common.load_checkpoint(directory / name)
     if (directory / "log.jsonl").exists():
         epochs = [row["epoch"] for row in common.read_log(directory)]
         assert epochs == list(range(1, len(epochs) + 1))
-    if (directory / "run.json").exists():
-        assert common.read_record(directory)["status"] in ("running", "finished")
-        return True
-    return False
+    return common.read_record(directory)["status"]
 
 
-def check_same(whole, other):
-    """Two runs have the same weights, optimiser, history and results, to the bit."""
-    (record, rows), (other_record, other_rows) = read_run(whole), read_run(other)
-    assert without_times(rows) == without_times(other_rows)
-    assert all(record[key] == other_record[key] for key in ("status", "best", "test"))
-    for name in ("last.pt", "best.pt"):
-        a, b = common.load_checkpoint(whole / name), common.load_checkpoint(other / name)
-        for state in (a, b):
-            state["history"] = without_times(state.get("history", []))
-        assert states_are_equal(a, b), name
-    assert not list(other.glob(".*.tmp"))
+def finish(process):
+    """Its exit status, in a minute at most."""
+    process.join(60)
+    if process.is_alive():
+        process.kill()
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+ARGV = [*EVERYTHING_ON, "--epochs", "6", "--run-name", "r"]
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An undisturbed run, and how long it took."""
     directory = tmp_path_factory.mktemp("whole")
-    forked.start(directory, [*ARGV, "--stop-after", "1", "--run-name", "warm"]).join()
+    finish(forked.start(directory, [*ARGV, "--stop-after", "1", "--run-name", "warm"]))
     began = time.monotonic()
-    process = forked.start(directory, ARGV)
-    process.join()
-    assert process.exitcode == 0
+    assert finish(forked.start(directory, ARGV)) == 0
     return directory / "runs" / "r", time.monotonic() - began
 
 
-ARGV = [*EVERYTHING_ON, "--epochs", "8", "--run-name", "r"]
-
-
-def kill_and_resume(tmp_path, interruptions):
-    """Start or continue a run once for each of `interruptions(process number)`, and then to its end."""
-    directory = tmp_path / "runs" / "r"
-    for interruption in (*interruptions, None):
-        if not check_files(directory) and directory.exists():
-            shutil.rmtree(directory)  # killed before it had written what it was
-        argv = ["--resume", "runs/r", "--quiet"] if directory.exists() else ARGV
-        if interruption is None:
-            process = forked.start(tmp_path, argv)
-            process.join()
-            assert process.exitcode == 0
-        else:
-            interruption(argv)
-    return directory
+def go_on(directory):
+    return ["--resume", "runs/r", "--quiet"] if directory.exists() else ARGV
 
 
 def test_a_run_killed_at_thirty_random_moments_ends_as_an_undisturbed_one(tmp_path, whole):
-    generator, killed = random.Random(0), []
-
-    def kill_sometime(argv):
-        process = forked.start(tmp_path, argv)
-        time.sleep(generator.uniform(0, whole[1]))
+    generator, kills, directory = random.Random(0), 0, tmp_path / "runs" / "r"
+    while kills < 30:
+        process = forked.start(tmp_path, go_on(directory))
+        time.sleep(generator.uniform(0.2, 1) * whole[1])
         process.kill()
-        process.join()
-        killed.append(process.exitcode == -signal.SIGKILL)
-
-    check_same(whole[0], kill_and_resume(tmp_path, [kill_sometime] * 30))
-    assert sum(killed) >= 10  # the others found the run at its end
+        if finish(process) == 0:
+            check_same(whole[0], directory)
+            shutil.rmtree(directory)
+        elif directory.exists():
+            kills += check_files(directory) == "running"
+    assert finish(forked.start(tmp_path, go_on(directory))) == 0
+    check_same(whole[0], directory)
 
 
 def test_a_run_killed_at_every_step_of_its_saves_ends_as_an_undisturbed_one(tmp_path, whole):
-    def kill_at(steps):
-        def kill(argv):
-            process = forked.start(tmp_path, argv, steps)
-            process.join()
-            assert process.exitcode == -signal.SIGKILL
-
-        return kill
-
+    directory = tmp_path / "runs" / "r"
     # Each process gets a step further into its saves than the one before: a start saves three or four files, an epoch
     # as many, each in three steps.
-    check_same(whole[0], kill_and_resume(tmp_path, [kill_at(steps) for steps in range(24)]))
+    for steps in range(20):
+        assert finish(forked.start(tmp_path, go_on(directory), steps)) == -signal.SIGKILL
+        assert not directory.exists() or check_files(directory) == "running"
+    assert finish(forked.start(tmp_path, go_on(directory))) == 0
+    check_same(whole[0], directory)
 
 
 def test_twenty_runs_started_together_do_not_mix(tmp_path):
     argv = [*EVERYTHING_ON, "--epochs", "1"]
     processes = [forked.start(tmp_path, [*argv, "--seed", str(seed)]) for seed in range(20)]
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    records = [read_run(directory)[0] for directory in (tmp_path / "runs").iterdir()]
+    assert all(finish(process) == 0 for process in processes)
+    records = [read_run(directory)[0] for directory in (tmp_path / "runs").iterdir()]  # and nothing else is there
     assert sorted(record["seed"] for record in records) == list(range(20))
     assert {record["status"] for record in records} == {"finished"}
 
 
-def test_a_second_resume_and_a_second_sweep_are_refused(cli, tmp_path):
+def test_a_second_resume_is_refused(cli, tmp_path):
     process = cli("train_mnist.py", *DENSE[:-1], "--epochs", 1000, "--run-name", "r", start=True)
     assert any(line.startswith("epoch") for line in process.stdout)
     second = cli("train_mnist.py", "--resume", "runs/r")
@@ -135,6 +110,16 @@ def test_a_second_resume_and_a_second_sweep_are_refused(cli, tmp_path):
     process.kill()
     process.communicate()
     assert cli("train_mnist.py", "--resume", "runs/r", "--stop-after", 1).returncode == 0  # the lock died with it
+
+
+def test_a_second_signal_ends_a_run_at_once_in_one_line(cli, tmp_path):
+    process = cli("train_mnist.py", *DENSE[:-1], "--epochs", 1000, "--run-name", "r", start=True)
+    assert any(line.startswith("epoch") for line in process.stdout)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and len(error.splitlines()) == 1
+    assert check_files(tmp_path / "runs" / "r") == "interrupted"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -167,27 +152,53 @@ def check_one_line(done, *expected):
     assert all(text in done.stderr for text in expected), done.stderr
 
 
-@pytest.mark.parametrize("size", [20_000, 200])  # enough for run.json, and not even that
-def test_a_full_disk_leaves_what_was_there(cli, interrupted, size):
+@pytest.mark.parametrize("file", ["run.json", "best.pt", "last.pt"])
+def test_a_full_disk_leaves_what_was_there(cli, interrupted, file):
+    """The disk has no room for `file`, but for those that are saved before it."""
     before = {name: (interrupted / name).read_bytes() for name in ("best.pt", "last.pt")}
+    size = (interrupted / file).stat().st_size - 100
     done = cli("train_mnist.py", "--resume", "runs/r", "--quiet", preexec_fn=no_file_larger_than(size))
     check_one_line(done, "File too large")
-    assert {name: (interrupted / name).read_bytes() for name in before} == before
-    assert not list(interrupted.glob(".*.tmp")) and json.loads((interrupted / "run.json").read_text())
+    assert (interrupted / "last.pt").read_bytes() == before["last.pt"]
+    assert ((interrupted / "best.pt").read_bytes() == before["best.pt"]) == (file != "last.pt")
+    check_files(interrupted)
+    assert not list(interrupted.glob(".*.tmp"))
     assert cli("train_mnist.py", "--resume", "runs/r", "--quiet").returncode == 0
     assert len(read_run(interrupted)[1]) == 6
 
 
-def test_a_directory_that_cannot_be_written_is_named(cli, interrupted):
+def test_a_run_that_finds_the_disk_full_leaves_nothing(cli, tmp_path):
+    check_one_line(cli("train_mnist.py", *DENSE, preexec_fn=no_file_larger_than(200)), "File too large")
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_a_directory_that_cannot_be_written_is_named_and_left_as_it_was(cli, interrupted):
     before = {path.name: path.read_bytes() for path in interrupted.iterdir()}
     interrupted.chmod(0o555)
-    done = cli("train_mnist.py", "--resume", "runs/r", "--quiet", preexec_fn=as_an_ordinary_user)
-    interrupted.chmod(0o755)
+    try:
+        done = cli("train_mnist.py", "--resume", "runs/r", "--quiet", preexec_fn=as_an_ordinary_user)
+    finally:
+        interrupted.chmod(0o755)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "runs/r" in done.stderr
     assert {path.name: path.read_bytes() for path in interrupted.iterdir()} == before
 
 
-def test_an_error_inside_serialisation_leaves_what_was_there(tmp_path, monkeypatch):
+def test_a_directory_that_cannot_be_written_any_more_ends_a_run_in_one_line(cli, tmp_path):
+    flags = [*DENSE[:-1], "--epochs", 1000, "--run-name", "r"]
+    directory = tmp_path / "runs" / "r"
+    process = cli("train_mnist.py", *flags, start=True, preexec_fn=as_an_ordinary_user)
+    assert any(line.startswith("epoch") for line in process.stdout)
+    try:
+        directory.chmod(0o555)
+        _, error = process.communicate(timeout=60)
+    finally:
+        directory.chmod(0o755)
+    assert process.returncode == 1 and len(error.splitlines()) == 1 and "Permission denied" in error
+    check_files(directory)
+    assert not list(directory.glob(".*.tmp"))
+
+
+def test_an_error_inside_serialisation_leaves_what_was_there(tmp_path):
     path = tmp_path / "last.pt"
     common.save_checkpoint(path, {"epoch": 1})
     with pytest.raises(TypeError, match="pickle"):
@@ -217,9 +228,13 @@ def test_a_checkpoint_of_another_model_or_version_is_refused(tmp_path, monkeypat
         argv = ["--dataset", "synthetic", "--model", model, "--epochs", 2, "--stop-after", 1, "--quiet"]
         runs[model] = run(train_mnist, *argv)[0]
     mine = common.load_checkpoint(runs["dense"] / "last.pt")
-    for state in (common.load_checkpoint(runs["cnn"] / "last.pt"), {**mine, "optimizer": {}}, {"epoch": 1}, [1, 2]):
+    other = common.load_checkpoint(runs["cnn"] / "last.pt")
+    for state in (
+        other, {**other, "run": mine["run"]}, {**mine, "format": 2}, {**mine, "optimizer": {}},
+        {**mine, "optimizer": 3}, {**mine, "history": []}, {"epoch": 1}, [1, 2],
+    ):  # fmt: skip
         common.save_checkpoint(runs["dense"] / "last.pt", state)
-        with pytest.raises(common.RunError, match=r"last\.pt is not of this version"):
+        with pytest.raises(common.RunError, match=r"last\.pt is .*not of this version"):
             run(train_mnist, "--resume", runs["dense"], "--quiet")
     best = common.load_checkpoint(runs["dense"] / "best.pt")
     common.save_checkpoint(runs["dense"] / "last.pt", mine)
@@ -249,7 +264,7 @@ def test_a_run_finishes_with_its_output_closed_no_home_and_no_term(cli, tmp_path
         os.close(1)
         os.close(2)
 
-    environment = {"TERM": None, "HOME": "/proc/none", "XDG_CACHE_HOME": None, "XDG_CONFIG_HOME": None}
+    environment = dict.fromkeys(("TERM", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR")) | {"HOME": "/proc/none"}
     done = cli("train_mnist.py", *DENSE[:-1], "--epochs", 2, "--run-name", "r", preexec_fn=close, env=environment)
     assert done.returncode == 0
     record, rows = read_run(tmp_path / "runs" / "r")
@@ -277,7 +292,7 @@ def test_spaces_long_names_and_other_scripts_work_everywhere(cli, tmp_path):
     assert done.returncode == 0, done.stderr
     directory = place / "Läufe 1" / "Lauf ñ 1"
     for encoding in ("utf-8", "ascii"):
-        done = cli("evaluate.py", directory, env={"PYTHONIOENCODING": encoding, "PYTHONWARNINGS": "error"})
+        done = cli("evaluate.py", directory, env={"PYTHONIOENCODING": encoding, "PYTHONWARNINGS": "error:Glyph"})
         assert done.returncode == 0, done.stderr
     rows = json.loads((directory / "metrics.json").read_text())["classes"]
     assert [row["name"] for row in rows] == sorted(classes)
@@ -286,23 +301,32 @@ def test_spaces_long_names_and_other_scripts_work_everywhere(cli, tmp_path):
     assert done.returncode == 0 and "ein Bild 3 ü.png" in done.stdout
 
 
+def test_what_no_font_has_is_written_as_its_number_in_pictures(monkeypatch):
+    monkeypatch.setattr(evaluate, "FONTS", ("DejaVu Sans",))
+    for cached in (evaluate.fonts, evaluate.drawable):
+        cached.cache_clear()
+    assert evaluate.legible("ü 猫\n") == "ü \\u732b\n"
+    for cached in (evaluate.fonts, evaluate.drawable):
+        cached.cache_clear()
+
+
 def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
     argv = [*EVERYTHING_ON, "--schedule", "constant", "--tolerance", "1000", "--epochs", "60"]
-    forked.start(tmp_path, argv, sizes=tmp_path / "sizes").join()
+    assert finish(forked.start(tmp_path, argv, sizes=tmp_path / "sizes")) == 0
     sizes = [float(line) for line in (tmp_path / "sizes").read_text().split()]
     assert len(sizes) == 61 and sizes[60] - sizes[10] < 5
 
 
 PROBE = """
-import resource
 import train_mnist
+from forked import resident
 from train_mnist import build_parser
 train_mnist.synthetic = lambda train: train_mnist.synthetic_digits(300 if train else 60, int(train))
 
 def main(argv):
     record = train_mnist.main(argv)
     with open("sizes.txt", "a") as file:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, file=file)
+        print(resident(), file=file)
     return record
 """
 
@@ -311,7 +335,7 @@ def test_memory_does_not_grow_from_trial_to_trial(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep, "report", lambda *arguments: {})
     monkeypatch.setattr(train_mnist, "synthetic", train_mnist.synthetic)  # which the probe replaces here too
-    Path("probe.py").write_text(PROBE)
+    Path("probe.py").write_text(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n{PROBE}")
     space = [
         "--method",
         "random",
