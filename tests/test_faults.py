@@ -86,7 +86,7 @@ def test_a_run_killed_at_every_step_of_its_saves_ends_as_an_undisturbed_one(tmp_
     directory = tmp_path / "runs" / "r"
     # Each process gets a step further into its saves than the one before: a start saves three or four files, an epoch
     # as many, each in three steps.
-    for steps in range(20):
+    for steps in range(24):
         assert finish(forked.start(tmp_path, go_on(directory), steps)) == -signal.SIGKILL
         assert not directory.exists() or check_files(directory) == "running"
     assert finish(forked.start(tmp_path, go_on(directory))) == 0

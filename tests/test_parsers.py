@@ -76,13 +76,31 @@ def test_a_config_file(tmp_path, content):
         assert options["space"]
 
 
-@quietly()
-@given(st.binary(max_size=200))
-def test_bytes_as_a_config_file(tmp_path, content):
+yaml_text = st.text("-:[]{}!&*#|>?%@`\"',. \n0123456789abeinotux_", max_size=60)
+
+
+@quietly(400)
+@given(st.binary(max_size=200) | yaml_text.map(str.encode))
+def test_anything_as_a_config_file(tmp_path, content):
     path = tmp_path / "sweep.yaml"
     path.write_bytes(content)
     with pytest.raises(MINE):
         sweep.read_config(path)
+
+
+@pytest.mark.parametrize("text", ["2001-99-99", "!!bool x", "!!timestamp x", "0x_", "[" * 5000, "a: &a [*a]"])
+def test_what_yaml_itself_stumbles_over(tmp_path, text):
+    (tmp_path / "sweep.yaml").write_text(text)
+    with pytest.raises(MINE):
+        sweep.read_config(tmp_path / "sweep.yaml")
+
+
+@pytest.mark.parametrize("text", [f"x=int:1..{'9' * 400}", f"x=1..{'9' * 400}", f"x={'9' * 5000}", "x=log:1e-320..1"])
+def test_numbers_without_measure(text):
+    try:
+        sweep.parse_parameter(text).draw(sweep.random.Random(0))
+    except MINE:
+        return
 
 
 lines = st.lists(st.binary(max_size=20) | trees.map(lambda tree: json.dumps(tree).encode()), max_size=4)
@@ -109,6 +127,43 @@ def test_run_json_sweep_json_and_checkpoints(tmp_path, content):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(MINE, match=name.replace(".", r"\.")):
             read(tmp_path)
+
+
+ARGS = vars(train_cifar.build_parser().parse_args([])) | {"data_dir": "data", "runs_dir": "runs"}
+RUN = {
+    "name": "r", "script": "train_cifar", "args": ARGS,
+    "status": "finished", "started": "", "seconds": 1.0, "device": "cpu", "precision": "fp32", "parameters": 1,
+    "data": {"name": "synthetic"}, "epochs": 1, "best": {"epoch": 1, "val_loss": 1.0, "val_acc": 0.5}, "test": None,
+}  # fmt: skip
+SPACE = [sweep.Parameter("lr", (0.1, 0.2))]
+SEARCH = sweep.as_json(
+    sweep.Search("train_mnist.py", "grid", SPACE, [], "val_loss", 2, 1, 1, False, 3, [], [], 1, None)
+)  # fmt: skip
+TRIAL = dict.fromkeys(sweep.TRIAL_KEYS, None) | {"trial": 0, "params": {"lr": 0.1}, "status": "finished", "metric": 1.0}
+
+
+@st.composite
+def damaged(draw, valid):
+    """A valid object with one key missing, or with another value for it."""
+    key = draw(st.sampled_from(sorted(valid)))
+    rest = {name: value for name, value in valid.items() if name != key}
+    return rest if draw(st.booleans()) else {**rest, key: draw(trees)}
+
+
+@quietly()
+@given(damaged(RUN), damaged(SEARCH), damaged(TRIAL))
+def test_files_that_are_nearly_right(tmp_path, run, search, trial):
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    (tmp_path / "sweep.json").write_text(json.dumps(search))
+    (tmp_path / "trials.jsonl").write_text(json.dumps(trial) + "\n")
+    for read in (
+        lambda: common.recorded_arguments(common.read_record(tmp_path)),
+        lambda: sweep.Sweep.open(tmp_path), lambda: sweep.read_lines(tmp_path / "trials.jsonl"),
+    ):  # fmt: skip
+        try:
+            read()
+        except MINE as error:
+            assert str(error)
 
 
 FLAGS = [action.option_strings[0] for action in train_cifar.build_parser()._actions if action.option_strings]

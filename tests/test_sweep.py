@@ -411,6 +411,30 @@ def test_what_a_script_gives_that_is_no_record_is_a_failed_trial(toy, tmp_path):
     assert [row["error"][:20] for row in lines()] == ["main(argv) gave no r"] * 2 + ["its record has no be"] * 2
 
 
+def test_a_trial_that_diverged_counts_as_the_worst(toy, monkeypatch):
+    pytest.importorskip("optuna")
+    told, tell = [], sweep.BayesianProposer.tell
+
+    def recorded(self, params, value):
+        told.append((params["k"], value))
+        tell(self, params, value)
+
+    monkeypatch.setattr(sweep.BayesianProposer, "tell", recorded)
+    space = ["--method", "bayes", "--param", "x=0.0..1.0", "--param", "k=1,2", "--count", "8"]
+    sweep.main([*space, *toy, "--", "--fail", "diverge"])
+    worst, early = None, 0
+    for row in lines():
+        if row["status"] == "diverged":
+            expected = [(2, worst)]
+            early += worst is None
+        else:
+            worst = max(worst or 0, row["metric"])
+            expected = [(1, row["metric"])] + [(2, worst)] * early
+            early = 0
+        assert [told.pop(0) for _ in expected] == expected
+    assert {row["status"] for row in lines()} == {"finished", "diverged"} and not told
+
+
 def test_a_small_space_is_searched_to_its_end(toy):
     pytest.importorskip("optuna")
     sweep.main([*toy, "--method", "bayes", "--param", "k=1,2,3", "--param", "x=0.1,0.2", "--count", "9"])
