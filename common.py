@@ -1496,7 +1496,7 @@ def run_job(args, synthetic):
         )
         if not args.val_size:
             screen.say("--val-size 0: the test set selects the epoch, as in the tutorials; its accuracy is flattered")
-        status, error = None, None
+        error = None
         try:
             run.write_record(**surroundings, status="running", error=None, ended=None, test=None)
             with weights_and_biases(args, run) as log_row:

@@ -140,11 +140,10 @@ def as_an_ordinary_user():
 
 
 @pytest.fixture
-def interrupted(cli, tmp_path):
+def interrupted(tmp_path, monkeypatch):
     """A run that has two epochs behind it and four before."""
-    done = cli("train_mnist.py", *DENSE, "--epochs", 6, "--stop-after", 2, "--run-name", "r")
-    assert done.returncode == 0, done.stderr
-    return tmp_path / "runs" / "r"
+    monkeypatch.chdir(tmp_path)
+    return run(train_mnist, *DENSE, "--epochs", 6, "--stop-after", 2, "--run-name", "r")[0].absolute()
 
 
 def check_one_line(done, *expected):
@@ -163,8 +162,7 @@ def test_a_full_disk_leaves_what_was_there(cli, interrupted, file):
     assert ((interrupted / "best.pt").read_bytes() == before["best.pt"]) == (file != "last.pt")
     check_files(interrupted)
     assert not list(interrupted.glob(".*.tmp"))
-    assert cli("train_mnist.py", "--resume", "runs/r", "--quiet").returncode == 0
-    assert len(read_run(interrupted)[1]) == 6
+    assert len(run(train_mnist, "--resume", "runs/r", "--quiet")[2]) == 6
 
 
 def test_a_run_that_finds_the_disk_full_leaves_nothing(cli, tmp_path):
@@ -274,7 +272,7 @@ def test_a_run_finishes_with_its_output_closed_no_home_and_no_term(cli, tmp_path
     assert (tmp_path / "runs" / "r" / "confusion.png").exists()
 
 
-def test_spaces_long_names_and_other_scripts_work_everywhere(cli, tmp_path):
+def test_spaces_long_names_and_other_scripts_work_everywhere(cli, tmp_path, capsys):
     place = tmp_path / ("ein langer Ordner, " * 5 + "数据")
     classes = [
         "crème brûlée",
@@ -291,14 +289,13 @@ def test_spaces_long_names_and_other_scripts_work_everywhere(cli, tmp_path):
     done = cli("train_cifar.py", "--dataset", place / "Bilder", "--c1", 4, "--c2", 4, "--l1", 8, "--epochs", 1, *where)
     assert done.returncode == 0, done.stderr
     directory = place / "Läufe 1" / "Lauf ñ 1"
-    for encoding in ("utf-8", "ascii"):
-        done = cli("evaluate.py", directory, env={"PYTHONIOENCODING": encoding, "PYTHONWARNINGS": "error:Glyph"})
-        assert done.returncode == 0, done.stderr
+    done = cli("evaluate.py", directory, env={"PYTHONIOENCODING": "ascii", "PYTHONWARNINGS": "error:Glyph"})
+    assert done.returncode == 0, done.stderr
     rows = json.loads((directory / "metrics.json").read_text())["classes"]
     assert [row["name"] for row in rows] == sorted(classes)
     assert (directory / "confusion.png").stat().st_size > 10_000
-    done = cli("evaluate.py", directory, "--predict", place / "Bilder" / "猫")
-    assert done.returncode == 0 and "ein Bild 3 ü.png" in done.stdout
+    evaluate.main([str(directory), "--predict", str(place / "Bilder" / "猫")])
+    assert "ein Bild 3 ü.png" in capsys.readouterr().out
 
 
 def test_what_no_font_has_is_written_as_its_number_in_pictures(monkeypatch):

@@ -683,9 +683,13 @@ def test_a_storage_holds_one_search_of_a_name_and_says_when_nobody_answers(toy, 
 # ---------------------------------------------------------------------------------------------------
 
 
+def a_line(trial):
+    return dict.fromkeys(sweep.TRIAL_KEYS) | {"trial": trial, "params": {"text": "x" * 500}}
+
+
 def append_ten(path, number):
     for index in range(10):
-        sweep.append_line(path, {"worker": number, "index": index, "text": "x" * 500})
+        sweep.append_line(path, a_line(10 * number + index))
 
 
 def test_lines_appended_by_several_processes_at_once_are_all_there(tmp_path):
@@ -697,11 +701,11 @@ def test_lines_appended_by_several_processes_at_once_are_all_there(tmp_path):
         process.start()
     for process in processes:
         process.join()
-    rows = sweep.read_lines(path)
-    assert len(rows) == 50 and len({(row["worker"], row["index"]) for row in rows}) == 50
-    path.write_text('{"a": 1}\nno json\n{"a": 2}\n')
-    with pytest.raises(common.RunError, match="line 2"):
-        sweep.read_lines(path)
+    assert sorted(row["trial"] for row in sweep.read_lines(path)) == list(range(50))
+    for other in ("no json", '{"trial": 1}', "1"):
+        path.write_text(f"{json.dumps(a_line(0))}\n{other}\n{json.dumps(a_line(2))}\n")
+        with pytest.raises(common.RunError, match="line 2"):
+            sweep.read_lines(path)
 
 
 def test_a_real_search_with_its_report_reads_the_test_set_for_the_winner_alone(tmp_path, monkeypatch, capsys):
