@@ -419,10 +419,11 @@ def draw_confusion(metrics, title):
     counts = torch.tensor(metrics["confusion_matrix"], dtype=torch.float64)
     names = [legible(shorten(row["name"], 24)) for row in metrics["classes"]]
     annotated = len(names) <= ANNOTATED_CLASSES
-    side = min(len(names) * (0.46 if annotated else 0.13), 20)
+    side = min(max(len(names) * (0.46 if annotated else 0.13), 2.6), 20)  # inches: at least as the headings need
     # Of more than 150 classes the names would run into one another.
     labelled = range(0, len(names), math.ceil(len(names) / 150))
-    figure = new_figure(3 * (side + 2.4), side + 2.2, title)
+    below = max(2.2, 1.4 + max(map(len, names)) * (0.08 if annotated else 0.055))
+    figure = new_figure(3 * (side + 2.4), side + below, title)
     panels = (
         ("counts", counts, "images"),
         ("recall: percent of the actual class", 100 * counts / counts.sum(1, keepdim=True), "% of the row"),
@@ -465,7 +466,7 @@ def draw_images(image_set, predicted, confidence, chosen, title):
     for axis, index in zip(axes, chosen, strict=False):
         pixels, label, guess = image_set.images[index], image_set.labels[index], predicted[index]
         draw_image(axis, pixels)
-        actual, answer = (legible(shorten(image_set.classes[which])) for which in (label, guess))
+        actual, answer = (legible(shorten(image_set.classes[which], 12)) for which in (label, guess))
         if label == guess:
             axis.set_title(f"{actual}\n({confidence[index]:.0%})", fontsize=8, pad=3)
             continue

@@ -104,9 +104,12 @@ def test_an_interrupted_run_continues_bit_for_bit(monkeypatch, precision):
     argv = [*EVERYTHING_ON, "--epochs", 4, "--precision", precision]
     whole, record, _ = run(train_cifar, *argv, "--run-name", "whole")
     assert record["status"] == "finished" and record["test"]
+    steps, adam_step = [], torch.optim.Adam.step
     with monkeypatch.context() as patch:
-        interrupt_in_epoch(patch, 3, lambda: os.kill(os.getpid(), common.signal.SIGTERM))
+        patch.setattr(torch.optim.Adam, "step", lambda *a: (steps.append("step"), adam_step(*a))[1])
+        interrupt_in_epoch(patch, 3, lambda: steps.append("signal") or os.kill(os.getpid(), common.signal.SIGTERM))
         cut, record, rows = run(train_cifar, *argv, "--run-name", "cut")
+    assert steps.count("step") > 2 and len(steps) - steps.index("signal") <= 2  # one more at most
     assert record["status"] == "interrupted" and record["error"] == "SIGTERM" and len(rows) == 2
     cut, _, _ = run(train_cifar, "--resume", cut, "--quiet")
     check_same(whole, cut)
