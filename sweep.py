@@ -338,8 +338,8 @@ def build_parser():
     flag("--wandb-project", default="image-classifiers", metavar="NAME", help="where W&B files the sweep")
     flag("--storage", metavar="URL", help="share the search --name with other machines: postgresql://..., mysql://... "
          "or a journal file on a shared disk")  # fmt: skip
-    flag("--grace", type=common.number(float, 15), default=60, metavar="SECONDS",
-         help="with --storage: a trial whose machine has been silent for so long is run again by another")  # fmt: skip
+    flag("--grace", type=common.number(float, 15), metavar="SECONDS",
+         help="with --storage: trials of a machine that is silent for so long are run by another (60)")  # fmt: skip
 
     flag = parser.add_argument_group("running it").add_argument
     flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
@@ -777,6 +777,8 @@ class Sweep:
 
 def choose_search(args, flags, defaults):
     """The Search that the arguments ask for, and the directory of a sweep to be continued, or None. UsageError."""
+    if args.grace and not args.storage:
+        raise UsageError("--grace means nothing without --storage")
     if args.resume:
         if not (args.resume / "sweep.json").is_file():
             raise UsageError(f"--resume {args.resume}: no sweep.json there, so it is not a sweep")
@@ -1732,7 +1734,7 @@ def main(argv=None):
     if search.shared:
         place = (directory or args.runs_dir / args.name).resolve()
         machine = f"{socket.gethostname()}:{place}"
-        shared = SharedSearch(args.storage, place.name, search, machine, args.grace)
+        shared = SharedSearch(args.storage, place.name, search, machine, args.grace or 60)
     directory = directory or common.make_directory(args.runs_dir, args.name, "sweep")
     with common.locked(directory / ".lock"):
         sweep = Sweep(directory, search)

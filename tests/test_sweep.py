@@ -655,6 +655,7 @@ def test_failed_trials_of_a_shared_search_are_run_again_when_asked_for(toy, tmp_
     ("argv", "expected"),
     [
         (["--storage", "j"], "--storage needs --name"),
+        (["--grace", "20"], "--grace means nothing"),
         (["--storage", "no/j", "--name", "s"], "there is no directory no"),
         (["--storage", "nothing://u:secret@h/d", "--name", "s"], "Can't load plugin"),
         (["--storage", "j", "--name", "s", "--prune"], "--storage and --prune do not go together"),
