@@ -903,7 +903,7 @@ class SharedSearch:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.state = optuna.trial.TrialState
+        self.state, self.taken_over = optuna.trial.TrialState, optuna.exceptions.UpdateFinishedTrialError
         self.url, self.search, self.machine, self.grace = url, search, machine, grace
         self.distributions = {parameter.name: optuna_distribution(parameter) for parameter in search.space}
         self.planned = planned_configurations(search) if search.method != "bayes" else []
@@ -959,9 +959,11 @@ class SharedSearch:
     def queue(self, trial, params, attempt=1):
         self.study.enqueue_trial(params, user_attrs={"trial": trial, "attempt": attempt})
 
-    def queue_next(self):
-        """Queue the first trial for which there is no ticket; False where there is none."""
+    def one_waits(self):
+        """Whether a trial waits to be taken, where need be the first for which there is no ticket, which is queued."""
         holding, given_up = self.tickets()
+        if any(ticket.state == self.state.WAITING for ticket in holding.values()):
+            return True
         for trial in sorted({*range(self.total), *given_up}):
             again, held = given_up.get(trial), holding.get(trial)
             if again and (not held or again.user_attrs["attempt"] > held.user_attrs["attempt"]):
@@ -992,9 +994,7 @@ class SharedSearch:
     @persistent
     def claim(self):
         """(trial, params) of a trial that is this machine's from now on, or None where there is none to be had."""
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        while any(ticket.state == self.state.WAITING for ticket in self.tickets()[0].values()) or self.queue_next():
+        while self.one_waits():
             tickets = len(self.study.get_trials(deepcopy=False))
             self.study.sampler = make_sampler(self.search, f"{self.machine} {tickets}")
             try:
@@ -1017,7 +1017,7 @@ class SharedSearch:
                 ticket.set_user_attr("machine", self.machine)
                 self.mine[trial] = ticket
                 return trial, params
-            except UpdateFinishedTrialError:
+            except self.taken_over:
                 continue  # it took so long that this machine was taken for dead
         return None
 
@@ -1027,18 +1027,14 @@ class SharedSearch:
 
         `value`: the metric, or what a Bayesian search is to take for it; None for a trial that failed.
         """
-        from optuna.exceptions import UpdateFinishedTrialError
-
-        with contextlib.suppress(UpdateFinishedTrialError):
+        with contextlib.suppress(self.taken_over):
             self.mine[trial].set_user_attr("line", line)
         self.close_ticket(self.mine[trial].number, value)
         del self.mine[trial]
 
     def close_ticket(self, number, value=None):
-        from optuna.exceptions import UpdateFinishedTrialError
-
         state = self.state.FAIL if value is None else self.state.COMPLETE
-        with contextlib.suppress(UpdateFinishedTrialError):  # by another machine, at the same moment
+        with contextlib.suppress(self.taken_over):  # by another machine, at the same moment
             self.study.tell(number, value, state, skip_if_finished=True)
 
     @persistent
@@ -1294,8 +1290,9 @@ class Conductor:
 
     def hear(self):
         """Take note of what the other machines have ended."""
+        known = self.sweep.ended
         for trial, (machine, line) in self.shared.ended().items():
-            before, there = self.sweep.ended.get(trial), {**line, "run": f"{machine}/{line['run']}"}
+            before, there = known.get(trial), {**line, "run": f"{machine}/{line['run']}"}
             if before not in (line, there):
                 self.configurations[trial // self.search.seeds] = line["params"]
                 self.announce(self.sweep.add(there))
@@ -1363,7 +1360,7 @@ class Conductor:
             if status not in known:
                 error = f"main(argv) gave no record of a run with a status of {', '.join(known)}"
             elif known[status] == "finished" and not (isinstance(metric, int | float) and math.isfinite(metric)):
-                error, record = f"its record has no best {self.search.metric} that is a number", {}
+                error = f"its record has no best {self.search.metric} that is a number"
         if error:
             self.end(trial, "failed", self.sweep.record(trial), error)
         elif known[status]:

@@ -13,11 +13,15 @@ import sweep
 import train_cifar
 
 
+def few(draw):
+    """Synthetic data of 300 and 60 images rather than 10,000 and 2,000."""
+    return lambda train: draw(300 if train else 60, int(train))
+
+
 def train(directory, argv, dies_at, sizes):
     os.chdir(directory)
     torch.set_num_threads(1)
-    draw = train_cifar.synthetic_shapes
-    train_cifar.synthetic = lambda train: draw(300 if train else 60, int(train))
+    train_cifar.synthetic = few(train_cifar.synthetic_shapes)
     if dies_at is not None:
         die_in_a_save(dies_at)
     if sizes:

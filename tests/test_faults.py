@@ -219,8 +219,7 @@ def test_a_diverged_run_ends_with_status_1_and_says_what_to_do(cli, tmp_path):
 
 def test_a_checkpoint_of_another_model_or_version_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    draw = train_mnist.synthetic_digits
-    monkeypatch.setattr(train_mnist, "synthetic", lambda train: draw(300 if train else 60, int(train)))
+    monkeypatch.setattr(train_mnist, "synthetic", forked.few(train_mnist.synthetic_digits))
     runs = {}
     for model in ("dense", "cnn"):
         argv = ["--dataset", "synthetic", "--model", model, "--epochs", 2, "--stop-after", 1, "--quiet"]
@@ -316,9 +315,9 @@ def test_memory_does_not_grow_from_epoch_to_epoch(tmp_path):
 
 PROBE = """
 import train_mnist
-from forked import resident
+from forked import few, resident
 from train_mnist import build_parser
-train_mnist.synthetic = lambda train: train_mnist.synthetic_digits(300 if train else 60, int(train))
+train_mnist.synthetic = few(train_mnist.synthetic_digits)
 
 def main(argv):
     record = train_mnist.main(argv)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 import pytest
 import torch
 from conftest import EVERYTHING_ON, check_same, read_run, run, without_times
+from forked import few
 
 import common
 import train_cifar
@@ -33,7 +34,7 @@ def small_synthetic_sets(request, monkeypatch):
     if "learn" in request.node.name:
         return
     for script, draw in ((train_mnist, train_mnist.synthetic_digits), (train_cifar, train_cifar.synthetic_shapes)):
-        monkeypatch.setattr(script, "synthetic", lambda train, draw=draw: draw(300 if train else 60, int(train)))
+        monkeypatch.setattr(script, "synthetic", few(draw))
 
 
 def test_a_run_directory_holds_what_the_contract_says(tmp_path):
