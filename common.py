@@ -81,6 +81,22 @@ class ArgumentParser(argparse.ArgumentParser):
             message += f" (did you mean {close[0]}?)" if close else ""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
+    def add_recipes(self, recipes):
+        """Have --recipe NAME set the defaults of the other flags to those of `recipes[NAME]`, {flag: value}.
+
+        What a recipe does not name is as in the first, which counts where none is asked for.
+        """
+        first = next(iter(recipes))
+
+        class Recipe(argparse.Action):
+            def __call__(self, parser, namespace, name, option=None):
+                parser.set_defaults(**recipes[name])
+                setattr(namespace, self.dest, name)
+
+        text = "defaults of all other flags; --recipe NAME --help shows them"
+        self.add_argument("--recipe", choices=tuple(recipes), action=Recipe, help=text)
+        self.set_defaults(recipe=first, **recipes[first])
+
 
 def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
     """An argparse `type`: a finite `kind` (int or float), at least `low` or above `above`, up to `high` or `below`."""
@@ -106,6 +122,10 @@ def odd_number(text):
     return value
 
 
+def sizes(text):
+    return [number(int, 4)(side) for side in text.split(",")]
+
+
 def run_name(text):
     if text in ("", ".", "..") or not {"/", os.sep, "\0"}.isdisjoint(text):
         raise argparse.ArgumentTypeError(f"expected the name of a directory without separators, not {text!r}")
@@ -113,7 +133,7 @@ def run_name(text):
 
 
 def add_options(parser, datasets):
-    """The flags that every training script has; a script sets its recipe with `parser.set_defaults`."""
+    """The flags that every training script has; a script sets their defaults with `parser.add_recipes`."""
     count, share, probability = number(int, 1), number(float, 0, below=1), number(float, 0, 1)
     switch = argparse.BooleanOptionalAction
 
@@ -133,12 +153,15 @@ def add_options(parser, datasets):
     flag("--brightness", type=probability, metavar="PART", help="make brighter or darker by up to this part")
     flag("--hue", type=number(float, 0, 0.5), metavar="TURNS", help="turn the hue by up to so much, 1 all round")
     flag("--flip", type=probability, metavar="PROBABILITY", help="mirror left to right")
+    flag("--alternate-flip", action=switch, default=False, help="draw the flips once, and invert them every epoch")
+    flag("--shift", type=number(int, 0), default=0, metavar="PIXELS", help="move by up to so many along each axis")
 
     flag = parser.add_argument_group("model").add_argument
     flag("--model", choices=tuple(MODELS), help="architecture")
     for name, kind, metavar, text in (
         ("c1", count, "CHANNELS", "channels of the first convolutions"),
         ("c2", count, "CHANNELS", "channels of the later convolutions"),
+        ("c3", count, "CHANNELS", "channels of the last convolutions"),
         ("l1", count, "UNITS", "units of the hidden dense layer"),
         ("d1", share, "PROBABILITY", "dropout"),
         ("kernel_size", odd_number, "PIXELS", "side of the convolution kernels, odd"),
@@ -153,8 +176,10 @@ def add_options(parser, datasets):
     flag("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="sgd has Nesterov momentum")
     flag("--lr", type=number(float, above=0), metavar="RATE", help="learning rate, the peak of the schedule")
     flag("--schedule", choices=tuple(SCHEDULES), default="constant", help="course of the learning rate")
-    flag("--momentum", type=share, default=0.9, metavar="FACTOR", help="momentum of sgd")
-    flag("--weight-decay", type=number(float, 0), default=0.0, metavar="FACTOR", help="decoupled in adamw only")
+    flag("--aux-lr", type=number(float, above=0), default=0.03, metavar="RATE", help="of what muon leaves to AdamW")
+    flag("--momentum", type=share, default=0.9, metavar="FACTOR", help="momentum of sgd and muon")
+    flag("--weight-decay", type=number(float, 0), default=0.0, metavar="FACTOR", help="decoupled in adamw, muon")
+    flag("--sizes", type=sizes, metavar="PIXELS,...", help="sides of the training images, over equal parts of the run")
     flag("--label-smoothing", type=share, default=0.0, metavar="PART", help="of the target, spread over all classes")
     flag("--tolerance", type=number(int, 0), metavar="EPOCHS", help="stop after so many without a new best; 0: never")
     flag("--seed", type=number(int, 0), default=42, metavar="N", help="of split, weights, order, augmentation, dropout")
@@ -170,6 +195,7 @@ def add_options(parser, datasets):
     flag("--resume", type=Path, metavar="RUN", help="continue the run in this directory; --epochs may be raised")
     flag("--stop-after", type=count, metavar="N", help="leave after epoch N, to be continued with --resume")
     flag("--test", action=switch, default=True, help="read the test set, once, at the end")
+    flag("--tta", choices=tuple(TTA), help="test-time augmentation: views of a test image to be averaged")
     flag("--quiet", action="store_true", help="print only errors")
     flag("--wandb", choices=("disabled", "offline", "online"), default="disabled", help="log to Weights & Biases too")
     flag("--wandb-project", default="image-classifiers", metavar="NAME", help="where W&B files the run")
@@ -184,10 +210,10 @@ CHANGEABLE_ON_RESUME = {
 def parse_arguments(parser, argv=None):
     """`argv` to a Namespace; with --resume, the recorded run's own arguments. Exits with 2 on a bad argument."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    defaults = vars(parser.parse_args([]))
     unset = object()
-    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults, unset)))
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset)))
     given = {name: value for name, value in vars(given).items() if value is not unset}
+    defaults = vars(parser.parse_args([]))  # only now: --recipe has set them
     args = argparse.Namespace(**{**defaults, **given}, script=Path(parser.prog).stem, argv=argv)
     try:
         if args.resume:
@@ -215,8 +241,9 @@ def resumed_arguments(args, given):
     args = argparse.Namespace(**{**vars(args), **vars(recorded), **resolved, **given})
     if args.epochs < record["epochs"]:
         raise UsageError(f"--epochs {args.epochs}: the run already has {record['epochs']} epochs")
-    if args.epochs != recorded.epochs and args.schedule != "constant":
-        raise UsageError(f"--epochs cannot change under --schedule {args.schedule}, which ends with the last epoch")
+    for fixed, name in ((args.schedule != "constant", "--schedule"), (args.sizes, "--sizes")):
+        if args.epochs != recorded.epochs and fixed:
+            raise UsageError(f"--epochs cannot change: the course of {name} ends with the last epoch")
     return args
 
 
@@ -238,10 +265,11 @@ def check_data_options(args, given):
     if not args.val_size and not args.test:
         raise UsageError("--val-size 0 selects on the test set, which --no-test forbids to read")
     for names, applies, condition in (
-        (("rotation", "brightness", "hue", "flip"), args.augment, "--augment"),
+        (("rotation", "brightness", "hue", "flip", "alternate_flip", "shift"), args.augment, "--augment"),
         (("image_size",), args.dataset not in DATASETS, "a folder as --dataset"),
         (("data_url",), args.dataset in TORCHVISION_DATASETS, "a --dataset that is downloaded"),
-        (("momentum",), args.optimizer == "sgd", "--optimizer sgd"),
+        (("momentum",), args.optimizer in ("sgd", "muon"), "--optimizer sgd or muon"),
+        (("aux_lr",), args.optimizer == "muon", "--optimizer muon"),
     ):
         for name in names:
             if name in given and not applies:
@@ -268,8 +296,15 @@ def check_model(args):
     except (RuntimeError, OverflowError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(f"--model {args.model} cannot be built with these options ({reason})") from error
+    for side in args.sizes or ():
+        try:
+            model(torch.empty(2, shape[0], side, side, device="meta"))
+        except RuntimeError as error:
+            raise UsageError(f"--sizes {side}: --model {args.model} does not take images of that size") from error
     if args.batch_size == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         raise UsageError(f"--batch-size 1: --model {args.model} has batch norm, which needs at least 2 images")
+    if args.optimizer == "muon" and not any(p.ndim == 4 and p.requires_grad for p in model.parameters()):
+        raise UsageError(f"--optimizer muon is for convolutions, and --model {args.model} has none")
     if args.augment and args.hue and shape[0] != 3:
         raise UsageError(f"--augment: {args.dataset} has grey images; add --hue 0")
 
@@ -724,21 +759,32 @@ class Augmentation:
     brightness: float  # factor from 1 - brightness to 1 + brightness
     hue: float  # turn from -hue to hue
     flip: float  # probability
+    alternate: bool = False  # the flips alternate from epoch to epoch, and are drawn but once
+    shift: int = 0  # up to so many pixels along each axis, the border mirrored
 
     def draw(self, count, generator):
-        """Random parameters, each [count]: `angle` in degrees, `brightness` factor, `hue` in turns, `flip` boolean."""
+        """Random parameters, each [count]: `angle` in degrees, `brightness` factor, `hue` in turns, `flip` boolean,
+        and `shift` [2, count] in pixels, down and right, where there is one."""
         uniform = torch.rand(4, count, generator=generator, device=generator.device)
-        return {
+        drawn = {
             "angle": (uniform[0] * 2 - 1) * self.rotation,
             "brightness": 1 + (uniform[1] * 2 - 1) * self.brightness,
             "hue": (uniform[2] * 2 - 1) * self.hue,
             "flip": uniform[3] < self.flip,
         }
+        if self.shift:
+            size = (2, count)
+            drawn["shift"] = torch.randint(
+                -self.shift, self.shift + 1, size, generator=generator, device=generator.device
+            )
+        return drawn
 
-    def apply(self, images, angle, brightness, hue, flip):
+    def apply(self, images, angle, brightness, hue, flip, shift=None):
         """`images` float [N, C, H, W] in [0, 1], with parameters as from `draw`; a change that is off costs nothing."""
         if self.rotation or self.flip:
             images = rotate_and_flip(images, angle, flip)
+        if self.shift:
+            images = shift_images(images, *shift, self.shift)
         if self.brightness:
             images = (images * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
         if self.hue:
@@ -755,6 +801,13 @@ def rotate_and_flip(images, angle, flip):
     rows = (cos * mirror, -sin * height / width, zero, sin * width / height * mirror, cos, zero)
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
+
+
+def shift_images(images, down, right, most):
+    """`images` [N, C, H, W] moved by `down` and `right` [N] pixels, at `most` so many, the border mirrored."""
+    height, width = images.shape[-2:]
+    windows = F.pad(images, (most,) * 4, "reflect").unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(images), device=images.device), :, most - down, most - right]
 
 
 def shift_hue(images, turns):
@@ -791,18 +844,27 @@ class Loader:
         full, rest = divmod(len(self.image_set), self.batch_size)
         return full + (rest > (self.seed is not None and self.batch_size > 1))
 
-    def batches(self, epoch=0):
-        """Yield (`images` float [B, C, H, W], `labels` int64 [B])."""
+    def batches(self, epoch=0, side=None):
+        """Yield (`images` float [B, C, H, W], `labels` int64 [B]); `side` resizes them to so many pixels square."""
         images, labels = self.image_set.images, self.image_set.labels
         if self.seed is not None:
             random = generator_for(self.seed, "order", epoch, device=images.device)
             order = torch.randperm(len(labels), generator=random, device=images.device)
+        if self.augmentation and self.augmentation.alternate:
+            first = generator_for(self.seed, "flip", device=images.device)
+            flipped = torch.rand(len(labels), generator=first, device=images.device) < self.augmentation.flip
+            flipped ^= epoch % 2 == 0
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             batch = slice(start, start + self.batch_size)
             batch = batch if self.seed is None else order[batch]
             pixels = images[batch].float().div_(255)
             if self.augmentation:
-                pixels = self.augmentation.apply(pixels, **self.augmentation.draw(len(pixels), random))
+                changes = self.augmentation.draw(len(pixels), random)
+                if self.augmentation.alternate:
+                    changes["flip"] = flipped[batch]
+                pixels = self.augmentation.apply(pixels, **changes)
+            if side and side != pixels.shape[-1]:
+                pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True, align_corners=False)
             yield pixels.sub(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last), labels[batch]
 
 
@@ -882,9 +944,82 @@ def convnet(image_shape, classes, kernel_size=3):
     return confignet(image_shape, classes, kernel_size=kernel_size)
 
 
+class Whitening(nn.Conv2d):
+    """A fixed convolution whose outputs, over patches of the training images, are uncorrelated and of variance 1.
+
+    Its filters are the eigenvectors of the patches' covariance, each divided by the root of its eigenvalue, and their
+    negatives, so that an activation that cuts one off lets the other pass. From hlb-CIFAR10 (tysam-code, 2022), after
+    D. Page, "How to train your ResNet" (2018).
+    """
+
+    def __init__(self, channels, patch, stride):
+        super().__init__(channels, 2 * channels * patch**2, patch, stride, bias=False)
+        self.weight.requires_grad_(False)
+
+    @torch.no_grad()
+    def learn(self, images, smallest=5e-4):
+        """Take the filters from `images` [N, C, H, W], normalised as in training. `smallest` is added to each
+        eigenvalue, so that directions in which the patches hardly vary are not blown up."""
+        patches = F.unfold(images, self.kernel_size).transpose(1, 2).flatten(0, 1)
+        eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
+        filters = (eigenvectors / (eigenvalues + smallest).sqrt()).T.reshape(-1, *self.weight.shape[1:])
+        self.weight.copy_(torch.cat([filters, -filters]))
+
+
+def identity_convolution(channels_in, channels_out):
+    """A 3x3 convolution that at first hands its inputs on: S. Zagoruyko and N. Komodakis, "DiracNets" (2017)."""
+    convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    nn.init.dirac_(convolution.weight[: min(channels_in, channels_out)])
+    return convolution
+
+
+def batch_norm(channels):
+    """Batch norm without a learnt scale, whose statistics for evaluation are those of the last few batches."""
+    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
+    norm.weight.requires_grad_(False)
+    return norm
+
+
+def whitened_net(image_shape, classes, patch, stride, widths):
+    """Whitened patches, pairs of convolutions of each of `widths`, the first halving the sides, and a dense layer over
+    the maximum of each channel, so that images of any size do."""
+    whitening = Whitening(image_shape[0], patch, stride)
+    layers, channels = [whitening, nn.GELU()], whitening.out_channels
+    for width in widths:
+        layers += [
+            identity_convolution(channels, width), nn.MaxPool2d(2), batch_norm(width), nn.GELU(),
+            identity_convolution(width, width), batch_norm(width), nn.GELU(),
+        ]  # fmt: skip
+        channels = width
+    head = nn.Linear(channels, classes, bias=False)
+    nn.init.normal_(head.weight, std=1 / channels)
+    return nn.Sequential(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), head)
+
+
+def fastnet(image_shape, classes, c1=64, c2=256, c3=256):
+    """The net of K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024), as in his airbench94_muon."""
+    if min(image_shape[1:]) < 9:
+        raise UsageError("--model fastnet needs images of at least 9x9 pixels, not {1}x{2}".format(*image_shape))
+    return whitened_net(image_shape, classes, 2, 1, (c1, c2, c3))
+
+
+def patchnet(image_shape, classes, c1=24, c2=48):
+    """A fastnet for images with less in them: larger patches, a quarter of them, and one pair of convolutions less."""
+    if min(image_shape[1:]) < 10:
+        raise UsageError("--model patchnet needs images of at least 10x10 pixels, not {1}x{2}".format(*image_shape))
+    return whitened_net(image_shape, classes, 4, 2, (c1, c2))
+
+
 # A new model is one function `(image_shape [C, H, W], number of classes, options) -> nn.Module` and one line here;
 # an option is a keyword with a default, and a flag of `add_options`.
-MODELS = {"dense": dense, "cnn": cnn, "convnet": convnet, "confignet": confignet}
+MODELS = {
+    "dense": dense,
+    "cnn": cnn,
+    "convnet": convnet,
+    "confignet": confignet,
+    "fastnet": fastnet,
+    "patchnet": patchnet,
+}
 
 
 def build_model(blueprint):
@@ -908,7 +1043,82 @@ def model_options():
 # One epoch
 # ---------------------------------------------------------------------------------------------------
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+def orthogonalize(matrices):
+    """`matrices` [B, M, N] with all singular values made about 1 (0.7 to 1.2), by three steps of a Newton-Schulz
+    iteration with the coefficients of K. Jordan et al., "Muon: an optimizer for hidden layers" (2024)."""
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x.bfloat16() if x.is_cuda else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(3):
+        square = x @ x.mT
+        x = 3.4445 * x + (2.0315 * square @ square - 4.7750 * square) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Steps of orthogonal momentum for the filters of convolutions, at `lr`, and AdamW for all else, at `aux_lr`.
+
+    A bank of filters [out, in, height, width] is a matrix [out, in * height * width] here. Its Nesterov momentum is
+    made orthogonal before it is a step, and its norm is held at sqrt(out) instead of decaying, as in K. Jordan's
+    airbench94_muon: what follows is taken to be batch norm, to which the scale does not matter.
+    """
+
+    def __init__(self, parameters, lr, aux_lr, momentum, weight_decay):
+        parameters = list(parameters)
+        filters, others = [p for p in parameters if p.ndim == 4], [p for p in parameters if p.ndim != 4]
+        groups = [
+            {"params": filters, "lr": lr, "momentum": momentum},
+            {"params": others, "lr": aux_lr, "betas": (0.8, 0.95), "weight_decay": weight_decay},
+        ]
+        super().__init__(groups, {})
+
+    @torch.no_grad()
+    def step(self):
+        filters, others = self.param_groups
+        self.step_filters([p for p in filters["params"] if p.grad is not None], filters["lr"], filters["momentum"])
+        for p in others["params"]:
+            if p.grad is not None:
+                self.step_adamw(p, others["lr"], *others["betas"], others["weight_decay"])
+
+    def step_filters(self, filters, lr, momentum):
+        by_shape = {}
+        for p in filters:
+            average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            average.mul_(momentum).add_(p.grad)
+            by_shape.setdefault(p.shape, []).append((p, p.grad.add(average, alpha=momentum).flatten(1)))
+        for shape, pairs in by_shape.items():
+            steps = orthogonalize(torch.stack([step for _, step in pairs]))
+            for (p, _), step in zip(pairs, steps, strict=True):
+                p.mul_(len(p) ** 0.5 / p.norm())
+                p.sub_(step.view(shape), alpha=lr)
+
+    def step_adamw(self, p, lr, beta1, beta2, weight_decay):
+        """One step of I. Loshchilov and F. Hutter, "Decoupled weight decay regularization" (2019)."""
+        state = self.state[p]
+        if not state:
+            state.update(steps=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
+        state["steps"] += 1
+        state["mean"].lerp_(p.grad, 1 - beta1)
+        state["square"].lerp_(p.grad.square(), 1 - beta2)
+        deviation = (state["square"] / (1 - beta2 ** state["steps"])).sqrt_().add_(1e-8)
+        p.mul_(1 - lr * weight_decay)
+        p.addcdiv_(state["mean"], deviation, value=-lr / (1 - beta1 ** state["steps"]))
+
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "muon": Muon}
+
+
+def make_optimizer(args, model):
+    """The optimizer of --optimizer with its flags, over what `model` learns."""
+    learnt, optimizer = [p for p in model.parameters() if p.requires_grad], OPTIMIZERS[args.optimizer]
+    common = {"lr": args.lr, "weight_decay": args.weight_decay}
+    if optimizer is Muon:
+        return Muon(learnt, **common, aux_lr=args.aux_lr, momentum=args.momentum)
+    if optimizer is torch.optim.SGD:
+        common.update(momentum=args.momentum, nesterov=args.momentum > 0)
+    return optimizer(learnt, **common, fused=learnt[0].device.type in ("cpu", "cuda"))
 
 
 def cosine(start, end, progress):
@@ -924,7 +1134,10 @@ def onecycle(progress):
 
 # The learning rate as a multiple of --lr, from the part of the training that is behind. A function of that alone
 # has no state to save, and an interrupted run continues on the same course.
-SCHEDULES = {"constant": lambda progress: 1.0, "cosine": lambda progress: cosine(1, 0, progress), "onecycle": onecycle}
+SCHEDULES = {
+    "constant": lambda progress: 1.0, "cosine": lambda progress: cosine(1, 0, progress), "onecycle": onecycle,
+    "linear": lambda progress: 1 - progress,
+}  # fmt: skip
 
 
 class NotFinite(Exception):
@@ -974,13 +1187,38 @@ def train_epoch(model, batches, optimizer, scaler, autocast, label_smoothing, to
         totals.add(loss.detach() * len(labels), logits.detach(), labels)
 
 
+def shifted_by_one(images, towards):
+    """`images` [N, C, H, W] moved by one pixel, down and right for `towards` 1, up and left for -1; border mirrored."""
+    start, (height, width) = 1 - towards, images.shape[-2:]
+    return F.pad(images, (1, 1, 1, 1), "reflect")[..., start : start + height, start : start + width]
+
+
+# Views of a batch with their weights. Their logits are averaged: K. Jordan, "94% on CIFAR-10 in 3.29 seconds" (2024).
+TTA = {
+    "mirror": lambda images: [(0.5, images), (0.5, images.flip(3))],
+    "mirror+shift": lambda images: [
+        (weight / 2, mirrored)
+        for weight, view in ((0.5, images), (0.25, shifted_by_one(images, 1)), (0.25, shifted_by_one(images, -1)))
+        for mirrored in (view, view.flip(3))
+    ],
+    "shift": lambda images: [(0.5, images), (0.25, shifted_by_one(images, 1)), (0.25, shifted_by_one(images, -1))],
+}
+
+
+def predict(model, images, tta=None):
+    """Logits [B, K], float32, of `images` [B, C, H, W], averaged over the views of `TTA[tta]`."""
+    if tta is None:
+        return model(images).float()
+    return sum(weight * model(view).float() for weight, view in TTA[tta](images))
+
+
 @torch.inference_mode()
-def evaluate_epoch(model, batches, autocast, totals):
+def evaluate_epoch(model, batches, autocast, totals, tta=None):
     """`totals` takes up the loss and the accuracy of all batches, with dropout and batch norm at rest."""
     model.eval()
     for images, labels in batches:
         with autocast():
-            logits = model(images).float()
+            logits = predict(model, images, tta)
         totals.add(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
 
 
@@ -1326,6 +1564,7 @@ class GracefulStop:
 
 
 EVALUATION_BATCH = 1000
+WHITENING_IMAGES = 5000
 
 
 def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop, screen, log_row):
@@ -1340,14 +1579,16 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
     """
     device = train_set.images.device
     autocast = autocast_to(device, precision)
-    augmentation = Augmentation(args.rotation, args.brightness, args.hue, args.flip) if args.augment else None
+    augmentation = None
+    if args.augment:
+        augmentation = Augmentation(
+            args.rotation, args.brightness, args.hue, args.flip, args.alternate_flip, args.shift
+        )
     normalization = blueprint["mean"], blueprint["std"]
     loader = Loader(train_set, args.batch_size, *normalization, augmentation, args.seed)
     val_loader = Loader(val_set, EVALUATION_BATCH, *normalization)
-    optimizer = OPTIMIZERS[args.optimizer](
-        model.parameters(), lr=args.lr, weight_decay=args.weight_decay, fused=device.type in ("cpu", "cuda"),
-        **({"momentum": args.momentum, "nesterov": args.momentum > 0} if args.optimizer == "sgd" else {}),
-    )  # fmt: skip
+    optimizer = make_optimizer(args, model)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     early_stopping = EarlyStopping(args.tolerance)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "early_stopping": early_stopping}
@@ -1366,10 +1607,11 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
     def steps(epoch, totals):
         """The batches of an epoch: a signal ends them, each sets its learning rate, and the bar follows."""
         with screen.bar(len(loader), f"epoch {epoch}/{args.epochs}") as bar:
-            for index, batch in enumerate(stop.watch(loader.batches(epoch))):
+            side = args.sizes[(epoch - 1) * len(args.sizes) // args.epochs] if args.sizes else None
+            for index, batch in enumerate(stop.watch(loader.batches(epoch, side))):
                 factor = SCHEDULES[args.schedule]((epoch - 1 + index / len(loader)) / args.epochs)
-                for group in optimizer.param_groups:
-                    group["lr"] = args.lr * factor
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["lr"] = peak * factor
                 yield batch
                 # The bar reads the loss from the device when it redraws itself, not for every batch.
                 if bar.update():
@@ -1391,6 +1633,9 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
         else:  # it may have been killed between best.pt and last.pt
             (run.directory / "best.pt").unlink(missing_ok=True)
     else:
+        for layer in model.modules():
+            if isinstance(layer, Whitening):
+                layer.learn(next(Loader(train_set, WHITENING_IMAGES, *normalization).batches())[0])
         run.write_log()
         save_last(0)
 
@@ -1505,7 +1750,7 @@ def run_job(args, synthetic):
                     test_set = load_test()
                     test_sum, test_set = test_set.checksum, test_set.to(device)
                     batches, totals = Loader(test_set, EVALUATION_BATCH, mean, std).batches(), Totals(device)
-                    evaluate_epoch(model, stop.watch(batches), autocast_to(device, precision), totals)
+                    evaluate_epoch(model, stop.watch(batches), autocast_to(device, precision), totals, args.tta)
                     record["data"].update(test=len(test_set), test_checksum=test_sum)
                     record["test"] = {"loss": totals.loss, "acc": totals.accuracy}
         except Interrupted as interruption:

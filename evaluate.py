@@ -52,7 +52,7 @@ def build_parser():
     flag = parser.add_argument_group("what is evaluated").add_argument
     flag("--split", choices=("test", "val", "train"), default="test", help="which images")
     flag("--data-dir", type=Path, metavar="DIR", help="where the data are now (where they were in training)")
-    flag("--tta", choices=tuple(TTA), help="test-time augmentation, reported beside the plain figures")
+    flag("--tta", choices=tuple(common.TTA), help="test-time augmentation, beside the plain figures (the run's own)")
 
     flag = parser.add_argument_group("what comes out").add_argument
     flag("--out", type=Path, metavar="DIR", help="where the files go (the run directory; of a comparison its parent)")
@@ -177,28 +177,10 @@ def load_images(trained, split, data_dir):
     return val_set if split == "val" else train_set
 
 
-def shifted(images, offset):
-    """`images` [N, C, H, W] moved by `offset` pixels, one way for 1 and the other for -1; the border is mirrored."""
-    start, (height, width) = 1 - offset, images.shape[-2:]
-    return F.pad(images, (1, 1, 1, 1), "reflect")[..., start : start + height, start : start + width]
-
-
-# Views of a batch with their weights. Their logits are averaged: K. Jordan, "94% on CIFAR-10 in 3.29 seconds" (2024).
-TTA = {
-    "mirror": lambda images: [(0.5, images), (0.5, images.flip(3))],
-    "mirror+shift": lambda images: [
-        (weight / 2, mirrored)
-        for weight, view in ((0.5, images), (0.25, shifted(images, 1)), (0.25, shifted(images, -1)))
-        for mirrored in (view, view.flip(3))
-    ],
-}
-
-
 @torch.inference_mode()
 def predict(model, batches, tta=None):
     """Logits [N, K] of all batches of (`images`, `labels`), float32, on the CPU."""
-    views = TTA[tta] if tta else lambda images: [(1, images)]
-    return torch.cat([sum(weight * model(view) for weight, view in views(images)).cpu() for images, _ in batches])
+    return torch.cat([common.predict(model, images, tta).cpu() for images, _ in batches])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -829,6 +811,9 @@ def run_evaluate(args, screen):
     if args.channel is not None and args.channel >= convolution.weight.shape[1]:
         raise UsageError(f"--channel {args.channel}: layer {name} has {convolution.weight.shape[1]}, from 0")
     rows = common.read_log(trained.directory)
+    tta = args.tta or trained.record["args"].get("tta")
+    if tta not in (None, *common.TTA):
+        raise RunError(f"run.json of {trained.record['name']} is damaged: it has a tta of {tta!r}")
     image_set = load_images(trained, args.split, args.data_dir)
     if args.image >= len(image_set):
         raise UsageError(f"--image {args.image}: the split has {len(image_set)} images, from 0")
@@ -840,10 +825,10 @@ def run_evaluate(args, screen):
     metrics = measure(logits, labels, names)
     about = {"run": trained.record["name"], "dataset": trained.record["data"]["name"], "split": args.split}
     metrics = {**about, "epoch": trained.blueprint["epoch"], **metrics}
-    if args.tta:
-        augmented = measure(predict(trained.model, batches(), args.tta), labels, names)
+    if tta:
+        augmented = measure(predict(trained.model, batches(), tta), labels, names)
         metrics["tta"] = {
-            "views": args.tta,
+            "views": tta,
             **{key: augmented[key] for key in ("loss", "accuracy", "accuracy_interval")},
         }
 

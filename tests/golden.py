@@ -25,6 +25,8 @@ MODELS = {
     "cnn": ("train_mnist", []),
     "convnet": ("train_cifar", []),
     "confignet": ("train_cifar", ["--c1", "8", "--c2", "16", "--l1", "32"]),
+    "fastnet": ("train_cifar", ["--recipe", "fast", "--c1", "8", "--c2", "16", "--c3", "16"]),
+    "patchnet": ("train_mnist", ["--recipe", "fast"]),
 }
 
 

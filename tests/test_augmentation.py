@@ -78,3 +78,40 @@ def test_order_and_augmentation_follow_from_seed_and_epoch_alone():
     assert torch.equal(first[0], again[0]) and torch.equal(first[1], again[1])
     assert sorted(first[1].tolist()) == list(range(10))
     assert not torch.equal(first[1], later[1]) and not torch.equal(first[1], other[1])
+
+
+def test_shifts_move_each_image_by_its_own_pixels_and_mirror_the_border():
+    images = random_images(50)
+    augmentation = common.Augmentation(rotation=0, brightness=0, hue=0, flip=0, shift=2)
+    parameters = augmentation.draw(50, torch.Generator().manual_seed(1))
+    moved, (down, right) = augmentation.apply(images, **parameters), parameters["shift"].tolist()
+    assert {(-2, 2), (0, 1)} <= set(zip(down, right, strict=True)) and min(down) == -2 and max(right) == 2
+    for i in range(50):
+        padded = reference.pad(images[i], 2, padding_mode="reflect")
+        assert torch.equal(moved[i], reference.crop(padded, 2 - down[i], 2 - right[i], 32, 32))
+
+
+def test_alternating_flips_are_drawn_once_and_inverted_every_epoch():
+    rows = torch.arange(32, dtype=torch.uint8).expand(200, 3, 32, 32)
+    augmentation = common.Augmentation(0, 0, 0, flip=0.5, alternate=True)
+    loader = common.Loader(common.ImageSet(rows, torch.arange(200), []), 64, [0] * 3, [1] * 3, augmentation, seed=3)
+
+    def flipped(epoch):
+        return {
+            int(label): bool(image[0, 0, 0] > 0)
+            for images, labels in loader.batches(epoch)
+            for image, label in zip(images, labels, strict=True)
+        }
+
+    first, second, third = flipped(1), flipped(2), flipped(3)
+    assert first == third and all(first[i] != second[i] for i in range(200))
+    assert 70 < sum(first.values()) < 130
+
+
+def test_images_are_resized_to_the_side_that_is_asked_for():
+    images = common.ImageSet((random_images(10) * 255).byte(), torch.arange(10), [])
+    loader = common.Loader(images, 4, [0.5] * 3, [0.5] * 3)
+    [small, *_], [whole, *_] = zip(*loader.batches(side=16), strict=True), zip(*loader.batches(), strict=True)
+    assert [len(batch) for batch in small] == [4, 4, 2] and small[0].shape[2:] == (16, 16)
+    assert torch.allclose(small[0].mean(), whole[0].mean(), atol=0.01)
+    assert torch.equal(next(loader.batches(side=32))[0], whole[0])

@@ -49,6 +49,12 @@ BAD = [
     (["--image-size", "64"], "--image-size needs"),
     (["--no-augment", "--rotation", "15"], "--rotation needs --augment"),
     (["--momentum", "0.5"], "--momentum needs --optimizer sgd"),
+    (["--aux-lr", "0.5"], "--aux-lr needs --optimizer muon"),
+    (["--no-augment", "--shift", "2"], "--shift needs --augment"),
+    (["--model", "dense", "--optimizer", "muon"], "--optimizer muon is for convolutions"),
+    (["--model", "confignet", "--sizes", "24,32"], "--sizes 24: --model confignet does not take"),
+    (["--sizes", "24,x"], "expected a whole number"),
+    (["--recipe", "quick"], "invalid choice: 'quick'"),
     (["--dataset", "mnist", "--augment", "--hue", "0.1"], "grey"),
     (["--resume", "nowhere"], "--resume nowhere"),
 ]

@@ -216,10 +216,11 @@ def test_kernels_of_any_size_and_channel():
 
 def test_test_time_augmentation_averages_views_and_is_reported_beside_the_plain_figure(here, undrawn, tmp_path, capsys):
     images = torch.arange(16.0).view(1, 1, 4, 4)
-    assert evaluate.shifted(images, 1)[0, 0, 1:, 1:].equal(images[0, 0, :-1, :-1])
-    assert evaluate.shifted(images, -1)[0, 0, :-1, :-1].equal(images[0, 0, 1:, 1:])
-    views = evaluate.TTA["mirror+shift"](images)
-    assert len(views) == 6 and sum(weight for weight, _ in views) == 1
+    assert common.shifted_by_one(images, 1)[0, 0, 1:, 1:].equal(images[0, 0, :-1, :-1])
+    assert common.shifted_by_one(images, -1)[0, 0, :-1, :-1].equal(images[0, 0, 1:, 1:])
+    for name, count in (("mirror", 2), ("shift", 3), ("mirror+shift", 6)):
+        views = common.TTA[name](images)
+        assert len(views) == count and sum(weight for weight, _ in views) == 1
     trained = evaluate.load_trained(here / "runs" / "hundred", torch.device("cpu"))
     batch = torch.randn(3, 3, 32, 32)
     with torch.inference_mode():

@@ -31,6 +31,95 @@ def test_parameter_counts_are_the_tutorials():
     assert parameters(common.cnn((1, 28, 28), 10)) == blocks + 64 * 49 * 512 + 512 + 512 * 10 + 10
 
 
+def test_the_whitened_nets_are_of_the_size_that_their_docstrings_say():
+    whitened, pairs = 24, (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256) * 9
+    scales_and_biases = 2 * 2 * (64 + 256 + 256)
+    assert parameters(common.fastnet((3, 32, 32), 10)) == whitened * 12 + pairs + scales_and_biases + 2560
+    pairs = (32 * 24 + 24 * 24 + 24 * 48 + 48 * 48) * 9
+    assert parameters(common.patchnet((1, 28, 28), 10)) == 32 * 16 + pairs + 2 * 2 * (24 + 48) + 480
+    for name in ("fastnet", "patchnet"):
+        assert common.MODELS[name]((3, 32, 32), 10)(torch.rand(2, 3, 20, 20)).shape == (2, 10)
+        with pytest.raises(common.UsageError, match=f"{name} needs images of at least"):
+            common.MODELS[name]((3, 8, 32), 10)
+
+
+def test_whitened_patches_are_uncorrelated_and_the_layer_learns_nothing_after():
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(300, 3, 16, 16, generator=random).cumsum(3) + torch.rand(300, 3, 1, 1, generator=random)
+    layer = common.Whitening(3, 2, 1)
+    layer.learn(images, smallest=0)
+    outputs = layer(images).transpose(0, 1).flatten(1)
+    half = len(outputs) // 2
+    assert torch.allclose(outputs[:half], -outputs[half:])
+    covariance = outputs[:half] @ outputs[:half].T / outputs.shape[1]
+    assert torch.allclose(covariance, torch.eye(half), atol=0.01)
+    assert not any(p.requires_grad for p in layer.parameters())
+    flat = torch.ones(10, 3, 16, 16)  # patches that do not vary at all but in their mean
+    layer.learn(flat)
+    assert layer(flat).abs().max() < 1.01 and layer.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("channels", [(8, 8), (8, 12), (12, 8)])
+def test_an_identity_convolution_hands_its_inputs_on(channels):
+    images, shared = torch.rand(2, channels[0], 6, 6), min(channels)
+    assert torch.allclose(common.identity_convolution(*channels)(images)[:, :shared], images[:, :shared])
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 5, 5)])
+def test_orthogonalize_keeps_the_directions_and_levels_the_singular_values(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
+    inner = u.mT @ common.orthogonalize(matrices) @ v.mT
+    values = inner.diagonal(dim1=1, dim2=2)
+    assert (inner - torch.diag_embed(values)).abs().max() < 1e-4
+    assert (values[s > s.amax() / 10] > 0.5).all() and values.max() < 1.3
+
+
+def test_muon_turns_filters_by_orthogonal_steps_and_leaves_the_rest_to_adamw():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 4))
+    twin = copy.deepcopy(net)
+    ours = common.Muon(net.parameters(), lr=0.1, aux_lr=0.02, momentum=0.6, weight_decay=0.1)
+    others = [twin[0].bias, *twin[2].parameters()]
+    theirs = torch.optim.AdamW(others, lr=0.02, betas=(0.8, 0.95), weight_decay=0.1)
+    momentum = 0
+    for _ in range(3):
+        images, before = torch.randn(5, 3, 6, 6), net[0].weight.detach().clone()
+        for model in (net, twin):
+            model.zero_grad()
+            model(images).square().mean().backward()
+        gradient = net[0].weight.grad.clone()
+        ours.step()
+        theirs.step()
+        momentum = 0.6 * momentum + gradient
+        u, _, v = torch.linalg.svd((gradient + 0.6 * momentum).flatten(1), full_matrices=False)
+        moved = (before * 8**0.5 / before.norm() - net[0].weight.detach()).flatten(1) / 0.1
+        assert torch.linalg.svdvals(moved).max() < 1.3
+        assert torch.nn.functional.cosine_similarity(moved.flatten(), (u @ v).flatten(), 0) > 0.9
+        for mine, other in zip([net[0].bias, *net[2].parameters()], others, strict=True):
+            assert torch.allclose(mine, other, atol=1e-6)
+        with torch.no_grad():
+            twin[0].weight.copy_(net[0].weight)
+
+
+def test_muon_continues_from_its_state():
+    torch.manual_seed(0)
+    first = nn.Conv2d(3, 8, 3)
+    second = copy.deepcopy(first)
+    options = {"lr": 0.1, "aux_lr": 0.02, "momentum": 0.6, "weight_decay": 0.1}
+    a, b = common.Muon(first.parameters(), **options), common.Muon(second.parameters(), **options)
+    for step in range(4):
+        if step == 2:
+            state, b = b.state_dict(), common.Muon(second.parameters(), **options)
+            b.load_state_dict(state)
+        images = torch.randn(5, 3, 6, 6)
+        for model, optimizer in ((first, a), (second, b)):
+            model.zero_grad()
+            model(images).square().mean().backward()
+            optimizer.step()
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
+
+
 @pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
 def test_odd_kernels(kernel_size):
     model = common.convnet((3, 32, 32), 10, kernel_size=kernel_size)
@@ -91,6 +180,10 @@ def test_schedules_equal_torchs(name):
         assert rate * common.SCHEDULES[name](step / steps) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
         optimizer.step()
         scheduler.step()
+
+
+def test_the_linear_schedule_falls_from_one_to_nothing():
+    assert [common.SCHEDULES["linear"](progress) for progress in (0, 0.25, 1)] == [1, 0.75, 0]
 
 
 def test_early_stopping_keeps_the_best_weights_of_the_model_it_is_given():

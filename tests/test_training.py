@@ -13,6 +13,7 @@ from conftest import EVERYTHING_ON, check_same, read_run, run, without_times
 from forked import few
 
 import common
+import evaluate
 import train_cifar
 import train_mnist
 
@@ -91,8 +92,8 @@ def interrupt_in_epoch(monkeypatch, wanted, fault):
     """Make the second batch of epoch `wanted` call `fault`."""
     original = common.Loader.batches
 
-    def batches(self, epoch=0):
-        for index, batch in enumerate(original(self, epoch)):
+    def batches(self, epoch=0, side=None):
+        for index, batch in enumerate(original(self, epoch, side)):
             if epoch == wanted and index == 1:
                 fault()
             yield batch
@@ -114,6 +115,44 @@ def test_an_interrupted_run_continues_bit_for_bit(monkeypatch, precision):
     assert record["status"] == "interrupted" and record["error"] == "SIGTERM" and len(rows) == 2
     cut, _, _ = run(train_cifar, "--resume", cut, "--quiet")
     check_same(whole, cut)
+
+
+FAST = [
+    "--recipe", "fast", "--dataset", "synthetic", "--c1", "8", "--c2", "8", "--c3", "8", "--batch-size", "64",
+    "--val-size", "0.1", "--sizes", "16,32", "--quiet",
+]  # fmt: skip
+
+
+def test_the_fast_recipe_continues_bit_for_bit_and_its_test_is_augmented(monkeypatch):
+    whole, record, rows = run(train_cifar, *FAST, "--epochs", 3)
+    assert record["args"]["recipe"] == "fast" and record["args"]["optimizer"] == "muon"
+    cut, _, _ = run(train_cifar, *FAST, "--epochs", 3, "--stop-after", 1)
+    run(train_cifar, "--resume", cut, "--quiet")
+    check_same(whole, cut)
+    _, plain, again = run(train_cifar, "--recipe", "fast", *FAST[2:], "--epochs", 3, "--seed", 42)
+    assert plain["test"] == record["test"] and without_times(rows) == without_times(again)
+    trained = evaluate.load_trained(whole, torch.device("cpu"))
+    images = train_cifar.synthetic(False)
+    batches = list(trained.loader(images, 60).batches())
+    for tta, same in (("mirror+shift", True), (None, False)):
+        loss = torch.nn.functional.cross_entropy(evaluate.predict(trained.model, batches, tta), images.labels).item()
+        assert (loss == pytest.approx(record["test"]["loss"], rel=1e-4)) == same
+
+
+def test_the_images_grow_over_the_epochs(monkeypatch):
+    seen, original = [], common.train_epoch
+
+    def train_epoch(model, batches, *rest):
+        def watched():
+            for images, labels in batches:
+                seen.append(tuple(images.shape[2:]))
+                yield images, labels
+
+        original(model, watched(), *rest)
+
+    monkeypatch.setattr(common, "train_epoch", train_epoch)
+    run(train_cifar, *FAST, "--sizes", "16,24,32", "--epochs", 5, "--batch-size", 300)
+    assert seen == [(16, 16)] * 2 + [(24, 24)] * 2 + [(32, 32)]
 
 
 def test_epochs_can_be_raised_and_a_finished_run_is_left_alone(capsys):

@@ -1,0 +1,108 @@
+"""How long does a recipe take, and what test accuracy does it reach, over several seeds, beside a reference?
+
+    python benchmarks/time_to_accuracy.py --seeds 10 --target 0.99 train_mnist.py --recipe fast
+    python benchmarks/time_to_accuracy.py --seeds 3 --against "python reference.py" train_cifar.py --recipe fast
+
+Every run is a process of its own. `training` is what a recipe answers for: initialisation, training, validation, the
+test with its augmentation, and the files written in between. The rest of the process, `start-up and loading`, is
+imports, reading the data and checking it. With --compile the first epoch holds the compilation: what it takes more
+than the median of the others is given as well.
+
+--against takes the command of another implementation, which is run alternately with ours, once a seed, with the seed
+as its last argument. The last line that it prints has to be {"accuracy": 0.9401, "seconds": 533.1}, with the seconds
+of its own training and test. Results are appended to benchmarks/results/time_to_accuracy.jsonl.
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from measuring import ROOT, machine, write_result
+
+import common
+
+
+def timed(command):
+    """What a command prints, and its seconds; the benchmark ends where it fails."""
+    began = time.perf_counter()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode:
+        raise common.RunError(f"{shlex.join(command)} ended with status {done.returncode}")
+    return done.stdout, time.perf_counter() - began
+
+
+def measure_ours(recipe, seed):
+    with tempfile.TemporaryDirectory() as runs:
+        where = ["--runs-dir", runs, "--run-name", "run", "--quiet"]
+        _, wall = timed([sys.executable, *recipe, "--seed", str(seed), *where])
+        record, rows = common.read_record(Path(runs, "run")), common.read_log(Path(runs, "run"))
+    seconds = [row["seconds"] for row in rows]
+    compilation = seconds[0] - statistics.median(seconds[1:]) if record["args"]["compile"] and seconds[1:] else None
+    return {
+        "seed": seed, "accuracy": record["test"]["acc"], "seconds": record["seconds"], "wall": wall,
+        "compilation": compilation, "device": record["device"], "precision": record["precision"],
+    }  # fmt: skip
+
+
+def measure_reference(command, seed):
+    printed, wall = timed([*shlex.split(command), str(seed)])
+    last = json.loads(printed.strip().splitlines()[-1])
+    return {"seed": seed, "accuracy": last["accuracy"], "seconds": last["seconds"], "wall": wall}
+
+
+def mean_and_deviation(values):
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def main(argv):
+    parser = common.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=common.number(int, 1), default=5, help="runs of each, seeds from 0")
+    parser.add_argument("--target", type=common.number(float, 0, 1), help="count the runs that reach this accuracy")
+    parser.add_argument("--against", metavar="COMMAND", help="of a reference implementation")
+    parser.add_argument("recipe", nargs=argparse.REMAINDER, help="training script and its flags")
+    args = parser.parse_args(argv)
+    if not args.recipe:
+        parser.error("which training script? for example: train_mnist.py --recipe fast")
+
+    measures = {"ours": lambda seed: measure_ours(args.recipe, seed)}
+    if args.against:
+        measures["reference"] = lambda seed: measure_reference(args.against, seed)
+    results = {name: [] for name in measures}
+    for seed in range(args.seeds):
+        for name in list(measures)[:: 1 if seed % 2 == 0 else -1]:
+            results[name].append(measures[name](seed))
+            print("{0}: {accuracy:.2%} in {seconds:.1f} s".format(name, **results[name][-1]), file=sys.stderr)
+
+    print(f"{shlex.join(args.recipe)}, {args.seeds} seeds, {machine()}, torch {torch.__version__}")
+    reach = "" if args.target is None else f"{f'reach {args.target:.1%}':>14}"
+    print(f"{'':10}{'accuracy':>18}{reach}{'training, s':>18}{'start-up and loading, s':>25}")
+    for name, rows in results.items():
+        accuracy, deviation = mean_and_deviation([row["accuracy"] for row in rows])
+        seconds, spread = mean_and_deviation([row["seconds"] for row in rows])
+        rest = statistics.median(row["wall"] - row["seconds"] for row in rows)
+        reached = sum(row["accuracy"] >= (args.target or 0) for row in rows)
+        reach = "" if args.target is None else f"{f'{reached} of {len(rows)}':>14}"
+        shown = f"{f'{accuracy:.2%} +- {deviation:.2%}':>18}{reach}{f'{seconds:.1f} +- {spread:.1f}':>18}"
+        print(f"{name:10}{shown}{rest:25.1f}")
+    compilations = [row["compilation"] for row in results["ours"] if row["compilation"] is not None]
+    if compilations:
+        print(f"compilation: {statistics.median(compilations):.1f} s of ours, in the first epoch")
+    ratio = None
+    if args.against:
+        pairs = zip(results["ours"], results["reference"], strict=True)
+        ratio = statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in pairs)
+        print(f"ours take {ratio:.2f} of the reference's seconds, median of the pairs")
+    about = {"recipe": args.recipe, "against": args.against, "target": args.target, "ratio": ratio}
+    write_result("time_to_accuracy", {**about, "threads": torch.get_num_threads(), **results})
+    return {}
+
+
+if __name__ == "__main__":
+    sys.exit(common.command_line(main))
