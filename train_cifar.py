@@ -3,7 +3,7 @@
     python train_cifar.py --dataset synthetic --epochs 2   # no download, a minute
     python train_cifar.py --c1 48 --epochs 50              # ConfigNet on CIFAR-10, the defaults' fine-tuning run
     python train_cifar.py --model convnet --batch-size 24 --epochs 10 --no-augment --lr 0.001
-    python train_cifar.py --recipe fast                    # 94% in the least time
+    python train_cifar.py --recipe fast                    # eight epochs of a whitened net, after airbench94
     python train_cifar.py --resume runs/<run>              # go on where it stopped
 
 The defaults, `--recipe tutorial`, are the final run of the CIFAR-10 tutorial: ConfigNet 48-96-256, Adam at 0.0008,

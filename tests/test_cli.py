@@ -51,6 +51,7 @@ BAD = [
     (["--momentum", "0.5"], "--momentum needs --optimizer sgd"),
     (["--aux-lr", "0.5"], "--aux-lr needs --optimizer muon"),
     (["--no-augment", "--shift", "2"], "--shift needs --augment"),
+    (["--augment", "--shift", "40"], "--shift 40: the images have only"),
     (["--model", "dense", "--optimizer", "muon"], "--optimizer muon is for convolutions"),
     (["--model", "confignet", "--sizes", "24,32"], "--sizes 24: --model confignet does not take"),
     (["--sizes", "24,x"], "expected a whole number"),
