@@ -33,15 +33,11 @@ class LearntPatches(nn.Conv2d):
         """Nothing: it will be learnt with the rest."""
 
 
-def plain_convolution(channels_in, channels_out):
-    return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
-
-
 # What is left out: flags instead of the recipe's, or another definition of a name in common.py.
 LEFT_OUT = {
     "nothing": ([], {}),
     "whitening": ([], {"Whitening": LearntPatches}),
-    "identity initialisation": ([], {"identity_convolution": plain_convolution}),
+    "identity initialisation": ([], {"identity_convolution": common.Convolution}),
     "batch norm without scale, fast statistics": ([], {"batch_norm": nn.BatchNorm2d}),
     "Muon: AdamW for all": (["--optimizer", "adamw", "--lr", "0.01"], {}),
     "label smoothing": (["--label-smoothing", "0"], {}),

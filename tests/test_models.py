@@ -59,6 +59,36 @@ def test_whitened_patches_are_uncorrelated_and_the_layer_learns_nothing_after():
     assert layer(flat).abs().max() < 1.01 and layer.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 8, 8), (2, 8, 7, 15), (1, 3, 3, 3), (5, 2, 1, 18), (700, 4, 4, 4)])
+def test_winograds_convolution_and_its_gradients_equal_the_definition(shape):
+    random = torch.Generator().manual_seed(0)
+    images, weight = torch.randn(shape, generator=random), torch.randn(6, shape[1], 3, 3, generator=random)
+    gradient = torch.randn(shape[0], 6, *shape[2:], generator=random)
+    exact = [x.double().requires_grad_() for x in (images, weight)]
+    expected = nn.functional.conv2d(*exact, padding=1)
+    expected = expected, *torch.autograd.grad(expected, exact, gradient.double())
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        ours = [x.contiguous(memory_format=memory_format).requires_grad_() for x in (images, weight)]
+        found = common.WinogradConvolution.apply(*ours)
+        found = found, *torch.autograd.grad(found, ours, gradient.contiguous(memory_format=memory_format))
+        for a, b in zip(found, expected, strict=True):
+            assert a.shape == b.shape and ((a - b).norm() / b.norm()).item() < 1e-5
+
+
+def test_winograds_method_is_used_in_float32_and_with_many_channels_alone(monkeypatch):
+    calls, apply = [], common.WinogradConvolution.apply
+    monkeypatch.setattr(common.WinogradConvolution, "apply", lambda *x: calls.append(1) or apply(*x))
+    common.Convolution(32, 8)(torch.rand(1, 32, 8, 8))
+    many = common.Convolution(64, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        many(torch.rand(1, 64, 8, 8))
+    many.double()(torch.rand(1, 64, 8, 8).double())
+    torch.export.export(many.float(), (torch.rand(1, 64, 8, 8),))
+    assert not calls
+    images = torch.rand(1, 64, 8, 8)
+    assert torch.allclose(many(images), nn.functional.conv2d(images, many.weight, padding=1), atol=1e-5) and calls
+
+
 @pytest.mark.parametrize("channels", [(8, 8), (8, 12), (12, 8)])
 def test_an_identity_convolution_hands_its_inputs_on(channels):
     images, shared = torch.rand(2, channels[0], 6, 6), min(channels)
