@@ -1043,7 +1043,7 @@ class Convolution(nn.Conv2d):
 
     def forward(self, x):
         # With few channels, moving pixels about takes more time than the multiplications that are spared.
-        many = self.in_channels >= 64 and x.device.type == "cpu" and x.dtype == torch.float32
+        many = self.in_channels * self.out_channels >= 64 * 256 and x.device.type == "cpu" and x.dtype == torch.float32
         if many and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling():
             return WinogradConvolution.apply(x, self.weight)
         return super().forward(x)

@@ -78,8 +78,8 @@ def test_winograds_convolution_and_its_gradients_equal_the_definition(shape):
 def test_winograds_method_is_used_in_float32_and_with_many_channels_alone(monkeypatch):
     calls, apply = [], common.WinogradConvolution.apply
     monkeypatch.setattr(common.WinogradConvolution, "apply", lambda *x: calls.append(1) or apply(*x))
-    common.Convolution(32, 8)(torch.rand(1, 32, 8, 8))
-    many = common.Convolution(64, 8)
+    common.Convolution(64, 64)(torch.rand(1, 64, 8, 8))
+    many = common.Convolution(64, 256)
     with torch.autocast("cpu", torch.bfloat16):
         many(torch.rand(1, 64, 8, 8))
     many.double()(torch.rand(1, 64, 8, 8).double())
