@@ -26,8 +26,8 @@ import common
 class LearntPatches(nn.Conv2d):
     """A first layer of the same shape, with torch's own initialisation, that is trained."""
 
-    def __init__(self, channels, patch, stride):
-        super().__init__(channels, 2 * channels * patch**2, patch, stride, bias=False)
+    def __init__(self, channels, patch, stride, padding):
+        super().__init__(channels, 2 * channels * patch**2, patch, stride, padding, bias=False)
 
     def learn(self, images):
         """Nothing: it will be learnt with the rest."""

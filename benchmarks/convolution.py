@@ -16,7 +16,7 @@ from measuring import machine, write_result
 
 import common
 
-LAYERS = [(24, 64, 31), (64, 64, 15), (64, 256, 15), (256, 256, 7), (256, 256, 3)]
+LAYERS = [(24, 64, 33), (64, 64, 16), (64, 256, 16), (256, 256, 8), (256, 256, 4)]
 
 
 def seconds(convolve, images, weight, gradient):

@@ -40,13 +40,13 @@ def test_the_whitened_nets_are_of_the_size_that_their_docstrings_say():
     for name in ("fastnet", "patchnet"):
         assert common.MODELS[name]((3, 32, 32), 10)(torch.rand(2, 3, 20, 20)).shape == (2, 10)
         with pytest.raises(common.UsageError, match=f"{name} needs images of at least"):
-            common.MODELS[name]((3, 8, 32), 10)
+            common.MODELS[name]((3, 6, 32), 10)
 
 
 def test_whitened_patches_are_uncorrelated_and_the_layer_learns_nothing_after():
     random = torch.Generator().manual_seed(0)
     images = torch.rand(300, 3, 16, 16, generator=random).cumsum(3) + torch.rand(300, 3, 1, 1, generator=random)
-    layer = common.Whitening(3, 2, 1)
+    layer = common.Whitening(3, 2, 1, 0)
     layer.learn(images, smallest=0)
     outputs = layer(images).transpose(0, 1).flatten(1)
     half = len(outputs) // 2
