@@ -241,9 +241,9 @@ def resumed_arguments(args, given):
     args = argparse.Namespace(**{**vars(args), **vars(recorded), **resolved, **given})
     if args.epochs < record["epochs"]:
         raise UsageError(f"--epochs {args.epochs}: the run already has {record['epochs']} epochs")
-    for fixed, name in ((args.schedule != "constant", "--schedule"), (args.sizes, "--sizes")):
+    for fixed, flag in ((args.schedule != "constant", f"--schedule {args.schedule}"), (args.sizes, "--sizes")):
         if args.epochs != recorded.epochs and fixed:
-            raise UsageError(f"--epochs cannot change: the course of {name} ends with the last epoch")
+            raise UsageError(f"--epochs cannot change under {flag}, which ends with the last epoch")
     return args
 
 

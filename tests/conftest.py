@@ -39,6 +39,12 @@ def mnist_arrays(seed, count):
     return images, labels
 
 
+@pytest.fixture(autouse=True)
+def no_dataset_is_kept_for_the_next_test(monkeypatch):
+    """What a sweep in this process has loaded is not what the next test asks for."""
+    monkeypatch.setattr(common, "loaded_datasets", None)
+
+
 @pytest.fixture
 def mnist_dir(tmp_path):
     """A data directory with 200 training and 50 test images in MNIST's own files."""
