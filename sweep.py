@@ -1492,7 +1492,8 @@ def choose_engine(args, search, screen):
 def has_wandb_key():
     import wandb
 
-    return bool(wandb.setup().settings.api_key or wandb.api.api_key)
+    wandb.setup(settings=wandb.Settings(silent=True))
+    return bool(wandb.login(prompt=False, verify=False))
 
 
 def reach_wandb():
