@@ -1275,8 +1275,8 @@ def train_epoch(model, batches, optimizer, scaler, autocast, label_smoothing, to
 
 def shifted_by_one(images, towards):
     """`images` [N, C, H, W] moved by one pixel, down and right for `towards` 1, up and left for -1; border mirrored."""
-    start, (height, width) = 1 - towards, images.shape[-2:]
-    return F.pad(images, (1, 1, 1, 1), "reflect")[..., start : start + height, start : start + width]
+    pixels = torch.full((len(images),), towards, device=images.device)
+    return shift_images(images, pixels, pixels, 1)
 
 
 def mirrored(images):
@@ -1589,22 +1589,27 @@ def weights_and_biases(args, run):
             tracked.finish(exit_code=exit_code)
 
 
+def has_wandb_key(quiet):
+    """Whether W&B has an API key. UsageError where it has something else in its place."""
+    import wandb
+
+    wandb.setup(settings=wandb.Settings(silent=quiet))
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except wandb.errors.Error as error:
+        raise UsageError(f"--wandb online: {error}") from error
+
+
 def check_wandb(args):
     """What can be known of --wandb before anything is loaded."""
     if args.wandb == "disabled":
         return
     try:
-        import wandb
+        importlib.import_module("wandb")
     except ImportError:
         raise UsageError(f"--wandb {args.wandb} needs the package wandb: pip install wandb") from None
-    if args.wandb == "online":
-        wandb.setup(settings=wandb.Settings(silent=args.quiet))
-        try:
-            known = wandb.login(prompt=False, verify=False)
-        except wandb.errors.Error as error:
-            raise UsageError(f"--wandb online: {error}") from error
-        if not known:
-            raise UsageError("--wandb online needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline")
+    if args.wandb == "online" and not has_wandb_key(args.quiet):
+        raise UsageError("--wandb online needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline")
 
 
 # ---------------------------------------------------------------------------------------------------

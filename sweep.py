@@ -1477,7 +1477,7 @@ def choose_engine(args, search, screen):
         return "local"
     if engine == "auto" and search.method == "bayes":
         online = os.environ.get("WANDB_MODE", "online") == "online"
-        key = online and importlib.util.find_spec("wandb") and has_wandb_key()
+        key = online and importlib.util.find_spec("wandb") and common.has_wandb_key(quiet=True)
         engine = "wandb" if key else "local"
         reason = "an API key is configured" if key else "no API key is configured" if online else "W&B is not online"
         screen.say(f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)")
@@ -1487,13 +1487,6 @@ def choose_engine(args, search, screen):
     if search.method == "bayes" and not importlib.util.find_spec("optuna"):
         raise UsageError("--method bayes needs Optuna: pip install optuna")
     return "local"
-
-
-def has_wandb_key():
-    import wandb
-
-    wandb.setup(settings=wandb.Settings(silent=True))
-    return bool(wandb.login(prompt=False, verify=False))
 
 
 def reach_wandb():

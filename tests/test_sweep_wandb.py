@@ -89,7 +89,7 @@ def test_without_a_server_there_is_one_clear_line(drive):
 )
 def test_auto_says_which_engine_drives_a_bayesian_search_and_why(monkeypatch, capsys, mode, key, expected):
     monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setattr(sweep, "has_wandb_key", lambda: key)
+    monkeypatch.setattr(common, "has_wandb_key", lambda quiet: key)
     monkeypatch.setattr(common, "check_wandb", lambda args: None)
     args = sweep.build_parser().parse_args(["--method", "bayes"])
     assert sweep.choose_engine(args, sweep.search_from(args, []), common.Screen()) == expected
