@@ -194,6 +194,8 @@ def add_options(parser, datasets):
     flag("--run-name", type=run_name, metavar="NAME", help="name of the new directory (script-time-four characters)")
     flag("--resume", type=Path, metavar="RUN", help="continue the run in this directory; --epochs may be raised")
     flag("--stop-after", type=count, metavar="N", help="leave after epoch N, to be continued with --resume")
+    text = "save after an epoch if the last save was so long ago, and at the end (0: after every epoch)"
+    flag("--save-interval", type=number(float, 0), default=0.0, metavar="SECONDS", help=text)
     flag("--test", action=switch, default=True, help="read the test set, once, at the end")
     flag("--tta", choices=tuple(TTA), help="test-time augmentation: views of a test image to be averaged")
     flag("--quiet", action="store_true", help="print only errors")
@@ -203,7 +205,8 @@ def add_options(parser, datasets):
 
 # What may differ when a run continues: where it runs and how it reports, and how long, never what it computes.
 CHANGEABLE_ON_RESUME = {
-    "resume", "epochs", "stop_after", "data_dir", "data_url", "device", "quiet", "wandb", "wandb_project",
+    "resume", "epochs", "stop_after", "save_interval", "data_dir", "data_url", "device", "quiet", "wandb",
+    "wandb_project",
 }  # fmt: skip
 
 
@@ -1666,8 +1669,8 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
 
     `state`: what last.pt holds of a run that is continued, or None.
 
-    After each epoch `run` holds best.pt, log.jsonl, run.json and last.pt, written in that order: last.pt, from
-    which a run continues, is never ahead of the others. Every random number of epoch k follows from --seed and k,
+    After each epoch, or the first after --save-interval, `run` holds best.pt, log.jsonl, run.json and last.pt, written
+    in that order: last.pt, from which a run continues, is never ahead of the others. Every random number of epoch k follows from --seed and k,
     and the learning rate from the step, so that the weights, the optimiser, the early stopping and the history are
     the whole state. Returns the final status; raises `NotFinite` and `Interrupted`.
     """
@@ -1732,7 +1735,7 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
         run.write_log()
         save_last(0)
 
-    last = min(args.epochs, args.stop_after or args.epochs)
+    saved, unsaved_best, last = time.perf_counter(), None, min(args.epochs, args.stop_after or args.epochs)
     for epoch in range(done + 1, last + 1):
         if early_stopping.should_stop:
             break
@@ -1750,10 +1753,14 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
         run.history.append(row)
         improved = early_stopping.step(epoch, row["val_loss"], model)
         if improved:
-            save_best(row)
-        run.write_log()
-        run.write_record(epochs=epoch)
-        save_last(epoch)
+            unsaved_best = row
+        if epoch == last or early_stopping.should_stop or time.perf_counter() - saved >= args.save_interval:
+            if unsaved_best:
+                save_best(unsaved_best)
+            run.write_log()
+            run.write_record(epochs=epoch)
+            save_last(epoch)
+            saved, unsaved_best = time.perf_counter(), None
         log_row(row)
         screen.say(
             "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
@@ -1849,7 +1856,7 @@ def run_job(args, synthetic):
         except Interrupted as interruption:
             status, error = "interrupted", str(interruption)
         except NotFinite as reason:
-            status, error = "diverged", f"{reason} in epoch {record['epochs'] + 1}"
+            status, error = "diverged", f"{reason} in epoch {len(run.history) + 1}"
         except BaseException as exception:
             stop.deaf = True
             with contextlib.suppress(OSError):  # it may be the disk that has failed: the first error is the one to tell

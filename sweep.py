@@ -843,12 +843,14 @@ def open_storage(url):
         arguments = {"connect_timeout": 10, "tcp_user_timeout": 30_000}
     elif re.match(r"mysql(\+mysqldb|\+pymysql)?:", url):
         arguments = {"connect_timeout": 10, "read_timeout": 30}
+    deadline = time.monotonic() + 60
     try:
         while True:
             try:
                 return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": arguments})
             except (exc.ProgrammingError, exc.IntegrityError, exc.OperationalError) as error:
-                if not re.search("already exists|duplicate|unique", str(error), re.IGNORECASE):
+                others = re.search("already exists|duplicate|unique", str(error), re.IGNORECASE)
+                if not others or time.monotonic() > deadline:
                     raise
                 time.sleep(1)  # another machine makes the tables at this moment
     except exc.ArgumentError as error:
