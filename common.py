@@ -969,72 +969,91 @@ class Whitening(nn.Conv2d):
         self.weight.copy_(torch.cat([filters, -filters]))
 
 
-# A. Lavin and S. Gray, "Fast algorithms for convolutional neural networks" (2016), F(4x4, 3x3), for both axes at once:
-# what takes 6x6 pixels and 3x3 weights to where a convolution is one product a place, and 36 products to 4x4 outputs.
-def both_axes(rows):
-    matrix = torch.tensor(rows, dtype=torch.float64)
-    return torch.kron(matrix, matrix).float()
+@functools.cache
+def winograd(block):
+    """A. Lavin and S. Gray's F(block x block, 3x3), "Fast algorithms for convolutional neural networks" (2016): what
+    takes tiles of (block + 2)^2 pixels, and 3x3 weights, to where a convolution is one product a place, and the
+    products to block x block outputs. Both are polynomials there, known by their values at a few points; the last
+    point is infinity. The matrices, float32, are for both axes at once: a tile is a column."""
+
+    def product(roots):
+        coefficients = torch.ones(1, dtype=torch.float64)
+        for root in roots:
+            coefficients = F.pad(coefficients, (1, 0)) - root * F.pad(coefficients, (0, 1))
+        return coefficients
+
+    points = torch.tensor([0, 1, -1, 2, -2, 1 / 2, -1 / 2], dtype=torch.float64)[: block + 1]
+    others = [points[points != point] for point in points]
+    scales = torch.stack([(point - rest).prod() for point, rest in zip(points, others, strict=True)])
+    pixels = torch.stack([*(F.pad(product(rest), (0, 1)) for rest in others), product(points)])
+    weights = torch.cat([points[:, None] ** torch.arange(3) / scales[:, None], torch.eye(3)[-1:]])
+    outputs = torch.cat([points ** torch.arange(block)[:, None], torch.eye(block)[:, -1:]], 1)
+    return tuple(torch.kron(matrix, matrix).float() for matrix in (pixels, weights, outputs))
 
 
-WINOGRAD_PIXELS = both_axes([
-    [4, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0],
-    [0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1],
-])  # fmt: skip
-WINOGRAD_WEIGHTS = both_axes([
-    [1 / 4, 0, 0], [-1 / 6, -1 / 6, -1 / 6], [-1 / 6, 1 / 6, -1 / 6],
-    [1 / 24, 1 / 12, 1 / 6], [1 / 24, -1 / 12, 1 / 6], [0, 0, 1],
-])  # fmt: skip
-WINOGRAD_OUTPUTS = both_axes([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
+def winograd_tiles(height, width):
+    """(side of the blocks of outputs, blocks down, blocks right) with which an image takes the fewest products."""
+
+    def products(block):
+        return math.prod(math.ceil(side / block) * (block + 2) for side in (height, width))
+
+    block = min(range(2, 7), key=products)
+    return block, math.ceil(height / block), math.ceil(width / block)
 
 
 class WinogradConvolution(torch.autograd.Function):
     """A padded 3x3 convolution of `images` [N, C, H, W] with `weight` [K, C, 3, 3], both float32 on a CPU.
 
-    It multiplies a quarter as often as the definition says, and equals it to about 1e-6. The images are cut into
-    blocks, `down` times `right` of 4x4 pixels, and taken a `part` of the batch at a time, so that what one step leaves
-    is still in the cache for the next. Inside, colours and channels come last, and the 36 places of a block first.
+    It multiplies a quarter as often as the definition says, or less often still, and equals it to about 1e-5. The
+    images are cut into blocks, and taken a `part` of the batch at a time, so that what one step leaves is still in the
+    cache for the next. Inside, colours and channels come last, and the `places` of a tile first.
     """
 
     @staticmethod
     def forward(ctx, images, weight):
         (count, channels, height, width), outputs = images.shape, len(weight)
-        down, right = math.ceil(height / 4), math.ceil(width / 4)
-        border = (0, 0, 1, 4 * right + 1 - width, 1, 4 * down + 1 - height)
-        part = max(1, max(256, outputs * channels // 32) // (down * right))
-        weights = (WINOGRAD_WEIGHTS @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(36, channels, outputs)
+        block, down, right = winograd_tiles(height, width)
+        side, places = block + 2, (block + 2) ** 2
+        to_pixels, to_weights, to_outputs = winograd(block)
+        border = (0, 0, 1, block * right + 1 - width, 1, block * down + 1 - height)
+        part = max(1, max(9216, outputs * channels) // (places * down * right))
+        weights = (to_weights @ weight.permute(2, 3, 1, 0).reshape(9, -1)).view(places, channels, outputs)
         # One piece of memory for all parts: many small ones that live so long leave holes between them.
-        all_pixels = images.new_empty(count, 36 * down * right * channels)
+        all_pixels = images.new_empty(count, places * down * right * channels)
         result = images.new_empty(count, height, width, outputs)
         parts = images.permute(0, 2, 3, 1).split(part), all_pixels.split(part), result.split(part)
         for some, pixels, made in zip(*parts, strict=True):
-            blocks = F.pad(some, border).unfold(1, 6, 4).unfold(2, 6, 4).permute(4, 5, 0, 1, 2, 3)
-            torch.mm(WINOGRAD_PIXELS, blocks.reshape(36, -1), out=pixels.view(36, -1))
-            products = torch.bmm(pixels.view(36, -1, channels), weights)
-            blocks = (WINOGRAD_OUTPUTS @ products.view(36, -1)).view(4, 4, -1, down, right, outputs)
-            blocks = blocks.permute(2, 3, 0, 4, 1, 5).reshape(-1, 4 * down, 4 * right, outputs)
+            tiles = F.pad(some, border).unfold(1, side, block).unfold(2, side, block).permute(4, 5, 0, 1, 2, 3)
+            torch.mm(to_pixels, tiles.reshape(places, -1), out=pixels.view(places, -1))
+            products = torch.bmm(pixels.view(places, -1, channels), weights)
+            blocks = (to_outputs @ products.view(places, -1)).view(block, block, -1, down, right, outputs)
+            blocks = blocks.permute(2, 3, 0, 4, 1, 5).reshape(-1, block * down, block * right, outputs)
             made.copy_(blocks[:, :height, :width])
-        ctx.part, ctx.down, ctx.right = part, down, right
+        ctx.part = part
         ctx.save_for_backward(weights, all_pixels)
         return result.permute(0, 3, 1, 2)
 
     @staticmethod
     def backward(ctx, gradient):
-        (weights, all_pixels), down, right = ctx.saved_tensors, ctx.down, ctx.right
-        (_, channels, _), (count, outputs, height, width) = weights.shape, gradient.shape
-        border = (0, 0, 0, 4 * right - width, 0, 4 * down - height)
+        weights, all_pixels = ctx.saved_tensors
+        (places, channels, _), (count, outputs, height, width) = weights.shape, gradient.shape
+        block, down, right = winograd_tiles(height, width)
+        side = block + 2
+        to_pixels, to_weights, to_outputs = winograd(block)
+        border = (0, 0, 0, block * right - width, 0, block * down - height)
         of_images, of_weights = gradient.new_empty(count, height, width, channels), torch.zeros_like(weights)
         parts = gradient.permute(0, 2, 3, 1).split(ctx.part), all_pixels.split(ctx.part), of_images.split(ctx.part)
         for some, pixels, made in zip(*parts, strict=True):
-            blocks = F.pad(some, border).reshape(-1, down, 4, right, 4, outputs).permute(2, 4, 0, 1, 3, 5)
-            products = (WINOGRAD_OUTPUTS.T @ blocks.reshape(16, -1)).view(36, -1, outputs)
-            of_weights.baddbmm_(pixels.view(36, -1, channels).mT, products)
-            blocks = WINOGRAD_PIXELS.T @ torch.bmm(products, weights.mT).view(36, -1)
-            padded = some.new_zeros(len(some), 4 * down + 2, 4 * right + 2, channels)
-            for place, block in enumerate(blocks.view(36, len(some), down, right, channels)):
-                y, x = divmod(place, 6)
-                padded[:, y : y + 4 * down - 3 : 4, x : x + 4 * right - 3 : 4] += block
+            blocks = F.pad(some, border).reshape(-1, down, block, right, block, outputs).permute(2, 4, 0, 1, 3, 5)
+            products = (to_outputs.T @ blocks.reshape(block**2, -1)).view(places, -1, outputs)
+            of_weights.baddbmm_(pixels.view(places, -1, channels).mT, products)
+            tiles = to_pixels.T @ torch.bmm(products, weights.mT).view(places, -1)
+            padded = some.new_zeros(len(some), block * down + 2, block * right + 2, channels)
+            for place, tile in enumerate(tiles.view(places, len(some), down, right, channels)):
+                y, x = divmod(place, side)
+                padded[:, y : y + block * down - block + 1 : block, x : x + block * right - block + 1 : block] += tile
             made.copy_(padded[:, 1 : height + 1, 1 : width + 1])
-        of_weights = (WINOGRAD_WEIGHTS.T @ of_weights.view(36, -1)).view(3, 3, channels, outputs)
+        of_weights = (to_weights.T @ of_weights.view(places, -1)).view(3, 3, channels, outputs)
         return of_images.permute(0, 3, 1, 2), of_weights.permute(3, 2, 0, 1)
 
 
@@ -1670,9 +1689,9 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
     `state`: what last.pt holds of a run that is continued, or None.
 
     After each epoch, or the first after --save-interval, `run` holds best.pt, log.jsonl, run.json and last.pt, written
-    in that order: last.pt, from which a run continues, is never ahead of the others. Every random number of epoch k follows from --seed and k,
-    and the learning rate from the step, so that the weights, the optimiser, the early stopping and the history are
-    the whole state. Returns the final status; raises `NotFinite` and `Interrupted`.
+    in that order: last.pt, from which a run continues, is never ahead of the others. Every random number of epoch k
+    follows from --seed and k, and the learning rate from the step, so that the weights, the optimiser, the early
+    stopping and the history are the whole state. Returns the final status; raises `NotFinite` and `Interrupted`.
     """
     device = train_set.images.device
     autocast = autocast_to(device, precision)

@@ -59,7 +59,19 @@ def test_whitened_patches_are_uncorrelated_and_the_layer_learns_nothing_after():
     assert layer(flat).abs().max() < 1.01 and layer.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 8, 8), (2, 8, 7, 15), (1, 3, 3, 3), (5, 2, 1, 18), (700, 4, 4, 4)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (3, 5, 8, 8),
+        (2, 8, 7, 15),
+        (1, 3, 3, 3),
+        (5, 2, 1, 18),
+        (700, 4, 4, 4),
+        (3, 4, 2, 2),
+        (2, 3, 5, 10),
+        (300, 4, 6, 12),
+    ],
+)
 def test_winograds_convolution_and_its_gradients_equal_the_definition(shape):
     random = torch.Generator().manual_seed(0)
     images, weight = torch.randn(shape, generator=random), torch.randn(6, shape[1], 3, 3, generator=random)
@@ -72,7 +84,7 @@ def test_winograds_convolution_and_its_gradients_equal_the_definition(shape):
         found = common.WinogradConvolution.apply(*ours)
         found = found, *torch.autograd.grad(found, ours, gradient.contiguous(memory_format=memory_format))
         for a, b in zip(found, expected, strict=True):
-            assert a.shape == b.shape and ((a - b).norm() / b.norm()).item() < 1e-5
+            assert a.shape == b.shape and ((a - b).norm() / b.norm()).item() < 2e-5
 
 
 def test_winograds_method_is_used_in_float32_and_with_many_channels_alone(monkeypatch):
