@@ -22,9 +22,24 @@ def machine():
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
 
 
+def results_file(name):
+    return ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+
+
+def here():
+    return {"machine": machine(), "torch": torch.__version__}
+
+
 def write_result(name, row):
     """Append a row, with the machine and torch's version, to benchmarks/results/<name>.jsonl."""
-    output = ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+    output = results_file(name)
     output.parent.mkdir(exist_ok=True)
     with open(output, "a") as file:
-        file.write(json.dumps({**row, "machine": machine(), "torch": torch.__version__}) + "\n")
+        file.write(json.dumps({**row, **here()}) + "\n")
+
+
+def find_result(name, key):
+    """The last row there with all the values of `key` and of this machine and this torch, or None."""
+    rows = results_file(name).read_text().splitlines() if results_file(name).exists() else []
+    wanted = {**key, **here()}.items()
+    return next((row for row in map(json.loads, reversed(rows)) if wanted <= row.items()), None)

@@ -1,7 +1,8 @@
 """How long does a recipe take, and what test accuracy does it reach, over several seeds, beside a reference?
 
     python benchmarks/time_to_accuracy.py --seeds 10 --target 0.99 train_mnist.py --recipe fast
-    python benchmarks/time_to_accuracy.py --seeds 3 --against "python reference.py" train_cifar.py --recipe fast
+    python benchmarks/time_to_accuracy.py --seeds 3 --against "python reference.py" --label "what it is" \
+        train_cifar.py --recipe fast
 
 Every run is a process of its own. `training` is what a recipe answers for: initialisation, training, validation, the
 test with its augmentation, and the files written in between. The rest of the process, `start-up and loading`, is
@@ -10,7 +11,10 @@ than the median of the others is given as well.
 
 --against takes the command of another implementation, which is run alternately with ours, once a seed, with the seed
 as its last argument. The last line that it prints has to be {"accuracy": 0.9401, "seconds": 533.1}, with the seconds
-of its own training and test. Results are appended to benchmarks/results/time_to_accuracy.jsonl.
+of its own training and test.
+
+Each run is appended to benchmarks/results/time_to_accuracy.jsonl when it has ended. With --resume those that the file
+already has of the same recipe, label, machine, torch and threads are shown, and not run again.
 """
 
 import argparse
@@ -24,7 +28,7 @@ import time
 from pathlib import Path
 
 import torch
-from measuring import ROOT, machine, write_result
+from measuring import ROOT, find_result, machine, write_result
 
 import common
 
@@ -46,15 +50,16 @@ def measure_ours(recipe, seed):
     seconds = [row["seconds"] for row in rows]
     compilation = seconds[0] - statistics.median(seconds[1:]) if record["args"]["compile"] and seconds[1:] else None
     return {
-        "seed": seed, "accuracy": record["test"]["acc"], "seconds": record["seconds"], "wall": wall,
-        "compilation": compilation, "device": record["device"], "precision": record["precision"],
+        "accuracy": record["test"]["acc"], "seconds": record["seconds"], "wall": wall, "compilation": compilation,
+        "device": record["device"], "precision": record["precision"],
+        "commit": record["git"] and record["git"]["commit"],
     }  # fmt: skip
 
 
 def measure_reference(command, seed):
     printed, wall = timed([*shlex.split(command), str(seed)])
     last = json.loads(printed.strip().splitlines()[-1])
-    return {"seed": seed, "accuracy": last["accuracy"], "seconds": last["seconds"], "wall": wall}
+    return {"accuracy": last["accuracy"], "seconds": last["seconds"], "wall": wall}
 
 
 def mean_and_deviation(values):
@@ -66,41 +71,48 @@ def main(argv):
     parser.add_argument("--seeds", type=common.number(int, 1), default=5, help="runs of each, seeds from 0")
     parser.add_argument("--target", type=common.number(float, 0, 1), help="count the runs that reach this accuracy")
     parser.add_argument("--against", metavar="COMMAND", help="of a reference implementation")
+    parser.add_argument("--label", help="what to call it")
+    parser.add_argument("--resume", action="store_true", help="do not repeat what has been measured")
     parser.add_argument("recipe", nargs=argparse.REMAINDER, help="training script and its flags")
     args = parser.parse_args(argv)
     if not args.recipe:
         parser.error("which training script? for example: train_mnist.py --recipe fast")
 
+    name, about = "time_to_accuracy", {"recipe": args.recipe, "threads": torch.get_num_threads()}
     measures = {"ours": lambda seed: measure_ours(args.recipe, seed)}
     if args.against:
-        measures["reference"] = lambda seed: measure_reference(args.against, seed)
-    results = {name: [] for name in measures}
+        label = args.label or args.against
+        measures[label] = lambda seed: measure_reference(args.against, seed)
+    results = {implementation: [] for implementation in measures}
     for seed in range(args.seeds):
-        for name in list(measures)[:: 1 if seed % 2 == 0 else -1]:
-            results[name].append(measures[name](seed))
-            print("{0}: {accuracy:.2%} in {seconds:.1f} s".format(name, **results[name][-1]), file=sys.stderr)
+        for implementation in list(measures)[:: 1 if seed % 2 == 0 else -1]:
+            key = {**about, "implementation": implementation, "seed": seed}
+            row = args.resume and find_result(name, key)
+            if not row:
+                row = measures[implementation](seed)
+                write_result(name, {**key, **row})
+            results[implementation].append(row)
+            print("{0}: {accuracy:.2%} in {seconds:.1f} s".format(implementation, **row), file=sys.stderr)
 
     print(f"{shlex.join(args.recipe)}, {args.seeds} seeds, {machine()}, torch {torch.__version__}")
     reach = "" if args.target is None else f"{f'reach {args.target:.1%}':>14}"
-    print(f"{'':10}{'accuracy':>18}{reach}{'training, s':>18}{'start-up and loading, s':>25}")
-    for name, rows in results.items():
+    width = max(map(len, results)) + 2
+    print(f"{'':{width}}{'accuracy':>18}{reach}{'training, s':>18}{'start-up and loading, s':>25}")
+    for implementation, rows in results.items():
         accuracy, deviation = mean_and_deviation([row["accuracy"] for row in rows])
         seconds, spread = mean_and_deviation([row["seconds"] for row in rows])
         rest = statistics.median(row["wall"] - row["seconds"] for row in rows)
         reached = sum(row["accuracy"] >= (args.target or 0) for row in rows)
         reach = "" if args.target is None else f"{f'{reached} of {len(rows)}':>14}"
         shown = f"{f'{accuracy:.2%} +- {deviation:.2%}':>18}{reach}{f'{seconds:.1f} +- {spread:.1f}':>18}"
-        print(f"{name:10}{shown}{rest:25.1f}")
+        print(f"{implementation:{width}}{shown}{rest:25.1f}")
     compilations = [row["compilation"] for row in results["ours"] if row["compilation"] is not None]
     if compilations:
         print(f"compilation: {statistics.median(compilations):.1f} s of ours, in the first epoch")
-    ratio = None
     if args.against:
-        pairs = zip(results["ours"], results["reference"], strict=True)
+        pairs = zip(results["ours"], results[label], strict=True)
         ratio = statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in pairs)
-        print(f"ours take {ratio:.2f} of the reference's seconds, median of the pairs")
-    about = {"recipe": args.recipe, "against": args.against, "target": args.target, "ratio": ratio}
-    write_result("time_to_accuracy", {**about, "threads": torch.get_num_threads(), **results})
+        print(f"ours take {ratio:.2f} of the other's seconds, median of the pairs")
     return {}
 
 
