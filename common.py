@@ -1004,9 +1004,9 @@ def winograd_tiles(height, width):
 class WinogradConvolution(torch.autograd.Function):
     """A padded 3x3 convolution of `images` [N, C, H, W] with `weight` [K, C, 3, 3], both float32 on a CPU.
 
-    It multiplies a quarter as often as the definition says, or less often still, and equals it to about 1e-5. The
-    images are cut into blocks, and taken a `part` of the batch at a time, so that what one step leaves is still in the
-    cache for the next. Inside, colours and channels come last, and the `places` of a tile first.
+    It multiplies two to five times less often than the definition says, and equals it to about 1e-5. The images are cut
+    into blocks, and taken a `part` of the batch at a time, so that what one step leaves is still in the cache for the
+    next. Inside, colours and channels come last, and the `places` of a tile first.
     """
 
     @staticmethod

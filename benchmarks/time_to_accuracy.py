@@ -1,8 +1,7 @@
 """How long does a recipe take, and what test accuracy does it reach, over several seeds, beside a reference?
 
     python benchmarks/time_to_accuracy.py --seeds 10 --target 0.99 train_mnist.py --recipe fast
-    python benchmarks/time_to_accuracy.py --seeds 3 --against "python reference.py" --label "what it is" \
-        train_cifar.py --recipe fast
+    python benchmarks/time_to_accuracy.py --seeds 3 --against "python other.py" train_cifar.py --recipe fast
 
 Every run is a process of its own. `training` is what a recipe answers for: initialisation, training, validation, the
 test with its augmentation, and the files written in between. The rest of the process, `start-up and loading`, is
