@@ -87,15 +87,17 @@ class ArgumentParser(argparse.ArgumentParser):
         What a recipe does not name is as in the first, which counts where none is asked for.
         """
         first = next(iter(recipes))
+        named = {name: self.get_default(name) for recipe in recipes.values() for name in recipe}
+        defaults = {name: {**named, **recipes[first], **recipe} for name, recipe in recipes.items()}
 
         class Recipe(argparse.Action):
             def __call__(self, parser, namespace, name, option=None):
-                parser.set_defaults(**recipes[name])
+                parser.set_defaults(**defaults[name])
                 setattr(namespace, self.dest, name)
 
         text = "defaults of all other flags; --recipe NAME --help shows them"
         self.add_argument("--recipe", choices=tuple(recipes), action=Recipe, help=text)
-        self.set_defaults(recipe=first, **recipes[first])
+        self.set_defaults(recipe=first, **defaults[first])
 
 
 def number(kind, low=-math.inf, high=math.inf, above=None, below=None):
@@ -269,10 +271,12 @@ def check_data_options(args, given):
         raise UsageError("--val-size 0 selects on the test set, which --no-test forbids to read")
     for names, applies, condition in (
         (("rotation", "brightness", "hue", "flip", "alternate_flip", "shift"), args.augment, "--augment"),
+        (("alternate_flip",), args.flip, "a --flip above 0"),
         (("image_size",), args.dataset not in DATASETS, "a folder as --dataset"),
         (("data_url",), args.dataset in TORCHVISION_DATASETS, "a --dataset that is downloaded"),
         (("momentum",), args.optimizer in ("sgd", "muon"), "--optimizer sgd or muon"),
         (("aux_lr",), args.optimizer == "muon", "--optimizer muon"),
+        (("wandb_project",), args.wandb != "disabled", "--wandb offline or online"),
     ):
         for name in names:
             if name in given and not applies:
@@ -304,6 +308,9 @@ def check_model(args):
             model(torch.empty(2, shape[0], side, side, device="meta"))
         except RuntimeError as error:
             raise UsageError(f"--sizes {side}: --model {args.model} does not take images of that size") from error
+    if args.sizes and args.sizes[-1] != max(shape[1:]):
+        given = ",".join(map(str, args.sizes))
+        raise UsageError(f"--sizes {given}: the last has to be that of the images in the test, {max(shape[1:])}")
     if args.batch_size == 1 and any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()):
         raise UsageError(f"--batch-size 1: --model {args.model} has batch norm, which needs at least 2 images")
     if args.optimizer == "muon" and not any(p.ndim == 4 and p.requires_grad for p in model.parameters()):
@@ -825,7 +832,7 @@ def shift_hue(images, turns):
     safe = chroma.clamp(min=1e-12)
     sixths = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
     sixths = torch.where(value == red, (green - blue) / safe, sixths) + 6 * turns.view(-1, 1, 1)
-    k = torch.remainder(sixths[:, None] + torch.tensor([5.0, 3.0, 1.0], device=images.device).view(-1, 1, 1), 6)
+    k = torch.remainder(sixths[:, None] + torch.arange(5, 0, -2, device=images.device).view(-1, 1, 1), 6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -853,7 +860,8 @@ class Loader:
         if self.seed is not None:
             random = generator_for(self.seed, "order", epoch, device=images.device)
             order = torch.randperm(len(labels), generator=random, device=images.device)
-        if self.augmentation and self.augmentation.alternate:
+        alternate = self.augmentation and self.augmentation.alternate and self.augmentation.flip
+        if alternate:
             first = generator_for(self.seed, "flip", device=images.device)
             flipped = torch.rand(len(labels), generator=first, device=images.device) < self.augmentation.flip
             flipped ^= epoch % 2 == 0
@@ -863,7 +871,7 @@ class Loader:
             pixels = images[batch].float().div_(255)
             if self.augmentation:
                 changes = self.augmentation.draw(len(pixels), random)
-                if self.augmentation.alternate:
+                if alternate:
                     changes["flip"] = flipped[batch]
                 pixels = self.augmentation.apply(pixels, **changes)
             if side and side != pixels.shape[-1]:
@@ -948,23 +956,35 @@ def convnet(image_shape, classes, kernel_size=3):
 
 
 class Whitening(nn.Conv2d):
-    """A fixed convolution whose outputs, over patches of the training images, are uncorrelated and of variance 1.
+    """A convolution with fixed filters whose outputs, over patches of the training images, are uncorrelated and of
+    variance 1.
 
-    Its filters are the eigenvectors of the patches' covariance, each divided by the root of its eigenvalue, and their
+    The filters are the eigenvectors of the patches' covariance, each divided by the root of its eigenvalue, and their
     negatives, so that an activation that cuts one off lets the other pass. From hlb-CIFAR10 (tysam-code, 2022), after
-    D. Page, "How to train your ResNet" (2018).
+    D. Page, "How to train your ResNet" (2018). A bias is learnt, as in K. Jordan's airbench, for three epochs: its
+    gradient takes time, and brings little later.
     """
 
-    def __init__(self, channels, patch, stride, padding):
-        super().__init__(channels, 2 * channels * patch**2, patch, stride, padding, bias=False)
+    def __init__(self, channels, patch, stride, padding, bias):
+        super().__init__(channels, 2 * channels * patch**2, patch, stride, padding, bias=bias)
         self.weight.requires_grad_(False)
+        if bias:
+            nn.init.zeros_(self.bias)
+
+    def begin_epoch(self, epoch):
+        """Let the bias, if there is one, be learnt in this epoch, counted from 1, or not."""
+        if self.bias is not None:
+            self.bias.requires_grad_(epoch <= 3)
 
     @torch.no_grad()
     def learn(self, images, smallest=5e-4):
         """Take the filters from `images` [N, C, H, W], normalised as in training. `smallest` is added to each
         eigenvalue, so that directions in which the patches hardly vary are not blown up."""
-        patches = F.unfold(images, self.kernel_size).transpose(1, 2).flatten(0, 1)
-        eigenvalues, eigenvectors = torch.linalg.eigh((patches.T @ patches / len(patches)).double())
+        covariance, patches = 0, 0
+        for part in images.split(500):
+            part = F.unfold(part, self.kernel_size).transpose(1, 2).flatten(0, 1)
+            covariance, patches = covariance + part.T @ part, patches + len(part)
+        eigenvalues, eigenvectors = torch.linalg.eigh((covariance / patches).cpu().double())
         filters = (eigenvectors / (eigenvalues + smallest).sqrt()).T.reshape(-1, *self.weight.shape[1:])
         self.weight.copy_(torch.cat([filters, -filters]))
 
@@ -1085,10 +1105,10 @@ def batch_norm(channels):
     return norm
 
 
-def whitened_net(image_shape, classes, patch, stride, padding, widths):
+def whitened_net(image_shape, classes, patch, stride, padding, bias, widths):
     """Whitened patches, pairs of convolutions of each of `widths`, the first halving the sides, and a dense layer over
     the maximum of each channel, so that images of any size do."""
-    whitening = Whitening(image_shape[0], patch, stride, padding)
+    whitening = Whitening(image_shape[0], patch, stride, padding, bias)
     layers, channels = [whitening, nn.GELU()], whitening.out_channels
     for width in widths:
         layers += [
@@ -1108,14 +1128,14 @@ def fastnet(image_shape, classes, c1=64, c2=256, c3=256):
     """
     if min(image_shape[1:]) < 7:
         raise UsageError("--model fastnet needs images of at least 7x7 pixels, not {1}x{2}".format(*image_shape))
-    return whitened_net(image_shape, classes, 2, 1, 1, (c1, c2, c3))
+    return whitened_net(image_shape, classes, 2, 1, 1, True, (c1, c2, c3))
 
 
 def patchnet(image_shape, classes, c1=24, c2=48):
     """A fastnet for images with less in them: larger patches, a quarter of them, and one pair of convolutions less."""
     if min(image_shape[1:]) < 10:
         raise UsageError("--model patchnet needs images of at least 10x10 pixels, not {1}x{2}".format(*image_shape))
-    return whitened_net(image_shape, classes, 4, 2, 0, (c1, c2))
+    return whitened_net(image_shape, classes, 4, 2, 0, False, (c1, c2))
 
 
 # A new model is one function `(image_shape [C, H, W], number of classes, options) -> nn.Module` and one line here;
@@ -1193,7 +1213,9 @@ class Muon(torch.optim.Optimizer):
     def step_filters(self, filters, lr, momentum):
         by_shape = {}
         for p in filters:
-            average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+            average = self.state[p]["momentum"]
             average.mul_(momentum).add_(p.grad)
             by_shape.setdefault(p.shape, []).append((p, p.grad.add(average, alpha=momentum).flatten(1)))
         for shape, pairs in by_shape.items():
@@ -1708,6 +1730,7 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
     early_stopping = EarlyStopping(args.tolerance)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "early_stopping": early_stopping}
     step_model = torch.compile(model) if args.compile else model
+    whitenings = [layer for layer in model.modules() if isinstance(layer, Whitening)]
 
     def save_last(epoch):
         states = {name: part.state_dict() for name, part in parts.items()}
@@ -1719,10 +1742,17 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
         weights = early_stopping.best_weights
         save_checkpoint(run.directory / "best.pt", {**blueprint, **run.record["best"], "weights": weights})
 
+    def save_results(unsaved_best):
+        if unsaved_best:
+            save_best(unsaved_best)
+        run.write_log()
+        run.write_record(epochs=len(run.history))
+
     def steps(epoch, totals):
         """The batches of an epoch: a signal ends them, each sets its learning rate, and the bar follows."""
         with screen.bar(len(loader), f"epoch {epoch}/{args.epochs}") as bar:
-            side = args.sizes[(epoch - 1) * len(args.sizes) // args.epochs] if args.sizes else None
+            # Counted from the end, so that however few the epochs are, the last is of the images' own size.
+            side = args.sizes[-1 - (args.epochs - epoch) * len(args.sizes) // args.epochs] if args.sizes else None
             for index, batch in enumerate(stop.watch(loader.batches(epoch, side))):
                 factor = SCHEDULES[args.schedule]((epoch - 1 + index / len(loader)) / args.epochs)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
@@ -1748,46 +1778,49 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
         else:  # it may have been killed between best.pt and last.pt
             (run.directory / "best.pt").unlink(missing_ok=True)
     else:
-        for layer in model.modules():
-            if isinstance(layer, Whitening):
-                layer.learn(next(Loader(train_set, WHITENING_IMAGES, *normalization).batches())[0])
+        sample = torch.randperm(len(train_set), generator=generator_for(args.seed, "whitening"))[:WHITENING_IMAGES]
+        for layer in whitenings:
+            layer.learn(next(Loader(train_set.select(sample), WHITENING_IMAGES, *normalization).batches())[0])
         run.write_log()
         save_last(0)
 
     saved, unsaved_best, last = time.perf_counter(), None, min(args.epochs, args.stop_after or args.epochs)
-    for epoch in range(done + 1, last + 1):
-        if early_stopping.should_stop:
-            break
-        started = time.perf_counter()
-        torch.manual_seed(random_seed(args.seed, "dropout", epoch))
-        train, val = Totals(device), Totals(device)
-        train_epoch(step_model, steps(epoch, train), optimizer, scaler, autocast, args.label_smoothing, train)
-        train_loss, trained = train.loss, time.perf_counter()
-        evaluate_epoch(step_model, stop.watch(val_loader.batches()), autocast, val)
-        row = {
-            "epoch": epoch, "train_loss": train_loss, "train_acc": train.accuracy, "val_loss": val.loss,
-            "val_acc": val.accuracy, "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - started,
-            "images_per_second": len(train_set) / (trained - started),
-        }  # fmt: skip
-        run.history.append(row)
-        improved = early_stopping.step(epoch, row["val_loss"], model)
-        if improved:
-            unsaved_best = row
-        if epoch == last or early_stopping.should_stop or time.perf_counter() - saved >= args.save_interval:
-            if unsaved_best:
-                save_best(unsaved_best)
-            run.write_log()
-            run.write_record(epochs=epoch)
-            save_last(epoch)
-            saved, unsaved_best = time.perf_counter(), None
-        log_row(row)
-        screen.say(
-            "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
-            "{val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s{best}".format(
-                **row, epochs=args.epochs, best="  best" * improved
+    try:
+        for epoch in range(done + 1, last + 1):
+            if early_stopping.should_stop:
+                break
+            started = time.perf_counter()
+            torch.manual_seed(random_seed(args.seed, "dropout", epoch))
+            for layer in whitenings:
+                layer.begin_epoch(epoch)
+            train, val = Totals(device), Totals(device)
+            train_epoch(step_model, steps(epoch, train), optimizer, scaler, autocast, args.label_smoothing, train)
+            train_loss, trained = train.loss, time.perf_counter()
+            evaluate_epoch(step_model, stop.watch(val_loader.batches()), autocast, val)
+            row = {
+                "epoch": epoch, "train_loss": train_loss, "train_acc": train.accuracy, "val_loss": val.loss,
+                "val_acc": val.accuracy, "lr": optimizer.param_groups[0]["lr"],
+                "seconds": time.perf_counter() - started, "images_per_second": len(train_set) / (trained - started),
+            }  # fmt: skip
+            run.history.append(row)
+            improved = early_stopping.step(epoch, row["val_loss"], model)
+            if improved:
+                unsaved_best = row
+            if epoch == last or early_stopping.should_stop or time.perf_counter() - saved >= args.save_interval:
+                save_results(unsaved_best)
+                save_last(epoch)
+                saved, unsaved_best = time.perf_counter(), None
+            log_row(row)
+            screen.say(
+                "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
+                "{val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s{best}".format(
+                    **row, epochs=args.epochs, best="  best" * improved
+                )
             )
-        )
-        stop.check()
+            stop.check()
+    except (NotFinite, Interrupted):
+        save_results(unsaved_best)
+        raise
     model.load_state_dict(early_stopping.best_weights)
     if early_stopping.should_stop:
         return "stopped_early"

@@ -4,7 +4,8 @@
     python benchmarks/ablation.py --seeds 3 train_cifar.py --epochs 4
 
 Accuracy and loss are those of the validation split, a tenth of the training images, after the last epoch: no run reads
-the test set. Flags after the script go to every run. Results are appended to benchmarks/results/ablation.jsonl.
+the test set, and none averages views of an image. Flags after the script go to every run. Results are appended to
+benchmarks/results/ablation.jsonl.
 """
 
 import argparse
@@ -23,21 +24,18 @@ from torch import nn
 import common
 
 
-class LearntPatches(nn.Conv2d):
-    """A first layer of the same shape, with torch's own initialisation, that is trained."""
-
-    def __init__(self, channels, patch, stride, padding):
-        super().__init__(channels, 2 * channels * patch**2, patch, stride, padding, bias=False)
+class RandomPatches(common.Whitening):
+    """A first layer of the same shape whose filters stay as torch draws them."""
 
     def learn(self, images):
-        """Nothing: it will be learnt with the rest."""
+        """Nothing."""
 
 
 # What is left out: flags instead of the recipe's, or another definition of a name in common.py. A technique that is a
 # setting of some recipes only comes with its name there.
 LEFT_OUT = {
     "nothing": ([], {}),
-    "whitening": ([], {"Whitening": LearntPatches}),
+    "whitening: random filters": ([], {"Whitening": RandomPatches}),
     "identity initialisation": ([], {"identity_convolution": common.Convolution}),
     "batch norm without scale, fast statistics": ([], {"batch_norm": nn.BatchNorm2d}),
     "Muon: AdamW for all": (["--optimizer", "adamw", "--lr", "0.01"], {}),

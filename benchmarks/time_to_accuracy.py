@@ -3,20 +3,21 @@
     python benchmarks/time_to_accuracy.py --seeds 10 --target 0.99 train_mnist.py --recipe fast
     python benchmarks/time_to_accuracy.py --seeds 3 --against "python other.py" train_cifar.py --recipe fast
 
-Every run is a process of its own. `training` is what a recipe answers for: initialisation, training, validation, the
-test with its augmentation, and the files written in between. The rest of the process, `start-up and loading`, is
-imports, reading the data and checking it. With --compile the first epoch holds the compilation: what it takes more
-than the median of the others is given as well.
+Every run is a process of its own. `training` is what a recipe answers for: whitening, training, validation, the test
+with its augmentation, and the files written in between. The rest of the process, `start-up and loading`, is imports,
+reading the data, checking it and taking it to the device. With --compile the first epoch holds the compilation: what it
+takes more than the median of the others is given as well, but under --sizes, where they differ in any case.
 
 --against takes the command of another implementation, which is run alternately with ours, once a seed, with the seed
 as its last argument. The last line that it prints has to be {"accuracy": 0.9401, "seconds": 533.1}, with the seconds
 of its own training and test.
 
 Each run is appended to benchmarks/results/time_to_accuracy.jsonl when it has ended. With --resume those that the file
-already has of the same recipe, label, machine, torch and threads are shown, and not run again.
+already has of the same recipe, code, label, machine, torch and threads are shown, and not run again.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import statistics
@@ -41,17 +42,22 @@ def timed(command):
     return done.stdout, time.perf_counter() - began
 
 
+def code_digest(script):
+    """Of the files that a recipe is made of: results of different code are not of one table."""
+    return hashlib.sha256(b"".join(Path(ROOT, name).read_bytes() for name in ("common.py", script))).hexdigest()
+
+
 def measure_ours(recipe, seed):
     with tempfile.TemporaryDirectory() as runs:
         where = ["--runs-dir", runs, "--run-name", "run", "--quiet"]
         _, wall = timed([sys.executable, *recipe, "--seed", str(seed), *where])
         record, rows = common.read_record(Path(runs, "run")), common.read_log(Path(runs, "run"))
     seconds = [row["seconds"] for row in rows]
-    compilation = seconds[0] - statistics.median(seconds[1:]) if record["args"]["compile"] and seconds[1:] else None
+    comparable = record["args"]["compile"] and not record["args"]["sizes"] and seconds[1:]
+    compilation = seconds[0] - statistics.median(seconds[1:]) if comparable else None
     return {
         "accuracy": record["test"]["acc"], "seconds": record["seconds"], "wall": wall, "compilation": compilation,
         "device": record["device"], "precision": record["precision"],
-        "commit": record["git"] and record["git"]["commit"],
     }  # fmt: skip
 
 
@@ -77,6 +83,9 @@ def main(argv):
     if not args.recipe:
         parser.error("which training script? for example: train_mnist.py --recipe fast")
 
+    if "--no-test" in args.recipe:
+        parser.error("--no-test: the accuracy is that of the test set")
+
     name, about = "time_to_accuracy", {"recipe": args.recipe, "threads": torch.get_num_threads()}
     measures = {"ours": lambda seed: measure_ours(args.recipe, seed)}
     if args.against:
@@ -85,7 +94,8 @@ def main(argv):
     results = {implementation: [] for implementation in measures}
     for seed in range(args.seeds):
         for implementation in list(measures)[:: 1 if seed % 2 == 0 else -1]:
-            key = {**about, "implementation": implementation, "seed": seed}
+            code = {"code": code_digest(args.recipe[0])} if implementation == "ours" else {}
+            key = {**about, **code, "implementation": implementation, "seed": seed}
             row = args.resume and find_result(name, key)
             if not row:
                 row = measures[implementation](seed)

@@ -54,6 +54,9 @@ BAD = [
     (["--augment", "--shift", "40"], "--shift 40: the images have only"),
     (["--model", "dense", "--optimizer", "muon"], "--optimizer muon is for convolutions"),
     (["--model", "confignet", "--sizes", "24,32"], "--sizes 24: --model confignet does not take"),
+    (["--recipe", "fast", "--sizes", "20,24"], "the last has to be that of the images"),
+    (["--augment", "--alternate-flip", "--flip", "0"], "--alternate-flip needs a --flip above 0"),
+    (["--wandb-project", "mine"], "--wandb-project needs --wandb offline or online"),
     (["--sizes", "24,x"], "expected a whole number"),
     (["--recipe", "quick"], "invalid choice: 'quick'"),
     (["--dataset", "mnist", "--augment", "--hue", "0.1"], "grey"),
@@ -70,6 +73,15 @@ def test_bad_arguments_are_one_line_and_status_2(script, argv, expected, capsys,
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and expected in error and len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir()), "nothing is made"
+
+
+@pytest.mark.parametrize("script", [train_mnist, train_cifar])
+def test_of_two_recipes_the_last_counts_alone(script):
+    both, one = (
+        common.parse_arguments(script.build_parser(), [*first, "--recipe", "tutorial", "--dataset", "synthetic"])
+        for first in (["--recipe", "fast"], [])
+    )
+    assert {**vars(both), "argv": None} == {**vars(one), "argv": None}
 
 
 def test_what_only_the_machine_knows_is_refused_before_anything_is_loaded(cli, tmp_path, monkeypatch):

@@ -34,7 +34,7 @@ def test_parameter_counts_are_the_tutorials():
 def test_the_whitened_nets_are_of_the_size_that_their_docstrings_say():
     whitened, pairs = 24, (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256) * 9
     scales_and_biases = 2 * 2 * (64 + 256 + 256)
-    assert parameters(common.fastnet((3, 32, 32), 10)) == whitened * 12 + pairs + scales_and_biases + 2560
+    assert parameters(common.fastnet((3, 32, 32), 10)) == whitened * (12 + 1) + pairs + scales_and_biases + 2560
     pairs = (32 * 24 + 24 * 24 + 24 * 48 + 48 * 48) * 9
     assert parameters(common.patchnet((1, 28, 28), 10)) == 32 * 16 + pairs + 2 * 2 * (24 + 48) + 480
     for name in ("fastnet", "patchnet"):
@@ -43,16 +43,19 @@ def test_the_whitened_nets_are_of_the_size_that_their_docstrings_say():
             common.MODELS[name]((3, 6, 32), 10)
 
 
-def test_whitened_patches_are_uncorrelated_and_the_layer_learns_nothing_after():
+def test_whitened_patches_are_uncorrelated_and_the_layer_learns_a_bias_at_first_and_nothing_after():
     random = torch.Generator().manual_seed(0)
     images = torch.rand(300, 3, 16, 16, generator=random).cumsum(3) + torch.rand(300, 3, 1, 1, generator=random)
-    layer = common.Whitening(3, 2, 1, 0)
+    layer = common.Whitening(3, 2, 1, 0, bias=True)
     layer.learn(images, smallest=0)
     outputs = layer(images).transpose(0, 1).flatten(1)
     half = len(outputs) // 2
     assert torch.allclose(outputs[:half], -outputs[half:])
     covariance = outputs[:half] @ outputs[:half].T / outputs.shape[1]
     assert torch.allclose(covariance, torch.eye(half), atol=0.01)
+    layer.begin_epoch(3)
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["bias"]
+    layer.begin_epoch(4)
     assert not any(p.requires_grad for p in layer.parameters())
     flat = torch.ones(10, 3, 16, 16)  # patches that do not vary at all but in their mean
     layer.learn(flat)
