@@ -1033,7 +1033,8 @@ class WinogradConvolution(torch.autograd.Function):
     def forward(ctx, images, weight):
         (count, channels, height, width), outputs = images.shape, len(weight)
         block, down, right = winograd_tiles(height, width)
-        side, places = block + 2, (block + 2) ** 2
+        side = block + 2
+        places = side**2
         to_pixels, to_weights, to_outputs = winograd(block)
         border = (0, 0, 1, block * right + 1 - width, 1, block * down + 1 - height)
         part = max(1, max(9216, outputs * channels) // (places * down * right))
@@ -1071,7 +1072,8 @@ class WinogradConvolution(torch.autograd.Function):
             padded = some.new_zeros(len(some), block * down + 2, block * right + 2, channels)
             for place, tile in enumerate(tiles.view(places, len(some), down, right, channels)):
                 y, x = divmod(place, side)
-                padded[:, y : y + block * down - block + 1 : block, x : x + block * right - block + 1 : block] += tile
+                # Not +=, which would copy the sum onto itself.
+                padded[:, y::block, x::block][:, :down, :right].add_(tile)
             made.copy_(padded[:, 1 : height + 1, 1 : width + 1])
         of_weights = (to_weights.T @ of_weights.view(places, -1)).view(3, 3, channels, outputs)
         return of_images.permute(0, 3, 1, 2), of_weights.permute(3, 2, 0, 1)
