@@ -1643,7 +1643,7 @@ def has_wandb_key(quiet):
     try:
         return bool(wandb.login(prompt=False, verify=False))
     except wandb.errors.Error as error:
-        raise UsageError(f"--wandb online: {error}") from error
+        raise UsageError(f"Weights & Biases: {error}") from error
 
 
 def check_wandb(args):

@@ -66,7 +66,8 @@ def test_a_run_that_fails_is_finished_as_failed(tmp_path, without_account):
     assert [r.exit.exit_code for r in records(directory) if r.HasField("exit")] == [1]
 
 
-def test_online_without_a_key_is_one_line_before_any_training(cli, tmp_path, anonymous):
-    done = cli("train_mnist.py", *RUN, "--wandb", "online", env=anonymous)
+@pytest.mark.parametrize("key", [None, "abc"])
+def test_online_without_a_valid_key_is_one_line_before_any_training(cli, tmp_path, anonymous, key):
+    done = cli("train_mnist.py", *RUN, "--wandb", "online", env={**anonymous, "WANDB_API_KEY": key})
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and "WANDB_API_KEY" in done.stderr
     assert not list(tmp_path.rglob("run.json"))
