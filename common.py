@@ -1319,6 +1319,26 @@ def train_epoch(model, batches, optimizer, scaler, autocast, label_smoothing, to
         totals.add(loss.detach() * len(labels), logits.detach(), labels)
 
 
+def compile_ahead(model, batches, autocast):
+    """Run `model`, which torch.compile made, on each of `batches`, pairs of images and whether it trains: so that its
+    compilation is in no epoch. The weights stay as they were. Returns the seconds."""
+    began = time.perf_counter()
+    before, known = {name: tensor.clone() for name, tensor in model.state_dict().items()}, set()
+    for images, training in batches:
+        kind = images.shape, training, *(parameter.requires_grad for parameter in model.parameters())
+        if kind in known:
+            continue
+        known.add(kind)
+        model.train(training)
+        with autocast(), torch.inference_mode(not training):
+            logits = model(images)
+        if training:
+            logits.sum().backward()
+    model.zero_grad(set_to_none=True)
+    model.load_state_dict(before)
+    return time.perf_counter() - began
+
+
 def shifted_by_one(images, towards):
     """`images` [N, C, H, W] moved by one pixel, down and right for `towards` 1, up and left for -1; border mirrored."""
     pixels = torch.full((len(images),), towards, device=images.device)
@@ -1569,8 +1589,8 @@ class Run:
             del plain[key]
         record = {
             "name": None, "script": args.script, "argv": args.argv, "args": plain, "status": "running",
-            "error": None, "started": utc_now(), "ended": None, "seconds": 0.0, "seed": args.seed, **record,
-            "epochs": 0, "best": None, "test": None,
+            "error": None, "started": utc_now(), "ended": None, "seconds": 0.0, "compile_seconds": 0.0,
+            "seed": args.seed, **record, "epochs": 0, "best": None, "test": None,
         }  # fmt: skip
 
         def run_in(directory):
@@ -1731,7 +1751,11 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
     early_stopping = EarlyStopping(args.tolerance)
     parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "early_stopping": early_stopping}
-    step_model = torch.compile(model) if args.compile else model
+    step_model = model
+    if args.compile:
+        # Each size of images, and the smaller batch at the end of an epoch, gets its own code, however many they are.
+        torch.compiler.config.recompile_limit = 64
+        step_model = torch.compile(model, dynamic=False)
     whitenings = [layer for layer in model.modules() if isinstance(layer, Whitening)]
 
     def save_last(epoch):
@@ -1750,12 +1774,28 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
         run.write_log()
         run.write_record(epochs=len(run.history))
 
+    def batches(epoch):
+        """The batches of an epoch, for which the model is made ready."""
+        for layer in whitenings:
+            layer.begin_epoch(epoch)
+        # Counted from the end, so that however few the epochs are, the last is of the images' own size.
+        side = args.sizes[-1 - (args.epochs - epoch) * len(args.sizes) // args.epochs] if args.sizes else None
+        return stop.watch(loader.batches(epoch, side))
+
+    def batches_to_compile():
+        """For each epoch the sizes of batches that it trains on, and those that it validates on."""
+        with torch.inference_mode():
+            validation = {len(images): images for images, _ in val_loader.batches()}.values()
+        for epoch in range(done + 1, last + 1):
+            images, _ = next(batches(epoch))
+            yield images, True
+            yield images[: len(train_set) - (len(loader) - 1) * args.batch_size], True
+            yield from ((images, False) for images in validation)
+
     def steps(epoch, totals):
-        """The batches of an epoch: a signal ends them, each sets its learning rate, and the bar follows."""
+        """The batches of an epoch: each sets its learning rate, and the bar follows."""
         with screen.bar(len(loader), f"epoch {epoch}/{args.epochs}") as bar:
-            # Counted from the end, so that however few the epochs are, the last is of the images' own size.
-            side = args.sizes[-1 - (args.epochs - epoch) * len(args.sizes) // args.epochs] if args.sizes else None
-            for index, batch in enumerate(stop.watch(loader.batches(epoch, side))):
+            for index, batch in enumerate(batches(epoch)):
                 factor = SCHEDULES[args.schedule]((epoch - 1 + index / len(loader)) / args.epochs)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["lr"] = peak * factor
@@ -1786,15 +1826,17 @@ def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop,
         run.write_log()
         save_last(0)
 
-    saved, unsaved_best, last = time.perf_counter(), None, min(args.epochs, args.stop_after or args.epochs)
+    last = min(args.epochs, args.stop_after or args.epochs)
+    if args.compile:
+        seconds = compile_ahead(step_model, batches_to_compile(), autocast)
+        run.record["compile_seconds"] = run.record.get("compile_seconds", 0.0) + seconds
+    saved, unsaved_best = time.perf_counter(), None
     try:
         for epoch in range(done + 1, last + 1):
             if early_stopping.should_stop:
                 break
             started = time.perf_counter()
             torch.manual_seed(random_seed(args.seed, "dropout", epoch))
-            for layer in whitenings:
-                layer.begin_epoch(epoch)
             train, val = Totals(device), Totals(device)
             train_epoch(step_model, steps(epoch, train), optimizer, scaler, autocast, args.label_smoothing, train)
             train_loss, trained = train.loss, time.perf_counter()

@@ -18,8 +18,8 @@ import train_cifar
 import train_mnist
 
 RECORD = {
-    "name", "script", "argv", "args", "status", "error", "started", "ended", "seconds", "seed", "device", "precision",
-    "versions", "host", "git", "data", "parameters", "epochs", "best", "test",
+    "name", "script", "argv", "args", "status", "error", "started", "ended", "seconds", "compile_seconds", "seed",
+    "device", "precision", "versions", "host", "git", "data", "parameters", "epochs", "best", "test",
 }  # fmt: skip
 ROW = ["epoch", "train_loss", "train_acc", "val_loss", "val_acc", "lr", "seconds", "images_per_second"]
 
@@ -350,11 +350,36 @@ def test_a_name_that_is_taken_by_chance_is_drawn_again(monkeypatch):
     assert first.name.endswith("-aaaa") and second.name.endswith("-bbbb")
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not (shutil.which("g++") or shutil.which("clang++")), reason="torch.compile needs a C++ compiler"
+)
+
+
+@needs_compiler
 def test_a_compiled_model_trains_and_its_weights_load_without_compilation():
     argv = ["--dataset", "synthetic", "--model", "dense", "--epochs", 1, "--quiet"]
     _, plain, _ = run(train_mnist, *argv)
     directory, record, _ = run(train_mnist, *argv, "--compile")
     assert record["best"]["val_loss"] == pytest.approx(plain["best"]["val_loss"], rel=0.02)
+    assert 0 < record["compile_seconds"] < record["seconds"] and plain["compile_seconds"] == 0
     best = torch.load(directory / "best.pt", weights_only=True)
     common.dense((1, 28, 28), 10).load_state_dict(best["weights"])
+
+
+@needs_compiler
+def test_all_is_compiled_before_the_first_epoch(monkeypatch, request):
+    compile_ahead = common.compile_ahead
+
+    def and_no_more(*args):
+        seconds = compile_ahead(*args)
+        torch.compiler.set_stance("fail_on_recompile")
+        return seconds
+
+    monkeypatch.setattr(common, "compile_ahead", and_no_more)
+    request.addfinalizer(lambda: torch.compiler.set_stance("default"))
+    argv = ["--recipe", "fast", "--dataset", "synthetic", "--c1", 8, "--c2", 8, "--c3", 8]
+    argv += ["--batch-size", 100, "--epochs", 4, "--sizes", "8,8,8,32", "--val-size", 0.2, "--no-test", "--quiet"]
+    _, _, rows = run(train_cifar, *argv)
+    _, record, compiled = run(train_cifar, *argv, "--compile")
+    assert record["status"] == "finished" and record["compile_seconds"] > 0
+    assert compiled[0]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=0.01)
