@@ -224,7 +224,7 @@ def parse_arguments(parser, argv=None):
         if args.resume:
             return resumed_arguments(args, given)
         check_data_options(args, given)
-        args.model_options = choose_model_options(args)
+        args.model_options = choose_model_options(args, given)
         check_model(args)
     except UsageError as error:
         parser.error(str(error))
@@ -283,15 +283,15 @@ def check_data_options(args, given):
                 raise UsageError(f"--{name.replace('_', '-')} needs {condition}")
 
 
-def choose_model_options(args):
-    """The keyword arguments of the chosen model: its own defaults, and the flags that were given."""
+def choose_model_options(args, given):
+    """The keyword arguments of the chosen model: its own defaults, and the flags that the user or a recipe has set."""
     options = model_options()[args.model]
-    given = {name: getattr(args, name) for each in model_options().values() for name in each}
-    for name, value in given.items():
-        if value is not None and name not in options:
+    for name in (name for each in model_options().values() for name in each):
+        if name in given and name not in options:
             takes = ", ".join(f"--{option}".replace("_", "-") for option in options) or "none of these"
             raise UsageError(f"--{name.replace('_', '-')} does not apply to --model {args.model} (it takes {takes})")
-    return {name: default if given[name] is None else given[name] for name, default in options.items()}
+    chosen = {name: getattr(args, name) for name in options}
+    return {name: default if chosen[name] is None else chosen[name] for name, default in options.items()}
 
 
 def check_model(args):

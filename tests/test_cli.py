@@ -84,6 +84,14 @@ def test_of_two_recipes_the_last_counts_alone(script):
     assert {**vars(both), "argv": None} == {**vars(one), "argv": None}
 
 
+def test_a_recipe_s_options_of_its_model_do_not_stand_in_the_way_of_another():
+    recipe = ["--recipe", "fast996", "--dataset", "synthetic"]
+    args, other = (
+        common.parse_arguments(train_mnist.build_parser(), argv) for argv in (recipe, [*recipe, "--model", "patchnet"])
+    )
+    assert args.model_options == {"c1": 32, "c2": 64, "c3": 96} and "c3" not in other.model_options
+
+
 def test_what_only_the_machine_knows_is_refused_before_anything_is_loaded(cli, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "load_dataset", None)
