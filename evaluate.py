@@ -178,9 +178,9 @@ def load_images(trained, split, data_dir):
 
 
 @torch.inference_mode()
-def predict(model, batches, tta=None):
+def predict(model, batches, tta=None, tta_below=1.0):
     """Logits [N, K] of all batches of (`images`, `labels`), float32, on the CPU."""
-    return torch.cat([common.predict(model, images, tta).cpu() for images, _ in batches])
+    return torch.cat([common.predict(model, images, tta, tta_below).cpu() for images, _ in batches])
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -811,9 +811,10 @@ def run_evaluate(args, screen):
     if args.channel is not None and args.channel >= convolution.weight.shape[1]:
         raise UsageError(f"--channel {args.channel}: layer {name} has {convolution.weight.shape[1]}, from 0")
     rows = common.read_log(trained.directory)
-    tta = args.tta or trained.record["args"].get("tta")
-    if tta not in (None, *common.TTA):
-        raise RunError(f"run.json of {trained.record['name']} is damaged: it has a tta of {tta!r}")
+    recorded = trained.record["args"]
+    tta, tta_below = (args.tta, 1.0) if args.tta else (recorded.get("tta"), recorded.get("tta_below", 1.0))
+    if tta not in (None, *common.TTA) or not isinstance(tta_below, float):
+        raise RunError(f"run.json of {trained.record['name']} is damaged: it has a tta of {tta!r} below {tta_below!r}")
     image_set = load_images(trained, args.split, args.data_dir)
     if args.image >= len(image_set):
         raise UsageError(f"--image {args.image}: the split has {len(image_set)} images, from 0")
@@ -826,7 +827,7 @@ def run_evaluate(args, screen):
     about = {"run": trained.record["name"], "dataset": trained.record["data"]["name"], "split": args.split}
     metrics = {**about, "epoch": trained.blueprint["epoch"], **metrics}
     if tta:
-        augmented = measure(predict(trained.model, batches(), tta), labels, names)
+        augmented = measure(predict(trained.model, batches(), tta, tta_below), labels, names)
         metrics["tta"] = {
             "views": tta,
             **{key: augmented[key] for key in ("loss", "accuracy", "accuracy_interval")},

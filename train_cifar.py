@@ -75,7 +75,7 @@ RECIPES = {
         "val_size": 0.02, "normalize": "dataset", "model": "fastnet", "epochs": 11, "batch_size": 500, "tolerance": 0,
         "optimizer": "muon", "lr": 0.12, "aux_lr": 0.015, "momentum": 0.6, "weight_decay": 0.1, "schedule": "linear",
         "label_smoothing": 0.2, "rotation": 0.0, "brightness": 0.0, "hue": 0.0, "alternate_flip": True, "shift": 2,
-        "sizes": [24, 32], "tta": "mirror+shift", "save_interval": 30.0,
+        "sizes": [20, 24, 32], "tta": "mirror+shift", "tta_below": 0.75, "save_interval": 30.0,
     },
 }  # fmt: skip
 

@@ -50,6 +50,7 @@ BAD = [
     (["--no-augment", "--rotation", "15"], "--rotation needs --augment"),
     (["--momentum", "0.5"], "--momentum needs --optimizer sgd"),
     (["--aux-lr", "0.5"], "--aux-lr needs --optimizer muon"),
+    (["--tta-below", "0.5"], "--tta-below needs --tta"),
     (["--no-augment", "--shift", "2"], "--shift needs --augment"),
     (["--augment", "--shift", "40"], "--shift 40: the images have only"),
     (["--model", "dense", "--optimizer", "muon"], "--optimizer muon is for convolutions"),

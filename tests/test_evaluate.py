@@ -226,6 +226,13 @@ def test_test_time_augmentation_averages_views_and_is_reported_beside_the_plain_
     with torch.inference_mode():
         both = (trained.model(batch) + trained.model(batch.flip(3))) / 2
     assert torch.allclose(evaluate.predict(trained.model, [(batch, None)], "mirror"), both, atol=1e-6)
+    with torch.inference_mode():
+        plain = trained.model(batch)
+    confidence = plain.softmax(1).amax(1)
+    below = confidence.sort().values[1].item()
+    some = evaluate.predict(trained.model, [(batch, None)], "mirror", below)
+    assert torch.allclose(some, torch.where((confidence <= below)[:, None], both, plain), atol=1e-6)
+    assert evaluate.predict(trained.model, [(batch, None)], "mirror", 0.0).equal(plain)
     plain = evaluate.main(["runs/cnn", "--out", str(tmp_path)])
     with_tta = evaluate.main(["runs/cnn", "--out", str(tmp_path), "--tta", "mirror+shift"])
     assert with_tta["accuracy"] == plain["accuracy"] and with_tta["tta"]["loss"] != plain["loss"]
