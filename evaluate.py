@@ -830,6 +830,7 @@ def run_evaluate(args, screen):
         augmented = measure(predict(trained.model, batches(), tta, tta_below), labels, names)
         metrics["tta"] = {
             "views": tta,
+            "below": tta_below,
             **{key: augmented[key] for key in ("loss", "accuracy", "accuracy_interval")},
         }
 

@@ -13,13 +13,14 @@ import torch  # noqa: E402
 
 
 def machine():
-    """The name of the GPU or of the CPU, with the number of cores."""
+    """The name of the GPU; or that of the CPU with the number of cores and the widest vectors that torch uses there."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
+    name = names[0] if names else platform.processor()
+    return f"{os.cpu_count()} cores of {name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def results_file(name):

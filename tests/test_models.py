@@ -90,9 +90,12 @@ def test_winograds_convolution_and_its_gradients_equal_the_definition(shape):
             assert a.shape == b.shape and ((a - b).norm() / b.norm()).item() < 2e-5
 
 
-def test_winograds_method_is_used_in_float32_and_with_many_channels_alone(monkeypatch):
+def test_winograds_method_is_used_in_float32_with_many_channels_and_without_avx512_alone(monkeypatch):
     calls, apply = [], common.WinogradConvolution.apply
     monkeypatch.setattr(common.WinogradConvolution, "apply", lambda *x: calls.append(1) or apply(*x))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    common.Convolution(64, 256)(torch.rand(1, 64, 8, 8))
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     common.Convolution(64, 64)(torch.rand(1, 64, 8, 8))
     many = common.Convolution(64, 256)
     with torch.autocast("cpu", torch.bfloat16):
