@@ -182,7 +182,8 @@ def add_options(parser, datasets):
     flag("--momentum", type=share, default=0.9, metavar="FACTOR", help="momentum of sgd and muon")
     flag("--weight-decay", type=number(float, 0), default=0.0, metavar="FACTOR", help="decoupled in adamw, muon")
     flag("--sizes", type=sizes, metavar="PIXELS,...", help="sides of the training images, over equal parts of the run")
-    flag("--label-smoothing", type=share, default=0.0, metavar="PART", help="of the target, spread over all classes")
+    text = "of the target, in training and validation, spread over all classes"
+    flag("--label-smoothing", type=share, default=0.0, metavar="PART", help=text)
     flag("--tolerance", type=number(int, 0), metavar="EPOCHS", help="stop after so many without a new best; 0: never")
     flag("--seed", type=number(int, 0), default=42, metavar="N", help="of split, weights, order, augmentation, dropout")
 
@@ -1384,13 +1385,18 @@ def predict(model, images, tta=None, tta_below=1.0):
 
 
 @torch.inference_mode()
-def evaluate_epoch(model, batches, autocast, totals, tta=None, tta_below=1.0):
-    """`totals` takes up the loss and the accuracy of all batches, with dropout and batch norm at rest."""
+def evaluate_epoch(model, batches, autocast, totals, label_smoothing=0.0, tta=None, tta_below=1.0):
+    """`totals` takes up the loss and the accuracy of all batches, with dropout and batch norm at rest.
+
+    A net that is trained with smoothed labels is to be validated with them too: their loss falls as it learns, while
+    the plain one mostly says how far the net keeps from certainty, and may rise.
+    """
     model.eval()
     for images, labels in batches:
         with autocast():
             logits = predict(model, images, tta, tta_below)
-        totals.add(F.cross_entropy(logits, labels, reduction="sum"), logits, labels)
+        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
+        totals.add(loss, logits, labels)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1635,6 +1641,17 @@ class Run:
         self.record.update(changes, seconds=seconds)
         write_json(self.directory / "run.json", self.record)
 
+    def save_last(self, epoch, parts):
+        """Write last.pt: the history, and the state of each of `parts`."""
+        states = {name: part.state_dict() for name, part in parts.items()}
+        about = {"format": FORMAT, "run": self.record["name"], "epoch": epoch, "history": self.history}
+        save_checkpoint(self.directory / "last.pt", {**about, **states})
+
+    def save_best(self, row, blueprint, weights):
+        """Write best.pt: the weights of the epoch of `row`, and the `blueprint` of the model around them."""
+        self.record["best"] = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
+        save_checkpoint(self.directory / "best.pt", {**blueprint, **self.record["best"], "weights": weights})
+
     def write_log(self):
         write_atomically(self.directory / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.history).encode())
 
@@ -1743,154 +1760,169 @@ EVALUATION_BATCH = 1000
 WHITENING_IMAGES = 5000
 
 
-def fit(args, model, train_set, val_set, run, state, blueprint, precision, stop, screen, log_row):
-    """Train `model` until --epochs, --stop-after or early stopping, and leave it with the weights of its best epoch.
+def autocast_to(device, precision):
+    """Return a function that makes the context of a forward pass in `precision`."""
+    dtype = PRECISIONS[precision]
+    return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
 
-    `state`: what last.pt holds of a run that is continued, or None.
 
-    After each epoch, or the first after --save-interval, `run` holds best.pt, log.jsonl, run.json and last.pt, written
-    in that order: last.pt, from which a run continues, is never ahead of the others. Every random number of epoch k
-    follows from --seed and k, and the learning rate from the step, so that the weights, the optimiser, the early
-    stopping and the history are the whole state. Returns the final status; raises `NotFinite` and `Interrupted`.
+class Trainer:
+    """Trains `model` on `train_set`, validates it on `val_set`, and keeps what becomes of it in `run`.
+
+    `blueprint` is what best.pt says of the model beside its weights; `stop` a GracefulStop, `screen` a Screen. Every
+    random number of epoch k follows from --seed and k, and the learning rate from the step, so that the weights, the
+    optimiser, the early stopping and the history are the whole state.
     """
-    device = train_set.images.device
-    autocast = autocast_to(device, precision)
-    augmentation = None
-    if args.augment:
-        changes = args.rotation, args.brightness, args.hue, args.flip, args.alternate_flip, args.shift
-        augmentation = Augmentation(*changes)
-    normalization = blueprint["mean"], blueprint["std"]
-    loader = Loader(train_set, args.batch_size, *normalization, augmentation, args.seed)
-    val_loader = Loader(val_set, EVALUATION_BATCH, *normalization)
-    optimizer = make_optimizer(args, model, precision)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    early_stopping = EarlyStopping(args.tolerance)
-    parts = {"model": model, "optimizer": optimizer, "scaler": scaler, "early_stopping": early_stopping}
-    step_model = model
-    if args.compile:
-        # Each size of images, and the smaller batch at the end of an epoch, gets its own code, however many they are.
-        torch.compiler.config.recompile_limit = 64
-        step_model = torch.compile(model, dynamic=False)
-    whitenings = [layer for layer in model.modules() if isinstance(layer, Whitening)]
 
-    def save_last(epoch):
-        states = {name: part.state_dict() for name, part in parts.items()}
-        about = {"format": FORMAT, "run": run.record["name"], "epoch": epoch, "history": run.history}
-        save_checkpoint(run.directory / "last.pt", {**about, **states})
+    def __init__(self, args, model, train_set, val_set, blueprint, precision, run, stop, screen):
+        self.args, self.model, self.train_set, self.blueprint = args, model, train_set, blueprint
+        self.run, self.stop, self.screen = run, stop, screen
+        device = train_set.images.device
+        self.autocast = autocast_to(device, precision)
+        augmentation = None
+        if args.augment:
+            changes = args.rotation, args.brightness, args.hue, args.flip, args.alternate_flip, args.shift
+            augmentation = Augmentation(*changes)
+        self.normalization = blueprint["mean"], blueprint["std"]
+        self.loader = Loader(train_set, args.batch_size, *self.normalization, augmentation, args.seed)
+        self.val_loader = Loader(val_set, EVALUATION_BATCH, *self.normalization)
+        self.optimizer = make_optimizer(args, model, precision)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.early_stopping = EarlyStopping(args.tolerance)
+        self.parts = {
+            "model": model, "optimizer": self.optimizer, "scaler": self.scaler, "early_stopping": self.early_stopping
+        }  # fmt: skip
+        self.step_model = model
+        if args.compile:
+            # Each size of images, and the smaller batch at the end of an epoch, gets its own code, however many.
+            torch.compiler.config.recompile_limit = 64
+            self.step_model = torch.compile(model, dynamic=False)
+        self.whitenings = [layer for layer in model.modules() if isinstance(layer, Whitening)]
+        self.done, self.unsaved_best = 0, None
 
-    def save_best(row):
-        run.record["best"] = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
-        weights = early_stopping.best_weights
-        save_checkpoint(run.directory / "best.pt", {**blueprint, **run.record["best"], "weights": weights})
+    def begin(self):
+        """Learn the whitening from training images, and save what the first epoch starts from."""
+        random = generator_for(self.args.seed, "whitening")
+        sample = self.train_set.select(torch.randperm(len(self.train_set), generator=random)[:WHITENING_IMAGES])
+        for layer in self.whitenings:
+            layer.learn(next(Loader(sample, WHITENING_IMAGES, *self.normalization).batches())[0])
+        self.run.write_log()
+        self.run.save_last(0, self.parts)
 
-    def save_results(unsaved_best):
-        if unsaved_best:
-            save_best(unsaved_best)
+    def restore(self, state):
+        """Go on from `state`, what last.pt holds. Raises RunError."""
+        run = self.run
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.done, run.history = state["epoch"], state["history"]
+            best = run.history[self.early_stopping.best_epoch - 1] if self.early_stopping.best_epoch else None
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+            raise RunError(f"{run.directory}/last.pt is not of this version of the scripts ({error})") from error
+        run.record.update(epochs=self.done, best=None)
         run.write_log()
-        run.write_record(epochs=len(run.history))
+        if best:
+            run.save_best(best, self.blueprint, self.early_stopping.best_weights)
+        else:  # it may have been killed between best.pt and last.pt
+            (run.directory / "best.pt").unlink(missing_ok=True)
 
-    def batches(epoch):
+    def batches(self, epoch):
         """The batches of an epoch, for which the model is made ready."""
-        for layer in whitenings:
+        for layer in self.whitenings:
             layer.begin_epoch(epoch)
         # Counted from the end, so that however few the epochs are, the last is of the images' own size.
-        side = args.sizes[-1 - (args.epochs - epoch) * len(args.sizes) // args.epochs] if args.sizes else None
-        return stop.watch(loader.batches(epoch, side))
+        sizes, epochs = self.args.sizes, self.args.epochs
+        side = sizes[-1 - (epochs - epoch) * len(sizes) // epochs] if sizes else None
+        return self.stop.watch(self.loader.batches(epoch, side))
 
-    def batches_to_compile():
-        """For each epoch the sizes of batches that it trains on, and those that it validates on."""
+    def batches_to_compile(self, epochs):
+        """For each of `epochs` the sizes of batches that it trains on, and those that it validates on."""
         with torch.inference_mode():
-            validation = {len(images): images for images, _ in val_loader.batches()}.values()
-        for epoch in range(done + 1, last + 1):
-            images, _ = next(batches(epoch))
+            validation = {len(images): images for images, _ in self.val_loader.batches()}.values()
+        for epoch in epochs:
+            images, _ = next(self.batches(epoch))
             yield images, True
-            yield images[: len(train_set) - (len(loader) - 1) * args.batch_size], True
+            yield images[: len(self.train_set) - (len(self.loader) - 1) * self.args.batch_size], True
             yield from ((images, False) for images in validation)
 
-    def steps(epoch, totals):
+    def steps(self, epoch, totals):
         """The batches of an epoch: each sets its learning rate, and the bar follows."""
-        with screen.bar(len(loader), f"epoch {epoch}/{args.epochs}") as bar:
-            for index, batch in enumerate(batches(epoch)):
-                factor = SCHEDULES[args.schedule]((epoch - 1 + index / len(loader)) / args.epochs)
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+        with self.screen.bar(len(self.loader), f"epoch {epoch}/{self.args.epochs}") as bar:
+            for index, batch in enumerate(self.batches(epoch)):
+                factor = SCHEDULES[self.args.schedule]((epoch - 1 + index / len(self.loader)) / self.args.epochs)
+                for group, peak in zip(self.optimizer.param_groups, self.peaks, strict=True):
                     group["lr"] = peak * factor
                 yield batch
                 # The bar reads the loss from the device when it redraws itself, not for every batch.
                 if bar.update():
                     bar.set_postfix(loss=f"{totals.loss:.4f}", refresh=False)
 
-    done = 0
-    if state:
+    def train_and_validate(self, epoch):
+        """One epoch; return its row of log.jsonl, which is in the history now."""
+        started, device = time.perf_counter(), self.train_set.images.device
+        torch.manual_seed(random_seed(self.args.seed, "dropout", epoch))
+        train, val = Totals(device), Totals(device)
+        batches, smoothing = self.steps(epoch, train), self.args.label_smoothing
+        train_epoch(self.step_model, batches, self.optimizer, self.scaler, self.autocast, smoothing, train)
+        train_loss, trained = train.loss, time.perf_counter()
+        evaluate_epoch(self.step_model, self.stop.watch(self.val_loader.batches()), self.autocast, val, smoothing)
+        row = {
+            "epoch": epoch, "train_loss": train_loss, "train_acc": train.accuracy, "val_loss": val.loss,
+            "val_acc": val.accuracy, "lr": self.optimizer.param_groups[0]["lr"],
+            "seconds": time.perf_counter() - started,
+            "images_per_second": len(self.train_set) / (trained - started),
+        }  # fmt: skip
+        self.run.history.append(row)
+        if self.early_stopping.step(epoch, row["val_loss"], self.model):
+            self.unsaved_best = row
+        return row
+
+    def save_results(self):
+        if self.unsaved_best:
+            self.run.save_best(self.unsaved_best, self.blueprint, self.early_stopping.best_weights)
+            self.unsaved_best = None
+        self.run.write_log()
+        self.run.write_record(epochs=len(self.run.history))
+
+    def fit(self, log_row):
+        """Train until --epochs, --stop-after or early stopping, and leave the model with the weights of its best epoch.
+
+        After each epoch, or the first after --save-interval, `run` holds best.pt, log.jsonl, run.json and last.pt,
+        written in that order: last.pt, from which a run continues, is never ahead of the others. `log_row` is called
+        with each row. Returns the final status; raises NotFinite and Interrupted.
+        """
+        args, early_stopping = self.args, self.early_stopping
+        last = min(args.epochs, args.stop_after or args.epochs)
+        epochs = range(self.done + 1, last + 1)
+        if args.compile:
+            seconds = compile_ahead(self.step_model, self.batches_to_compile(epochs), self.autocast)
+            self.run.record["compile_seconds"] = self.run.record.get("compile_seconds", 0.0) + seconds
+        saved = time.perf_counter()
         try:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            done, run.history = state["epoch"], state["history"]
-            best = run.history[early_stopping.best_epoch - 1] if early_stopping.best_epoch else None
-        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
-            raise RunError(f"{run.directory}/last.pt is not of this version of the scripts ({error})") from error
-        run.record.update(epochs=done, best=None)
-        run.write_log()
-        if best:
-            save_best(best)
-        else:  # it may have been killed between best.pt and last.pt
-            (run.directory / "best.pt").unlink(missing_ok=True)
-    else:
-        sample = torch.randperm(len(train_set), generator=generator_for(args.seed, "whitening"))[:WHITENING_IMAGES]
-        for layer in whitenings:
-            layer.learn(next(Loader(train_set.select(sample), WHITENING_IMAGES, *normalization).batches())[0])
-        run.write_log()
-        save_last(0)
-
-    last = min(args.epochs, args.stop_after or args.epochs)
-    if args.compile:
-        seconds = compile_ahead(step_model, batches_to_compile(), autocast)
-        run.record["compile_seconds"] = run.record.get("compile_seconds", 0.0) + seconds
-    saved, unsaved_best = time.perf_counter(), None
-    try:
-        for epoch in range(done + 1, last + 1):
-            if early_stopping.should_stop:
-                break
-            started = time.perf_counter()
-            torch.manual_seed(random_seed(args.seed, "dropout", epoch))
-            train, val = Totals(device), Totals(device)
-            train_epoch(step_model, steps(epoch, train), optimizer, scaler, autocast, args.label_smoothing, train)
-            train_loss, trained = train.loss, time.perf_counter()
-            evaluate_epoch(step_model, stop.watch(val_loader.batches()), autocast, val)
-            row = {
-                "epoch": epoch, "train_loss": train_loss, "train_acc": train.accuracy, "val_loss": val.loss,
-                "val_acc": val.accuracy, "lr": optimizer.param_groups[0]["lr"],
-                "seconds": time.perf_counter() - started, "images_per_second": len(train_set) / (trained - started),
-            }  # fmt: skip
-            run.history.append(row)
-            improved = early_stopping.step(epoch, row["val_loss"], model)
-            if improved:
-                unsaved_best = row
-            if epoch == last or early_stopping.should_stop or time.perf_counter() - saved >= args.save_interval:
-                save_results(unsaved_best)
-                save_last(epoch)
-                saved, unsaved_best = time.perf_counter(), None
-            log_row(row)
-            screen.say(
-                "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
-                "{val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s{best}".format(
-                    **row, epochs=args.epochs, best="  best" * improved
+            for epoch in epochs:
+                if early_stopping.should_stop:
+                    break
+                row = self.train_and_validate(epoch)
+                if epoch == last or early_stopping.should_stop or time.perf_counter() - saved >= args.save_interval:
+                    self.save_results()
+                    self.run.save_last(epoch, self.parts)
+                    saved = time.perf_counter()
+                log_row(row)
+                self.screen.say(
+                    "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
+                    "{val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s{best}".format(
+                        **row, epochs=args.epochs, best="  best" * (early_stopping.best_epoch == epoch)
+                    )
                 )
-            )
-            stop.check()
-    except (NotFinite, Interrupted):
-        save_results(unsaved_best)
-        raise
-    model.load_state_dict(early_stopping.best_weights)
-    if early_stopping.should_stop:
-        return "stopped_early"
-    return "finished" if run.record["epochs"] == args.epochs else "interrupted"
-
-
-def autocast_to(device, precision):
-    """Return a function that makes the context of a forward pass in `precision`."""
-    dtype = PRECISIONS[precision]
-    return lambda: torch.autocast(device.type, dtype, enabled=dtype is not None)
+                self.stop.check()
+        except (NotFinite, Interrupted):
+            self.save_results()
+            raise
+        self.model.load_state_dict(early_stopping.best_weights)
+        if early_stopping.should_stop:
+            return "stopped_early"
+        return "finished" if self.run.record["epochs"] == args.epochs else "interrupted"
 
 
 def run_job(args, synthetic):
@@ -1957,13 +1989,15 @@ def run_job(args, synthetic):
         try:
             run.write_record(**surroundings, status="running", error=None, ended=None, test=None)
             with weights_and_biases(args, run) as log_row:
-                status = fit(args, model, train_set, val_set, run, state, blueprint, precision, stop, screen, log_row)
+                trainer = Trainer(args, model, train_set, val_set, blueprint, precision, run, stop, screen)
+                trainer.restore(state) if state else trainer.begin()
+                status = trainer.fit(log_row)
                 if args.test and status != "interrupted":
                     test_set = load_test()
                     test_sum, test_set = test_set.checksum, test_set.to(device)
                     batches, totals = Loader(test_set, EVALUATION_BATCH, mean, std).batches(), Totals(device)
-                    views = args.tta, args.tta_below
-                    evaluate_epoch(model, stop.watch(batches), autocast_to(device, precision), totals, *views)
+                    autocast, views = autocast_to(device, precision), {"tta": args.tta, "tta_below": args.tta_below}
+                    evaluate_epoch(model, stop.watch(batches), autocast, totals, **views)
                     record["data"].update(test=len(test_set), test_checksum=test_sum)
                     record["test"] = {"loss": totals.loss, "acc": totals.accuracy}
         except Interrupted as interruption:

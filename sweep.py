@@ -429,6 +429,8 @@ def search_from(args, flags):
     metric = args.metric or config.get("metric", "val_loss")
     if metric not in METRICS:
         raise UsageError(f"metric {metric} is unknown: it is one of {', '.join(METRICS)}")
+    if "label_smoothing" in names and metric == "val_loss":
+        raise UsageError("the parameter label_smoothing changes what val_loss means: choose by --metric val_acc")
     count = args.count or config.get("count")
     if method == "grid":
         number = math.prod(len(parameter.grid()) for parameter in space)

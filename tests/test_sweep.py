@@ -283,6 +283,7 @@ def test_what_the_script_would_refuse_is_refused_before_the_first_trial(argv, ex
         (["--method", "grid", "--rungs", "2"], "--rungs needs --prune"),
         (["--resume", "nowhere"], "no sweep.json"),
         (["--method", "grid", "--retry-failed", "--name", "new"], "needs a sweep that exists"),
+        (["--method", "random", "--param", "label_smoothing=0.0..0.2"], "choose by --metric val_acc"),
         (["--method", "grid", "--prune", "--seeds", "2"], "pruning and --seeds"),
         (["--method", "grid", "--prune", "--rungs", "10"], "no rung between 0 and 10 epochs"),
         (["--method", "grid", "--prune", "--param", "epochs=5,10"], "the same for all trials"),
@@ -712,7 +713,7 @@ def test_lines_appended_by_several_processes_at_once_are_all_there(tmp_path):
 def test_a_real_search_with_its_report_reads_the_test_set_for_the_winner_alone(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tiny = ["--dataset", "synthetic", "--limit-train", "300", "--model", "dense", "--epochs", "4"]
-    space = ["--param", "lr=log:1e-3..1e-1", "--param", "l1=16,64", "--param", "label_smoothing=0.0..0.2"]
+    space = ["--param", "lr=log:1e-3..1e-1", "--param", "l1=16,64", "--param", "d1=0.0..0.5"]
     argv = ["--method", "random", *space, "--count", "9", "--prune", "--jobs", "2", "--name", "s", "--", *tiny]
     result = sweep.main(argv)
     printed = capsys.readouterr().out

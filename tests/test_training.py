@@ -66,17 +66,18 @@ def test_confignet_learns_the_synthetic_shapes():
     assert record["args"]["model_options"] == {"c1": 8, "c2": 16, "l1": 64, "d1": 0.1, "kernel_size": 3}
 
 
-def test_best_pt_rebuilds_the_model_and_its_test_result():
-    directory, record, _ = run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
+def test_best_pt_rebuilds_the_model_and_its_results_of_smoothed_labels_in_validation_and_plain_ones_in_the_test():
+    directory, record, _ = run(train_cifar, *EVERYTHING_ON, "--epochs", 2, "--val-size", 0)  # validates on the test set
     best = torch.load(directory / "best.pt", weights_only=True)
     model = common.MODELS[best["model"]](best["image_shape"], len(best["classes"]), **best["model_options"])
     model.load_state_dict(best["weights"])
     loader = common.Loader(train_cifar.synthetic_shapes(60, 0), 60, best["mean"], best["std"])
     autocast = common.autocast_to(torch.device("cpu"), record["precision"])
-    totals = common.Totals("cpu")
-    common.evaluate_epoch(model, loader.batches(), autocast, totals)
-    assert totals.loss == pytest.approx(record["test"]["loss"], rel=1e-4)
-    assert totals.accuracy == record["test"]["acc"]
+    for smoothing, loss in ((0.1, record["best"]["val_loss"]), (0.0, record["test"]["loss"])):
+        totals = common.Totals("cpu")
+        common.evaluate_epoch(model, loader.batches(), autocast, totals, smoothing)
+        assert totals.loss == pytest.approx(loss, rel=1e-4)
+        assert totals.accuracy == record["test"]["acc"] == record["best"]["val_acc"]
     assert best["epoch"] == record["best"]["epoch"]
 
 
