@@ -1777,8 +1777,8 @@ class Trainer:
     def __init__(self, args, model, train_set, val_set, blueprint, precision, run, stop, screen):
         self.args, self.model, self.train_set, self.blueprint = args, model, train_set, blueprint
         self.run, self.stop, self.screen = run, stop, screen
-        device = train_set.images.device
-        self.autocast = autocast_to(device, precision)
+        self.device = train_set.images.device
+        self.autocast = autocast_to(self.device, precision)
         augmentation = None
         if args.augment:
             changes = args.rotation, args.brightness, args.hue, args.flip, args.alternate_flip, args.shift
@@ -1788,7 +1788,7 @@ class Trainer:
         self.val_loader = Loader(val_set, EVALUATION_BATCH, *self.normalization)
         self.optimizer = make_optimizer(args, model, precision)
         self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
         self.early_stopping = EarlyStopping(args.tolerance)
         self.parts = {
             "model": model, "optimizer": self.optimizer, "scaler": self.scaler, "early_stopping": self.early_stopping
@@ -1803,10 +1803,12 @@ class Trainer:
 
     def begin(self):
         """Learn the whitening from training images, and save what the first epoch starts from."""
-        random = generator_for(self.args.seed, "whitening")
-        sample = self.train_set.select(torch.randperm(len(self.train_set), generator=random)[:WHITENING_IMAGES])
-        for layer in self.whitenings:
-            layer.learn(next(Loader(sample, WHITENING_IMAGES, *self.normalization).batches())[0])
+        if self.whitenings:
+            random = generator_for(self.args.seed, "whitening")
+            sample = self.train_set.select(torch.randperm(len(self.train_set), generator=random)[:WHITENING_IMAGES])
+            images, _ = next(Loader(sample, WHITENING_IMAGES, *self.normalization).batches())
+            for layer in self.whitenings:
+                layer.learn(images)
         self.run.write_log()
         self.run.save_last(0, self.parts)
 
@@ -1860,9 +1862,9 @@ class Trainer:
 
     def train_and_validate(self, epoch):
         """One epoch; return its row of log.jsonl, which is in the history now."""
-        started, device = time.perf_counter(), self.train_set.images.device
+        started = time.perf_counter()
         torch.manual_seed(random_seed(self.args.seed, "dropout", epoch))
-        train, val = Totals(device), Totals(device)
+        train, val = Totals(self.device), Totals(self.device)
         batches, smoothing = self.steps(epoch, train), self.args.label_smoothing
         train_epoch(self.step_model, batches, self.optimizer, self.scaler, self.autocast, smoothing, train)
         train_loss, trained = train.loss, time.perf_counter()
@@ -1990,14 +1992,17 @@ def run_job(args, synthetic):
             run.write_record(**surroundings, status="running", error=None, ended=None, test=None)
             with weights_and_biases(args, run) as log_row:
                 trainer = Trainer(args, model, train_set, val_set, blueprint, precision, run, stop, screen)
-                trainer.restore(state) if state else trainer.begin()
+                if state:
+                    trainer.restore(state)
+                else:
+                    trainer.begin()
                 status = trainer.fit(log_row)
                 if args.test and status != "interrupted":
                     test_set = load_test()
                     test_sum, test_set = test_set.checksum, test_set.to(device)
                     batches, totals = Loader(test_set, EVALUATION_BATCH, mean, std).batches(), Totals(device)
-                    autocast, views = autocast_to(device, precision), {"tta": args.tta, "tta_below": args.tta_below}
-                    evaluate_epoch(model, stop.watch(batches), autocast, totals, **views)
+                    views = {"tta": args.tta, "tta_below": args.tta_below}
+                    evaluate_epoch(model, stop.watch(batches), trainer.autocast, totals, **views)
                     record["data"].update(test=len(test_set), test_checksum=test_sum)
                     record["test"] = {"loss": totals.loss, "acc": totals.accuracy}
         except Interrupted as interruption:
