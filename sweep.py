@@ -22,6 +22,7 @@ import os
 import queue
 import random
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -34,10 +35,16 @@ import traceback
 import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 import common
+import evaluate
 from common import RunError, UsageError
+from evaluate import BLUE, ORANGE, colormap, curves_axes, new_figure, percent_axis
+
+import torch
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------------
 # The search space
@@ -345,12 +352,14 @@ def build_parser():
     flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
     flag("--threads", type=count, metavar="N", help="of each trial; other numbers round differently (cores / --jobs)")
     flag("--max-failures", type=count, default=3, metavar="N", help="stop after so many failed trials in a row")
-    flag("--runs-dir", type=Path, default=Path("runs"), metavar="DIR", help="where the sweep's directory is made")
+    flag("--runs-dir", type=common.absolute_path, default=common.HERE / "runs", metavar="DIR",
+         help="where the sweep's directory is made")  # fmt: skip
     flag("--name", type=common.run_name, metavar="NAME", help="of the sweep; one that exists is continued")
-    flag("--resume", type=Path, metavar="SWEEP", help="continue the sweep in this directory; no other flag is needed")
+    flag("--resume", type=common.absolute_path, metavar="SWEEP",
+         help="continue the sweep in this directory; no other flag is needed")  # fmt: skip
     flag("--retry-failed", action="store_true", help="run only the failed trials again")
     flag("--dry-run", action="store_true", help="print the trials, run none")
-    flag("--report", type=Path, metavar="SWEEP", help="only make the report of this directory anew")
+    flag("--report", type=common.absolute_path, metavar="SWEEP", help="only make the report of this directory anew")
     flag("--quiet", action="store_true", help="print only errors")
     return parser
 
@@ -409,7 +418,7 @@ def search_from(args, flags):
         )
     default_script, default_space, default_flags = DEFAULT_SEARCH[method]
     script = args.script or config.get("script", default_script)
-    if find_script(script).parent == Path(__file__).resolve().parent:
+    if find_script(script).parent == common.HERE:
         script = Path(script).name
     space = [*config["space"], *(parse_parameter(text) for text in args.param)]
     # The tutorial's own flags belong to its own search.
@@ -473,7 +482,7 @@ def available_cores():
 
 def find_script(script):
     """The path of a training script, here or beside this file. UsageError where there is none."""
-    for path in (Path(script), Path(__file__).parent / script):
+    for path in (Path(script), common.HERE / script):
         if path.is_file() and path.suffix == ".py":
             return path.resolve()
     raise UsageError(f"--script {script}: there is no such Python file")
@@ -482,12 +491,15 @@ def find_script(script):
 def load_script(script):
     """The module of a training script. UsageError where it is not one."""
     path = find_script(script)
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module
-    spec.loader.exec_module(module)
+    module = sys.modules.get(path.stem)
+    if not module or Path(getattr(module, "__file__", None) or "").resolve() != path:
+        if str(path.parent) not in sys.path:
+            sys.path.insert(0, str(path.parent))
+        name = str(path) if module else path.stem  # never in the place of another module
+        spec = importlib.util.spec_from_file_location(name, path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
     if not hasattr(module, "main"):
         raise UsageError(f"--script {script}: it has no function main(argv)")
     return module
@@ -510,6 +522,12 @@ def trial_words(search, params, seed):
     return [*search.flags, *flag_words(params), "--seed", str(seed)]
 
 
+def as_command(search, words):
+    """The command line with these words, to be copied."""
+    script = common.shown(common.HERE / search.script) if search.script in OWN_SCRIPTS else search.script
+    return shlex.join(["python", script, *words])
+
+
 def told_beside(directory, rung):
     """What a trial is told beside its configuration: where it runs, and not to read the test set."""
     stop = [f"--stop-after={rung}"] if rung else []
@@ -519,11 +537,9 @@ def told_beside(directory, rung):
 def check_trials(search, configurations):
     """Exit with the script's own message where it refuses a trial; return the rungs of pruning. UsageError."""
     module, epochs = load_script(search.script), set()
-    for params in configurations if hasattr(module, "build_parser") else ():
+    for params in configurations if hasattr(module, "parse_arguments") else ():
         words = [*trial_words(search, params, search.seed), *told_beside(Path("runs/trial-0000"), int(search.prune))]
-        parser = module.build_parser()
-        args = common.parse_arguments(parser, words) if search.script in OWN_SCRIPTS else parser.parse_args(words)
-        epochs.add(getattr(args, "epochs", None))
+        epochs.add(getattr(module.parse_arguments(words), "epochs", None))
     if not search.prune:
         return search.bands
     if len(epochs) != 1 or None in epochs:
@@ -591,7 +607,8 @@ def make_sampler(search, known):
     # cube of the trials, and past some two hundred the tree-structured estimator takes over.
     seed = common.random_seed(search.seed, "proposals", known) % 2**32
     if search.count <= 200:
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=5)
+        # Where another machine takes the trial that waits, Optuna draws one instead, which nobody runs: no warning.
+        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=5, warn_independent_sampling=False)
     return optuna.samplers.TPESampler(seed=seed)
 
 
@@ -675,9 +692,9 @@ def read_lines(path):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise RunError(f"{path}, line {number}: {error}") from error
+            raise RunError(f"{common.shown(path)}, line {number}: {error}") from error
         if not isinstance(row, dict) or TRIAL_KEYS - row.keys() or not isinstance(row["params"], dict):
-            raise RunError(f"{path}, line {number} is not that of a trial")
+            raise RunError(f"{common.shown(path)}, line {number} is not that of a trial")
         rows.append(row)
     return rows
 
@@ -701,13 +718,13 @@ class Sweep:
         """RunError where `directory` is not a sweep's."""
         path = directory / "sweep.json"
         if not path.is_file():
-            raise RunError(f"{directory} is not a sweep: there is no sweep.json")
+            raise RunError(f"{common.shown(directory)} is not a sweep: there is no sweep.json")
         content = common.read_json(path)
         try:
             space = [Parameter(**{**entry, "values": tuple(entry["values"])}) for entry in content["space"]]
             return cls(directory, Search(**{**content, "space": space}))
         except (KeyError, TypeError) as error:
-            raise RunError(f"{path} is not of this version of the scripts ({error})") from error
+            raise RunError(f"{common.shown(path)} is not of this version of the scripts ({error})") from error
 
     def write_search(self):
         common.write_json(self.directory / "sweep.json", asdict(self.search))
@@ -783,7 +800,7 @@ def choose_search(args, flags, defaults):
         raise UsageError("--grace means nothing without --storage")
     if args.resume:
         if not (args.resume / "sweep.json").is_file():
-            raise UsageError(f"--resume {args.resume}: no sweep.json there, so it is not a sweep")
+            raise UsageError(f"--resume {common.shown(args.resume)}: no sweep.json there, so it is not a sweep")
         given = [name for name in FIXED_BY_DIRECTORY if getattr(args, name) != getattr(defaults, name)]
         if given or flags:
             what = f"--{given[0].replace('_', '-')}" if given else f"the flags after --, {shlex.join(flags)}"
@@ -791,7 +808,8 @@ def choose_search(args, flags, defaults):
         search = Sweep.open(args.resume).search
         if search.shared != bool(args.storage):
             what = "give its --storage again" if search.shared else "leave out --storage"
-            raise UsageError(f"--resume {args.resume}: this search is {'' if search.shared else 'not '}shared: {what}")
+            shared = f"{'' if search.shared else 'not '}shared"
+            raise UsageError(f"--resume {common.shown(args.resume)}: this search is {shared}: {what}")
         if args.count and search.method == "grid":
             raise UsageError("--resume of a grid: leave out --count")
         search.count = args.count or search.count
@@ -804,12 +822,13 @@ def choose_search(args, flags, defaults):
         return search, None
     if not (directory / "sweep.json").is_file():
         if any(path.name != ".lock" for path in directory.iterdir()):
-            raise UsageError(f"--name {args.name}: {directory} exists and is not a sweep")
+            raise UsageError(f"--name {args.name}: {common.shown(directory)} exists and is not a sweep")
         return search, directory  # a sweep that was killed before it was written down
     before, now = as_json(Sweep.open(directory).search), as_json(search)
     other = [key for key in now if key not in ("count", "threads", "sweep_id") and now[key] != before[key]]
     if other:
-        raise UsageError(f"{directory} is another search: its {other[0]} is {before[other[0]]}; take another --name")
+        what = f"its {other[0]} is {before[other[0]]}"
+        raise UsageError(f"{common.shown(directory)} is another search: {what}; take another --name")
     search.threads, search.sweep_id = args.threads or before["threads"], args.sweep_id or before["sweep_id"]
     return search, directory
 
@@ -1073,8 +1092,6 @@ class SharedSearch:
 
 def work(connection, script, threads, log, directory):
     """A worker process: run main(argv) for each argv that comes, and answer with (record, None) or (None, error)."""
-    import torch
-
     os.chdir(directory)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -1093,7 +1110,7 @@ def work(connection, script, threads, log, directory):
 
     threading.Thread(target=listen, daemon=True).start()
     torch.set_num_threads(threads)
-    common.loaded_datasets = {}
+    common.loaded_images = {}
     main = load_script(script).main
     while (argv := tasks.get()) is not None:
         try:
@@ -1398,10 +1415,10 @@ class Conductor:
 
 def how_to_go_on(sweep):
     storage = " --storage ..." if sweep.search.shared else ""
-    return shlex.join(["python", "sweep.py", "--resume", str(sweep.directory)]) + storage
+    return shlex.join(["python", common.shown(__file__), "--resume", common.shown(sweep.directory)]) + storage
 
 
-def run_trials(sweep, rungs, args, screen, shared):
+def run_trials(sweep, rungs, args, shared):
     """Run what is left of a sweep, --jobs trials at a time; of a shared one, what no other machine runs.
 
     Returns the name of the signal that stopped it or None, and whether all its trials have ended. RunError after
@@ -1422,11 +1439,12 @@ def run_trials(sweep, rungs, args, screen, shared):
         best = sweep.ranked()
         bar.update()
         bar.set_postfix({f"best {search.metric}": f"{best[0][3]:.4f}" if best else "-"})
-        if not screen.bars:
-            screen.say(line_as_text(line, search))
+        if bar.disable:
+            common.say(line_as_text(line, search), args.quiet)
 
     workers = Workers(args.jobs, search, sweep.directory)
-    bar = screen.bar(search.count * search.seeds, "trials", "trial", initial=len(sweep.ended))
+    total, ended = search.count * search.seeds, len(sweep.ended)
+    bar = tqdm(total=total, desc="trials", unit="trial", initial=ended, leave=False, disable=args.quiet or None)
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         conductor = Conductor(sweep, rungs, args.retry_failed, announce, shared)
@@ -1472,7 +1490,7 @@ def run_trials(sweep, rungs, args, screen, shared):
 # ---------------------------------------------------------------------------------------------------
 
 
-def choose_engine(args, search, screen):
+def choose_engine(args, search):
     """`local` or `wandb`, as --engine says; of `auto` it is printed which, and why. UsageError."""
     engine = "wandb" if search.sweep_id else args.engine
     if search.shared:
@@ -1484,7 +1502,7 @@ def choose_engine(args, search, screen):
         key = online and importlib.util.find_spec("wandb") and common.has_wandb_key(quiet=True)
         engine = "wandb" if key else "local"
         reason = "an API key is configured" if key else "no API key is configured" if online else "W&B is not online"
-        screen.say(f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)")
+        common.say(f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)", args.quiet)
     if engine == "wandb":
         common.check_wandb(argparse.Namespace(wandb="online", quiet=args.quiet))
         return engine
@@ -1537,7 +1555,7 @@ def observed_space(lines):
     return space
 
 
-def run_wandb(sweep, args, screen):
+def run_wandb(sweep, args):
     """Run the trials that a W&B sweep gives out, here in this process; each is written to trials.jsonl as well.
 
     Returns as `run_trials` does. W&B's agent returns nothing and hides what failed, so each outcome is looked at here.
@@ -1547,8 +1565,8 @@ def run_wandb(sweep, args, screen):
 
     search, stopped = sweep.search, []
     main = load_script(search.script).main
-    common.loaded_datasets = {}
-    os.environ.setdefault("WANDB_DIR", str(sweep.directory.absolute()))
+    common.loaded_images = {}
+    os.environ.setdefault("WANDB_DIR", str(sweep.directory))
     reach_wandb()
     joined = not search.space
     if not search.sweep_id:
@@ -1559,7 +1577,7 @@ def run_wandb(sweep, args, screen):
         }  # fmt: skip
         search.sweep_id = wandb.sweep(config, project=args.wandb_project)
         sweep.write_search()
-    screen.say(f"W&B sweep {search.sweep_id}; another machine joins with --sweep-id {search.sweep_id}")
+    common.say(f"W&B sweep {search.sweep_id}; another machine joins with --sweep-id {search.sweep_id}", args.quiet)
 
     def trial():
         known = [int(path.name.removeprefix("trial-")) for path in sweep.directory.glob("trial-*")]
@@ -1584,9 +1602,8 @@ def run_wandb(sweep, args, screen):
             raise
         finally:
             if not stopped:
-                screen.say(
-                    line_as_text(sweep.append(number, params, status, record or sweep.record(number), error), search)
-                )
+                line = sweep.append(number, params, status, record or sweep.record(number), error)
+                common.say(line_as_text(line, search), args.quiet)
 
     def stop(number, frame):
         stopped.append(signal.Signals(number).name)
@@ -1617,20 +1634,234 @@ def line_as_text(line, search):
     return f"{line['run']}  {line['status']} after {line['epochs']} epochs  {search.metric} {value}  {params}{error}"
 
 
-def dry_run(search, screen):
+def dry_run(search, quiet):
     """Print the command line of each trial; of a Bayesian search the space, since each trial follows from the last."""
     if search.method == "bayes":
-        screen.say(f"{search.count} trials of {search.script}, proposed one after the other from")
+        common.say(f"{search.count} trials of {search.script}, proposed one after the other from", quiet)
         for parameter in search.space:
             steps = f" in steps of {parameter.step}" if parameter.step else ""
             scale = ", logarithmic" if parameter.log else ""
             text = ", ".join(map(str, parameter.values)) or f"{parameter.low} to {parameter.high}{steps}{scale}"
-            screen.say(f"  {parameter.name}: {text}")
+            common.say(f"  {parameter.name}: {text}", quiet)
         return
     for index, params in enumerate(planned_configurations(search)):
         for repeat in range(search.seeds):
             words = trial_words(search, params, search.seed + repeat)
-            screen.say(f"trial {index * search.seeds + repeat:4}  python {shlex.join([search.script, *words])}")
+            common.say(f"trial {index * search.seeds + repeat:4}  {as_command(search, words)}", quiet)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Pictures
+# ---------------------------------------------------------------------------------------------------
+
+
+def draw_sweep(sweep):
+    """The pictures of a sweep as {name: figure}; those that need results are left out where there are none."""
+    lines = [line for line in sweep.ended.values() if line["status"] in ("finished", "pruned")]
+    figures = {"history": draw_history(sweep), "curves": draw_trial_curves(sweep)}
+    if lines:
+        figures["parallel"] = draw_parallel(sweep, lines)
+        figures["slices"] = draw_slices(sweep, lines)
+    shares = parameter_importance(sweep, lines)
+    if shares:
+        figures["importance"] = draw_importance(sweep, shares)
+    return figures
+
+
+def best_first(sweep, lines):
+    return sorted(lines, key=lambda line: sweep.search.sign * line["metric"])
+
+
+def sweep_title(sweep, what):
+    return f"{sweep.directory.name}\n{what}"
+
+
+def place_on_axis(parameter, value):
+    """Where a value of a parameter lies on its axis, from 0 to 1."""
+    if parameter.values:
+        return parameter.values.index(value) / max(1, len(parameter.values) - 1)
+    low, high, value = (math.log(x) if parameter.log else x for x in (parameter.low, parameter.high, value))
+    return (value - low) / (high - low)
+
+
+def axis_ticks(parameter):
+    """(place, label) of the ticks of a parameter: all values, or some between the bounds, as the scale is divided."""
+    if parameter.values:
+        return [(place_on_axis(parameter, value), str(value)) for value in parameter.values]
+    if parameter.log:
+        exponents = range(
+            math.ceil(math.log10(parameter.low) - 1e-9), math.floor(math.log10(parameter.high) + 1e-9) + 1
+        )
+        marks = {parameter.low, parameter.high, *(10.0**exponent for exponent in exponents)}
+    else:
+        marks = {parameter.low + share * (parameter.high - parameter.low) / 4 for share in range(5)}
+    return [(place_on_axis(parameter, mark), f"{mark:.3g}") for mark in sorted(marks)]
+
+
+def draw_parallel(sweep, lines):
+    """Parallel coordinates: a line a trial, through its parameters to its metric, which gives the colour."""
+    import matplotlib
+    from matplotlib.colors import Normalize
+
+    search, ordered = sweep.search, best_first(sweep, lines)
+    values = [line["metric"] for line in lines]
+    low, high = min(values), max(values)
+    scale = Normalize(low, high if high > low else low + 1)
+    colours = matplotlib.colormaps["viridis" if search.sign < 0 else "viridis_r"]
+    figure = new_figure(3 + 2 * len(search.space), 5.5, sweep_title(sweep, f"{len(lines)} trials; the best is thick"))
+    axis = figure.subplots()
+    for line in reversed(ordered):
+        places = [place_on_axis(parameter, line["params"][parameter.name]) for parameter in search.space]
+        look = {"linewidth": 4, "zorder": 3} if line is ordered[0] else {"linewidth": 1.2, "alpha": 0.8}
+        axis.plot([*places, scale(line["metric"])], color=colours(scale(line["metric"])), **look)
+    for index, parameter in enumerate(search.space):
+        axis.axvline(index, color="black", linewidth=1)
+        for place, label in axis_ticks(parameter):
+            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
+            axis.annotate(label, (index, place), (4, 0), textcoords="offset points", va="center", fontsize=9, bbox=box)
+    last = len(search.space)
+    names = [f"{p.name} (log)" if p.log else p.name for p in search.space]
+    axis.set(
+        xticks=range(last + 1), xticklabels=[*names, search.metric], yticks=[], xlim=(-0.15, last), ylim=(-0.05, 1.05)
+    )
+    for side in ("top", "bottom", "left", "right"):
+        axis.spines[side].set_visible(False)
+    figure.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=axis, label=search.metric, pad=0)
+    return figure
+
+
+def parameter_importance(sweep, lines):
+    """Share of each parameter in what sets good trials apart, by PED-ANOVA; {} where there is too little to say.
+
+    S. Watanabe et al., "PED-ANOVA: efficiently quantifying hyperparameter importance in arbitrary subspaces" (2023).
+    """
+    varied = [p for p in sweep.search.space if len({str(line["params"][p.name]) for line in lines}) > 1]
+    if len(varied) < 2 or len(lines) < 8 or not importlib.util.find_spec("optuna"):
+        return {}
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(direction=METRICS[sweep.search.metric])
+    distributions = {p.name: optuna_distribution(p) for p in varied}
+    for line in lines:
+        params = {p.name: line["params"][p.name] for p in varied}
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=line["metric"]))
+    # The quarter of the best against all: the default tenth is a trial or two of a small search.
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25, region_quantile=1.0)
+    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+
+
+def draw_importance(sweep, shares):
+    rows = sorted(shares.items(), key=lambda row: row[1])
+    figure = new_figure(7, 1.8 + 0.45 * len(rows), sweep_title(sweep, "importance of each parameter (PED-ANOVA)"))
+    axis = figure.subplots()
+    bars = axis.barh([name for name, _ in rows], [share for _, share in rows], color=BLUE)
+    axis.bar_label(bars, [f" {share:.0%}" for _, share in rows])
+    axis.set(xlabel="share", xlim=(0, 1.1))
+    percent_axis(axis.xaxis)
+    return figure
+
+
+def draw_history(sweep):
+    """The metric of every trial in the order in which they ended, and the best so far."""
+    search = sweep.search
+    figure = new_figure(8, 4.5, sweep_title(sweep, "trial by trial"))
+    axis = figure.subplots()
+    lines = [(place, line) for place, line in enumerate(sweep.ended.values(), 1)]
+    for status, marker, colour in (("finished", "o", BLUE), ("pruned", "x", "grey")):
+        shown = [(place, line["metric"]) for place, line in lines if line["status"] == status]
+        if shown:
+            axis.plot(*zip(*shown, strict=True), marker, color=colour, label=status)
+    best, steps = None, []
+    for place, line in lines:
+        if line["status"] == "finished" and (best is None or search.sign * line["metric"] < search.sign * best):
+            best = line["metric"]
+        if best is not None:
+            steps.append((place, best))
+    if steps:
+        axis.step(*zip(*steps, strict=True), where="post", color=ORANGE, label="best so far")
+    for place, line in lines:
+        if line["status"] in ("failed", "diverged"):
+            axis.axvline(place, color="black", linestyle=":", alpha=0.5)
+            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "rotation": 90, "va": "top"}
+            axis.annotate(line["status"], (place, 1), (2, -4), fontsize=8, **where)
+    axis.set(xlabel="trials ended", ylabel=search.metric)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend()
+    return figure
+
+
+def draw_slices(sweep, lines):
+    """The metric against each parameter; a grid of two as a heatmap."""
+    search = sweep.search
+    if search.method == "grid" and len(search.space) == 2:
+        return draw_grid_of_two(sweep)
+    columns = min(3, len(search.space))
+    rows = math.ceil(len(search.space) / columns)
+    figure = new_figure(4 * columns + 0.5, 3.4 * rows + 0.6, sweep_title(sweep, "the metric against each parameter"))
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
+    winner = best_first(sweep, lines)[0]
+    for axis, parameter in zip(axes, search.space, strict=False):
+        for line in lines:
+            place = place_on_axis(parameter, line["params"][parameter.name])
+            marker = "x" if line["status"] == "pruned" else "o"
+            axis.plot(place, line["metric"], marker, color="grey" if marker == "x" else BLUE, alpha=0.7)
+        best = place_on_axis(parameter, winner["params"][parameter.name])
+        axis.plot(best, winner["metric"], "*", color=ORANGE, markersize=14)
+        places, labels = zip(*axis_ticks(parameter), strict=True)
+        axis.set(xlabel=f"{parameter.name} (log)" if parameter.log else parameter.name, xlim=(-0.08, 1.08))
+        axis.set_xticks(places, labels)
+        axis.grid(alpha=0.3)
+    for axis in axes[len(search.space) :]:
+        axis.set_axis_off()
+    for axis in axes[::columns]:
+        axis.set_ylabel(search.metric)
+    return figure
+
+
+def draw_grid_of_two(sweep):
+    down, across = sweep.search.space
+    cells = torch.full((len(down.grid()), len(across.grid())), math.nan)
+    for _, params, shown, mean in sweep.configurations():
+        value = shown[0]["metric"] if mean is None else mean
+        if value is not None:
+            cells[down.grid().index(params[down.name]), across.grid().index(params[across.name])] = value
+    figure = new_figure(2.5 + cells.shape[1], 2 + 0.7 * cells.shape[0], sweep_title(sweep, sweep.search.metric))
+    axis = figure.subplots()
+    shown = axis.imshow(
+        cells.numpy(), cmap=colormap("viridis" if sweep.search.sign < 0 else "viridis_r"), aspect="auto"
+    )
+    figure.colorbar(shown, ax=axis, label=sweep.search.metric)
+    for row, column in (~cells.isnan()).nonzero().tolist():
+        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 2}
+        axis.text(column, row, f"{cells[row, column]:.4f}", ha="center", va="center", bbox=box)
+    axis.set_xticks(range(cells.shape[1]), map(str, across.grid()))
+    axis.set_yticks(range(cells.shape[0]), map(str, down.grid()))
+    axis.set(xlabel=across.name, ylabel=down.name)
+    return figure
+
+
+def draw_trial_curves(sweep):
+    """Validation loss and accuracy of all trials, epoch by epoch; the end of a pruned or diverged one is marked."""
+    figure = new_figure(11, 4.4, sweep_title(sweep, "all trials; the best in colour"))
+    axes = curves_axes(figure)
+    lines = sweep.ended
+    best = best_first(sweep, [line for line in lines.values() if line["status"] == "finished"])
+    for trial, line in lines.items():
+        history = sweep.log(trial) if sweep.is_here(line) else []
+        if not history:
+            continue
+        look = {"color": "silver", "linewidth": 1}
+        if best and line is best[0]:
+            look = {"color": ORANGE, "linewidth": 2.5, "zorder": 3, "label": line["run"]}
+        for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
+            axis.plot([row["epoch"] for row in history], [row[name] for row in history], **look)
+            if line["status"] != "finished":
+                axis.plot(history[-1]["epoch"], history[-1][name], "x", color="black", markersize=5)
+    if axes[0].get_legend_handles_labels()[1]:  # the best may have run on another machine
+        axes[0].legend()
+    return figure
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -1669,14 +1900,13 @@ def best_trial(sweep):
     return min(ranked[0][2], key=lambda line: sweep.search.sign * line["metric"])
 
 
-def report(sweep, screen, complete=True):
+def report(sweep, quiet=False, complete=True):
     """Print the table, best first, and the best configuration as a command line; write leaderboard.csv, `best`, and
     the pictures. Where the sweep is complete, the test set is read, once, for the winner alone."""
-    import evaluate
-
+    say = functools.partial(common.say, quiet=quiet)
     search, rows = sweep.search, leaderboard(sweep)
     if not rows:
-        screen.say(f"{sweep.directory}: no trial has ended yet")
+        say(f"{common.shown(sweep.directory)}: no trial has ended yet")
         return {"directory": str(sweep.directory), "trials": []}
 
     def text(value):
@@ -1685,14 +1915,14 @@ def report(sweep, screen, complete=True):
         return "-" if value is None else str(value)
 
     cells = [[text(value) for value in row.values()] for row in rows]
-    screen.say("\n".join(evaluate.as_table("<" + ">" * (len(rows[0]) - 1), list(rows[0]), cells)))
+    say("\n".join(evaluate.as_table("<" + ">" * (len(rows[0]) - 1), list(rows[0]), cells)))
     common.write_atomically(sweep.directory / "leaderboard.csv", f"{evaluate.as_csv(rows)}\n".encode())
-    for file, figure in evaluate.draw_sweep(sweep).items():
+    for file, figure in draw_sweep(sweep).items():
         common.write_atomically(sweep.directory / f"{file}.png", evaluate.render(figure))
     winner = best_trial(sweep)
     if winner:
-        words = ["python", search.script, *trial_words(search, winner["params"], winner["seed"])]
-        screen.say(f"best: {winner['run']}, {search.metric} {winner['metric']:.4f}\n  {shlex.join(words)}")
+        command = as_command(search, trial_words(search, winner["params"], winner["seed"]))
+        say(f"best: {winner['run']}, {search.metric} {winner['metric']:.4f}\n  {command}")
     link = sweep.directory / "best"
     if not winner or not sweep.is_here(winner):
         link.unlink(missing_ok=True)
@@ -1706,7 +1936,7 @@ def report(sweep, screen, complete=True):
             if not path.exists() or common.read_json(path)["split"] != "test":
                 evaluate.main([str(directory), "--quiet"])
             accuracy = common.read_json(path)["accuracy"]
-            screen.say(f"  test accuracy {accuracy:.2%}, read once and for this trial alone")
+            say(f"  test accuracy {accuracy:.2%}, read once and for this trial alone")
     return {"directory": str(sweep.directory), "trials": sweep.lines, "best": winner}
 
 
@@ -1716,32 +1946,35 @@ def main(argv=None):
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = build_parser()
     args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
-    screen = common.Screen(args.quiet)
     if args.report:
-        return report(Sweep.open(args.report), screen, complete=False)
+        return report(Sweep.open(args.report), args.quiet, complete=False)
     search, directory = choose_search(args, flags, parser.parse_args([]))
     rungs = check_trials(search, configurations_to_check(search))
     if args.dry_run:
-        dry_run(search, screen)
+        dry_run(search, args.quiet)
         return {}
-    engine = choose_engine(args, search, screen)
+    engine = choose_engine(args, search)
     shared = None
     if search.shared:
         place = (directory or args.runs_dir / args.name).resolve()
         machine = f"{socket.gethostname()}:{place}"
         shared = SharedSearch(args.storage, place.name, search, machine, args.grace or 60)
-    directory = directory or common.make_directory(args.runs_dir, args.name, "sweep")
+    is_new, own_name = directory is None, f"sweep-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    directory = directory or args.runs_dir / (args.name or own_name)
+    directory.mkdir(parents=True, exist_ok=True)
     with common.locked(directory / ".lock"):
+        if is_new and (directory / "sweep.json").exists():  # another process has made it at the same moment
+            raise UsageError(f"--name {args.name}: {common.shown(directory)} exists already")
         sweep = Sweep(directory, search)
         sweep.write_search()
         if engine == "wandb":
-            stopped, complete = run_wandb(sweep, args, screen)
+            stopped, complete = run_wandb(sweep, args)
         else:
-            stopped, complete = run_trials(sweep, rungs, args, screen, shared)
-        result = report(sweep, screen, complete)
-    screen.say(f"{directory}: {len(sweep.ended)} trials have ended")
+            stopped, complete = run_trials(sweep, rungs, args, shared)
+        result = report(sweep, args.quiet, complete)
+    common.say(f"{common.shown(directory)}: {len(sweep.ended)} trials have ended", args.quiet)
     if complete and not sweep.ranked():
-        raise RunError(f"{directory}: no trial finished; the errors are in {sweep.path}")
+        raise RunError(f"{common.shown(directory)}: no trial finished; the errors are in {common.shown(sweep.path)}")
     status = "interrupted" if stopped else "finished"
     return {**result, "status": status, "error": stopped, "go_on": how_to_go_on(sweep)}
 

@@ -17,11 +17,13 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-import torch
 from measuring import machine, write_result
-from torch import nn
 
+# isort: split
 import common
+
+import torch
+from torch import nn
 
 
 class RandomPatches(common.Whitening):
@@ -31,12 +33,17 @@ class RandomPatches(common.Whitening):
         """Nothing."""
 
 
+def plain_convolution(channels_in, channels_out):
+    """A convolution whose filters stay as torch draws them."""
+    return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+
+
 # What is left out: flags instead of the recipe's, or another definition of a name in common.py. A technique that is a
 # setting of some recipes only comes with its name there.
 LEFT_OUT = {
     "nothing": ([], {}),
     "whitening: random filters": ([], {"Whitening": RandomPatches}),
-    "identity initialisation": ([], {"identity_convolution": common.Convolution}),
+    "identity initialisation": ([], {"identity_convolution": plain_convolution}),
     "batch norm without scale, fast statistics": ([], {"batch_norm": nn.BatchNorm2d}),
     "Muon: AdamW for all": (["--optimizer", "adamw", "--lr", "0.01"], {}),
     "label smoothing": (["--label-smoothing", "0"], {}),
@@ -72,7 +79,7 @@ def main(argv):
     script = importlib.import_module(Path(args.script).stem)
     variants = {name: how for name, how in LEFT_OUT.items() if script.RECIPES["fast"].keys() >= set(how[2:])}
 
-    common.loaded_datasets = {}
+    common.loaded_images = {}
     results = {name: [] for name in variants}
     for seed in range(args.seeds):
         for name, left_out in variants.items():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from measuring import ROOT, machine, write_result
 
+# isort: split
 import common
 import sweep
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from measuring import ROOT, machine, write_result
 
+# isort: split
 import common
 
 FLAGS = ["--model", "dense", "--epochs", "1", "--limit-train", "2000"]
@@ -28,7 +29,7 @@ ALONE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import common, train_mnist
-common.loaded_datasets = {{}}
+common.loaded_images = {{}}
 rates, flags = sys.argv[1].split(","), sys.argv[2:]
 for number, rate in enumerate(rates):
     train_mnist.main([*flags, "--lr", rate, "--run-name", f"trial-{{number}}"])
@@ -40,14 +41,15 @@ def run(name, trials, jobs, data_dir):
     """Run so many trials: the seconds in all, and those of each trial but the first."""
     rates = [f"{1e-4 * (1 + number):.4f}" for number in range(trials)]
     flags = [*FLAGS, "--data-dir", str(data_dir)]
-    quiet = ["--no-test", "--quiet", "--runs-dir", "runs"]
+    runs = ["--runs-dir", "runs"]
+    quiet = ["--no-test", "--quiet", *runs]
     commands = [["-c", ALONE, ",".join(rates), *flags, *quiet]]
     if name == "loop":
         commands = [[str(ROOT / "train_mnist.py"), *flags, *quiet, "--lr", rate] for rate in rates]
     elif name != "alone":
         space = "lr=log:1e-4..1e-2" if name == "bayes" else f"lr={','.join(rates)}"
         search = ["--method", name, "--script", "train_mnist.py", "--param", space, "--jobs", str(jobs)]
-        search += ["--count", str(trials), "--engine", "local", "--name", "s"]
+        search += ["--count", str(trials), "--engine", "local", "--name", "s", *runs]
         commands = [[str(ROOT / "sweep.py"), *search, "--", *flags]]
     began, times = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as here:

@@ -21,15 +21,17 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
 from measuring import ROOT, machine, write_result
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+# isort: split
 import common
 import train_cifar
 import train_mnist
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 TASKS = {
     "cifar": {"script": train_cifar, "shape": (3, 32, 32), "argv": ["--c1", "48"]},
@@ -47,17 +49,12 @@ def measure_ours(task, images, data_dir):
     return {"images_per_second": row["images_per_second"], "precision": record["precision"]}
 
 
-def with_torchs_dropout(model):
-    """The same layers with nn.Dropout for our Dropout."""
-    return nn.Sequential(*(nn.Dropout(m.p) if isinstance(m, common.Dropout) else m for m in model))
-
-
 def measure_tutorial(task, images, data_dir):
     """Images per second of one epoch of the tutorials' pipeline."""
     from torch.utils.data import DataLoader, Subset
     from torchvision import datasets, transforms
 
-    args = TASKS[task]["script"].build_parser().parse_args([])
+    args = TASKS[task]["script"].parse_arguments(TASKS[task]["argv"])
     half = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(args.seed)
@@ -65,10 +62,11 @@ def measure_tutorial(task, images, data_dir):
         jitter = transforms.ColorJitter(brightness=args.brightness, hue=args.hue)
         changes = [transforms.RandomRotation(args.rotation), jitter, transforms.RandomHorizontalFlip(args.flip)]
         dataset = datasets.CIFAR10(data_dir, transform=transforms.Compose(changes + half))
-        model = with_torchs_dropout(common.confignet((3, 32, 32), 10))
+        model = common.ConfigNet((3, 32, 32), 10)
+        model.dropout1, model.dropout2 = nn.Dropout(0.1), nn.Dropout(0.5)
     else:
         dataset = datasets.MNIST(data_dir, transform=transforms.Compose(half))
-        model = common.cnn((1, 28, 28), 10)
+        model = common.CNN((1, 28, 28), 10)
     model = model.to(device).train()
     loader = DataLoader(Subset(dataset, range(images)), batch_size=args.batch_size, shuffle=True)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
@@ -88,8 +86,7 @@ def measure_tutorial(task, images, data_dir):
 
 def flop_per_image(task):
     """Floating-point operations of the forward and the backward pass, an image."""
-    args = common.parse_arguments(TASKS[task]["script"].build_parser(), TASKS[task]["argv"])
-    model = common.MODELS[args.model](TASKS[task]["shape"], 10, **args.model_options)
+    model = common.MODELS[TASKS[task]["script"].parse_arguments(TASKS[task]["argv"]).model](TASKS[task]["shape"], 10)
     images = torch.zeros(8, *TASKS[task]["shape"])
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(images), torch.zeros(8, dtype=torch.long)).backward()

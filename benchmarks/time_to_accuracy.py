@@ -5,7 +5,7 @@
 
 Every run is a process of its own. `training` is what a recipe answers for: whitening, training, validation, the test
 with its augmentation, and the files written in between. The rest of the process, `start-up and loading`, is imports,
-reading the data, checking it and taking it to the device. What --compile takes is in neither, and given as well.
+reading the data, checking it and taking it to the device.
 
 --against takes the command of another implementation, which is run alternately with ours, once a seed, with the seed
 as its last argument. The last line that it prints has to be {"accuracy": 0.9401, "seconds": 533.1}, with the seconds
@@ -26,10 +26,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from measuring import ROOT, find_result, machine, write_result
 
+# isort: split
 import common
+
+import torch
 
 
 def timed(command):
@@ -51,10 +53,9 @@ def measure_ours(recipe, seed):
         where = ["--runs-dir", runs, "--run-name", "run", "--quiet"]
         _, wall = timed([sys.executable, *recipe, "--seed", str(seed), *where])
         record = common.read_record(Path(runs, "run"))
-    compilation = record["compile_seconds"]
     return {
-        "accuracy": record["test"]["acc"], "seconds": record["seconds"] - compilation, "wall": wall,
-        "compilation": compilation, "device": record["device"], "precision": record["precision"],
+        "accuracy": record["test"]["acc"], "seconds": record["seconds"], "wall": wall, "device": record["device"],
+        "precision": record["precision"],
     }  # fmt: skip
 
 
@@ -107,14 +108,11 @@ def main(argv):
     for implementation, rows in results.items():
         accuracy, deviation = mean_and_deviation([row["accuracy"] for row in rows])
         seconds, spread = mean_and_deviation([row["seconds"] for row in rows])
-        rest = statistics.median(row["wall"] - row["seconds"] - (row.get("compilation") or 0) for row in rows)
+        rest = statistics.median(row["wall"] - row["seconds"] for row in rows)
         reached = sum(row["accuracy"] >= (args.target or 0) for row in rows)
         reach = "" if args.target is None else f"{f'{reached} of {len(rows)}':>14}"
         shown = f"{f'{accuracy:.2%} +- {deviation:.2%}':>18}{reach}{f'{seconds:.1f} +- {spread:.1f}':>18}"
         print(f"{implementation:{width}}{shown}{rest:25.1f}")
-    compilations = [row["compilation"] for row in results["ours"] if row["compilation"]]
-    if compilations:
-        print(f"compilation: {statistics.median(compilations):.1f} s of ours, not counted")
     if args.against:
         pairs = zip(results["ours"], results[label], strict=True)
         ratio = statistics.median(ours["seconds"] / theirs["seconds"] for ours, theirs in pairs)

@@ -1,67 +1,86 @@
-"""A training run in a process forked from one that has imported torch: dozens of them start in seconds."""
+"""A training script in a process forked from one that has imported torch: dozens of them start in seconds."""
 
+import ctypes
+import functools
+import io
+import itertools
 import multiprocessing
 import os
-import resource
+import resource  # noqa: F401 for `before`
 import signal
+import sys
 from pathlib import Path
 
-import torch
-
 import common
-import sweep
 import train_cifar
+import train_mnist
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
-def few(draw):
-    """Synthetic data of 300 and 60 images rather than 10,000 and 2,000."""
-    return lambda train: draw(300 if train else 60, int(train))
+@functools.cache
+def few_digits(train):
+    """The synthetic images of train_mnist.py, but 300 and 60 of them."""
+    return train_mnist.synthetic_digits(300 if train else 60, int(train))
 
 
-def train(directory, argv, dies_at, sizes):
-    os.chdir(directory)
+@functools.cache
+def few_shapes(train):
+    """The synthetic images of train_cifar.py, but 300 and 60 of them."""
+    return train_cifar.synthetic_shapes(300 if train else 60, int(train))
+
+
+class Forked:
+    """`script.py` with the arguments `argv` and such few images, in the current directory.
+
+    What it prints goes to the files `out` and `err`. `before` is code that is run before it, with the names that this
+    file has, and `each_epoch` after every epoch of it.
+    """
+
+    def __init__(self, script, *argv, before="", each_epoch="", out="out", err="err"):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["forked", "pytest", "torch._dynamo"])
+        self.err = Path(err)
+        call = script, [str(argument) for argument in argv], before, each_epoch, out, err
+        self.process = context.Process(target=as_a_program, args=call)
+        self.process.start()
+
+    def finish(self):
+        """Wait for its end: the exit status, and what it said on stderr."""
+        self.process.join(300)
+        self.process.kill()
+        return self.process.exitcode, self.err.read_text()
+
+
+def as_a_program(script, argv, before, each_epoch, out, err):
     torch.set_num_threads(1)
-    train_cifar.synthetic = few(train_cifar.synthetic_shapes)
-    if dies_at is not None:
-        die_in_a_save(dies_at)
-    if sizes:
-        record_memory(sizes)
-    train_cifar.main(argv)
+    train_mnist.synthetic, train_cifar.synthetic = few_digits, few_shapes
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(descriptor, "w"), write_through=True) for descriptor in (1, 2))
+    sys.argv = [f"{script}.py", *argv]
+    exec(before, globals())
+    main = functools.partial(sys.modules[script].main, on_epoch=lambda row: exec(each_epoch, globals()))
+    sys.exit(common.command_line(main))
 
 
-def die_in_a_save(dies_at):
-    """Kill this process at the `dies_at`-th step of its saves."""
-    steps, fsync, replace = iter(range(dies_at)), os.fsync, Path.replace
+def signals_at(moments):
+    """Send this process the signal `moments[n]` at its n-th event: a step of an optimiser, or one of a save."""
+    count, fsync, replace = itertools.count(), os.fsync, os.replace
 
-    def step():
-        if next(steps, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def event(*_):
+        number = moments.get(next(count))
+        if number:
+            signal.raise_signal(number)
 
+    register_optimizer_step_post_hook(event)
     # Before the content of the temporary file is on the disk, before it is renamed, and after.
-    os.fsync = lambda *arguments: (step(), fsync(*arguments), step())[1]
-    Path.replace = lambda *arguments: (replace(*arguments), step())[0]
+    os.fsync = lambda *arguments: (event(), fsync(*arguments), event())
+    os.replace = lambda *arguments: (replace(*arguments), event())
 
 
-def resident():
-    """The memory of this process, in MB."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
-
-
-def record_memory(path):
-    """Write `resident()` down at each epoch."""
-    original = common.Run.write_log
-
-    def write_log(run):
-        with open(path, "a") as file:
-            print(resident(), file=file)
-        original(run)
-
-    common.Run.write_log = write_log
-
-
-def start(directory, argv, dies_at=None, sizes=None):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(sweep.PRELOADED)
-    process = context.Process(target=train, args=(directory, argv, dies_at, sizes))
-    process.start()
-    return process
+def as_an_ordinary_user():
+    """Take all its capabilities from this process: root is to write only where it may."""
+    version, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(version, none) == 0

@@ -1,340 +1,325 @@
-"""Datasets: the real file formats, downloads over a loopback URL, folders, synthetic images, splits."""
+"""Datasets: their own file formats, downloads over a loopback URL, folders, synthetic images, splits."""
 
-import argparse
-import functools
+import ctypes
+import fcntl
+import gc
 import http.server
-import json
+import itertools
+import multiprocessing
+import queue
+import re
+import shutil
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-
-import numpy as np
-import pytest
-import torch
-import torchvision
-from conftest import mnist_arrays, only_run
-from PIL import Image
 
 import common
 import train_cifar
 import train_mnist
 
-QUICK = ("--epochs", 1, "--batch-size", 20, "--quiet")
+import numpy as np
+import pytest
+import torch
+from conftest import run
+from PIL import Image
+from torchvision import datasets
+from tqdm import tqdm
+
+IDX = [f"{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")]
+ARCHIVES = {train_mnist: [f"{name}.gz" for name in IDX], train_cifar: ["cifar-10-python.tar.gz"]}
+IMAGES = {train_mnist: 200, train_cifar: 100}
+both_scripts = pytest.mark.parametrize("script", [train_mnist, train_cifar])
 
 
-class Server:
-    """A file server on the loopback address, which can break off or alter what it sends."""
+def load(script, *argv, part="train", synthetic=None):
+    """The `part` of the dataset; with "both" its training images, cut in two."""
+    args, synthetic = script.parse_arguments([str(argument) for argument in argv]), synthetic or script.synthetic
+    both = part == "both"
+    return common.load_training_images(args, synthetic) if both else common.load_images(args, part, synthetic)
 
-    def __init__(self, folder):
-        self.requests, self.cut, self.altered = [], None, False
-        server = self
 
-        class Handler(http.server.SimpleHTTPRequestHandler):
-            def do_GET(self):
-                server.requests.append(self.path)
-                path = Path(self.translate_path(self.path))
-                if not path.is_file():
-                    return self.send_error(404)
-                content = bytearray(path.read_bytes())
-                if server.altered:
-                    content[len(content) // 2] ^= 1
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[: server.cut])
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Sends one of its server's `files`, with its `fault`, and waits in the middle until its `gate` is open."""
 
-            def log_message(self, *arguments):
-                pass
+    def do_GET(self):
+        server, content = self.server, bytearray(self.server.files[self.path[1:]])
+        half = len(content) // 2
+        content[half] ^= server.fault == "altered"
+        if server.fault == "offline":
+            return
+        self.send_response(404 if server.fault == "404" else 200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.headers["Method"] != "HEAD":  # so torchvision asks whether it is sent elsewhere
+            self.wfile.write(content[:half])
+            server.events.put(self.path[1:])
+            server.gate.wait()
+            self.wfile.write(b"" if server.fault == "cut" else content[half:])
 
-        handler = functools.partial(Handler, directory=folder)
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture
-def serve():
-    servers = []
-
-    def start(folder):
-        servers.append(Server(folder))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.server.shutdown()
-        server.server.server_close()
-
-
-def arguments(script=train_mnist, *argv):
-    return common.parse_arguments(script.build_parser(), [str(argument) for argument in argv])
-
-
-def load(script, *argv, train=True):
-    images, load_test = common.load_dataset(arguments(script, *argv), script.synthetic)
-    return images if train else load_test()
-
-
-def test_mnist_files_are_read_as_they_are(mnist_dir):
-    for train, seed, count in ((True, 0, 200), (False, 1, 50)):
-        images = load(train_mnist, "--data-dir", mnist_dir, train=train)
-        expected, labels = mnist_arrays(seed, count)
-        assert images.images.dtype == torch.uint8 and images.labels.dtype == torch.int64
-        assert np.array_equal(images.images.numpy()[:, 0], expected) and np.array_equal(images.labels.numpy(), labels)
-        assert len(images.classes) == 10
+def origin(tiny_cifar, mnist_gz_dir, monkeypatch):
+    """The server from which torchvision downloads in this test."""
+    (folder, md5), cifar, mnist = mnist_gz_dir, datasets.CIFAR10, datasets.MNIST
+    md5 = {**md5, **tiny_cifar.md5}
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.fault, server.gate, server.events = None, threading.Event(), queue.Queue()
+        server.gate.set()
+        server.files = {path.name: path.read_bytes() for path in (tiny_cifar.archive, *folder.iterdir())}
+        server.handle_error = lambda *_: None  # of a client that was killed
+        url = f"http://127.0.0.1:{server.server_port}/"
+        monkeypatch.setattr(mnist, "mirrors", [url])
+        monkeypatch.setattr(mnist, "resources", [(name, md5[name]) for name in ARCHIVES[train_mnist]])
+        monkeypatch.setattr(cifar, "url", url + cifar.filename)
+        monkeypatch.setattr(cifar, "tgz_md5", md5[cifar.filename])
+        monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5["batches.meta"]})
+        for files in ("train_list", "test_list"):
+            monkeypatch.setattr(cifar, files, [[name, md5[name]] for name, _ in getattr(cifar, files)])
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "longer", "not IDX", "missing"])
-def test_a_damaged_mnist_file_is_named(mnist_dir, damage):
-    path = mnist_dir / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
+def test_the_files_of_mnist_and_cifar_are_read_as_they_are(origin):
+    for script, theirs, folder in ((train_mnist, datasets.MNIST, "data"), (train_cifar, datasets.CIFAR10, "origin")):
+        for part, count in (("train", IMAGES[script]), ("test", {"data": 50, "origin": 20}[folder])):
+            found, expected = load(script, "--data-dir", folder, part=part), theirs(folder, train=part == "train")
+            assert found.images.dtype == torch.uint8 and found.labels.dtype == torch.int64 and len(found) == count
+            assert np.array_equal(found.images.permute(0, 2, 3, 1).squeeze(3), expected.data)
+            assert np.array_equal(found.labels, expected.targets) and found.classes == expected.classes
+
+
+@pytest.mark.parametrize("name", [*IDX, "data_batch_3", "test_batch"])
+def test_damage_is_told_before_the_training(origin, mnist_dir, tiny_cifar, name):
+    origin.fault, mnist = "offline", name in IDX
+    script, folder = (train_mnist, Path("data/MNIST/raw")) if mnist else (train_cifar, tiny_cifar.batches)
+    path, content = folder / name, (folder / name).read_bytes()
+    tiny_cifar.archive.unlink()
+    damaged = [content[:-1], content + b"0", b"", b"<html>", None]
+    if name == IDX[1]:
+        damaged += [b"\0\0\x08\x01\0\0\0\x01\0", content[:-1] + b"\x0a"]  # one label alone, a label of 10
+    for damage in damaged:
+        path.unlink() if damage is None else path.write_bytes(damage)
+        with pytest.raises(common.RunError, match=folder.name):
+            run(script, "--data-dir", "data" if mnist else "origin", "--quiet")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("quiet", [["--quiet"], []])
+@both_scripts
+def test_a_download_is_made_once_and_shown_on_a_terminal_only(origin, script, quiet, terminal, monkeypatch, capfd):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert len(load(script, "--data-dir", "fresh", *quiet)) == IMAGES[script]
+    out, err = capfd.readouterr()
+    assert bool(err) == (terminal and not quiet) and not out
+    assert [origin.events.get() for _ in ARCHIVES[script]] == ARCHIVES[script]
+    origin.fault = "offline"
+    assert len(load(script, "--data-dir", "fresh", part="test")) in (50, 20)
+    for path in Path("fresh").rglob("*[!z]"):  # all but the archives
+        path.is_dir() or path.unlink()
+    assert len(load(script, "--data-dir", "fresh")) == IMAGES[script], "an archive that lies there is used"
+
+
+@pytest.mark.parametrize("fault", ["cut", "altered", "404", "offline", "killed"])
+@both_scripts
+def test_what_a_failed_download_leaves_is_never_taken_for_data(origin, script, fault):
+    argv, origin.fault = (script, "--data-dir", "fresh"), fault
+    if fault == "killed":
+        origin.gate.clear()
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own is shared with forked processes: one that dies could hold it for ever
+        process = multiprocessing.get_context("fork").Process(target=load, args=argv)
+        process.start()
+        assert origin.events.get(timeout=100) == ARCHIVES[script][0]
+        process.kill()
+        process.join()
+        origin.gate.set()
     else:
-        path.write_bytes({"truncated": content[:-1], "longer": content + b"0", "not IDX": b"<html>"}[damage])
-    with pytest.raises(common.RunError, match=str(path)):
-        load(train_mnist, "--data-dir", mnist_dir)
-
-
-def test_images_and_labels_of_different_number_are_an_error(mnist_dir):
-    raw = mnist_dir / "MNIST" / "raw"
-    (raw / "train-labels-idx1-ubyte").write_bytes((raw / "t10k-labels-idx1-ubyte").read_bytes())
-    with pytest.raises(common.RunError, match="200 images have 50 labels"):
-        load(train_mnist, "--data-dir", mnist_dir)
-
-
-def test_a_label_out_of_range_is_an_error(mnist_dir):
-    path = mnist_dir / "MNIST" / "raw" / "train-labels-idx1-ubyte"
-    path.write_bytes(path.read_bytes()[:-1] + bytes([10]))
-    with pytest.raises(common.RunError, match="label"):
-        load(train_mnist, "--data-dir", mnist_dir)
-
-
-def test_cifar_is_downloaded_once_from_a_url_and_then_found(cli, tmp_path, tiny_cifar, patched_checksums, serve):
-    server = serve(tiny_cifar.archive.parent)
-    url = f"{server.url}/{tiny_cifar.archive.name}"
-    done = cli("train_cifar.py", "--data-url", url, *QUICK, md5=tiny_cifar.md5)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""
-    _, record, _ = only_run(tmp_path)
-    assert record["data"]["train"] == 90 and record["data"]["val"] == 10 and record["data"]["test"] == 20
-    assert server.requests
-    server.requests.clear()
-    assert len(load(train_cifar, "--data-dir", tmp_path / "data")) == 100
-    assert not server.requests
-    assert sorted(path.name for path in (tmp_path / "data").iterdir()) == [".download.lock", "cifar-10-batches-py"]
-
-
-@pytest.fixture
-def patched_checksums(tiny_cifar, monkeypatch):
-    """torchvision with the checksums of the tiny CIFAR-10, in this process."""
-    cifar = torchvision.datasets.CIFAR10
-    monkeypatch.setattr(cifar, "tgz_md5", tiny_cifar.md5[cifar.filename])
-    monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": tiny_cifar.md5["batches.meta"]})
-    for name in ("train_list", "test_list"):
-        monkeypatch.setattr(cifar, name, [[file, tiny_cifar.md5[file]] for file, _ in getattr(cifar, name)])
-
-
-@pytest.mark.parametrize("fault", ["cut", "altered", "404"])
-def test_a_download_that_fails_leaves_nothing_and_the_next_starts_clean(
-    tmp_path, tiny_cifar, patched_checksums, serve, fault
-):
-    stale = tmp_path / "data" / ".download-killed"
-    stale.mkdir(parents=True)
-    server = serve(tiny_cifar.archive.parent)
-    server.cut = 1000 if fault == "cut" else None
-    server.altered = fault == "altered"
-    url = f"{server.url}/{tiny_cifar.archive.name}"
-    missing = f"{server.url}/nothing-here"
-    data = tmp_path / "data"
-    with pytest.raises(common.RunError, match=r"--data-url .* --dataset synthetic"):
-        load(train_cifar, "--data-dir", data, "--data-url", missing if fault == "404" else url)
-    assert [path.name for path in data.iterdir()] == [".download.lock"]
-    server.cut, server.altered = None, False
-    assert len(load(train_cifar, "--data-dir", data, "--data-url", url)) == 100
-
-
-def test_a_local_archive_and_mnists_folder_of_gz_files(
-    tmp_path, tiny_cifar, patched_checksums, mnist_gz_dir, monkeypatch
-):
-    for number, where in enumerate((tiny_cifar.archive.as_uri(), tiny_cifar.archive, tiny_cifar.archive.parent)):
-        assert len(load(train_cifar, "--data-dir", tmp_path / str(number), "--data-url", where)) == 100
-    folder, md5 = mnist_gz_dir
-    monkeypatch.setattr(torchvision.datasets.MNIST, "resources", list(md5.items()))
-    assert len(load(train_mnist, "--data-dir", tmp_path / "fresh", "--data-url", folder)) == 200
-    assert (tmp_path / "fresh" / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").is_file()
-
-
-def test_a_local_archive_that_is_damaged_is_refused(tmp_path, tiny_cifar, patched_checksums):
-    tiny_cifar.archive.write_bytes(tiny_cifar.archive.read_bytes()[:-1])
-    with pytest.raises(common.RunError, match="another MD5"):
-        load(train_cifar, "--data-dir", tmp_path / "data", "--data-url", tiny_cifar.archive)
-    assert [path.name for path in (tmp_path / "data").iterdir()] == [".download.lock"]
-
-
-def test_a_damaged_cifar_batch_is_named(cli, tmp_path, tiny_cifar):
-    damaged = tiny_cifar.batches / "data_batch_3"
-    damaged.write_bytes(damaged.read_bytes()[:-10])
-    done = cli("train_cifar.py", "--data-dir", tiny_cifar.batches.parent, *QUICK, md5=tiny_cifar.md5)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert f"{damaged} is damaged" in done.stderr
-
-
-def test_without_files_and_network_one_line_names_the_ways_out(tmp_path, monkeypatch, capfd):
-    monkeypatch.chdir(tmp_path)
-    for name, value in (("http_proxy", "http://127.0.0.1:9"), ("https_proxy", "http://127.0.0.1:9"), ("no_proxy", "")):
-        monkeypatch.setenv(name, value)
-    for script, folder in ((train_mnist, "MNIST"), (train_cifar, "cifar-10-batches-py")):
         with pytest.raises(common.RunError) as failure:
-            script.main(["--quiet"])
-        for part in (f"data/{folder}", "--data-url", "--dataset synthetic"):
-            assert part in str(failure.value)
-    assert not any((tmp_path / "runs").iterdir()) and capfd.readouterr() == ("", "")
+            run(*argv, "--quiet")
+        assert all(part in str(failure.value) for part in ("fresh/", "see README", "--dataset synthetic"))
+    origin.fault = None
+    assert len(load(*argv)) == IMAGES[script]
 
 
-def write_image(path, colour, mode="RGB", size=(20, 30)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(path)
+def test_a_second_download_waits_for_the_first(origin, monkeypatch):
+    flock = fcntl.flock
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: origin.events.put("lock") or flock(*arguments))
+    origin.gate.clear()
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(load, train_cifar, "--data-dir", "fresh")
+        events = list(iter(lambda: origin.events.get(timeout=100), ARCHIVES[train_cifar][0]))
+        second = pool.submit(load, train_cifar, "--data-dir", "fresh")
+        events.append(origin.events.get(timeout=100))
+        origin.gate.set()
+        assert len(first.result()) == len(second.result()) == 100
+    assert events == ["lock", "lock"] and origin.events.empty()
 
 
-@pytest.fixture
-def photos(tmp_path):
-    """A folder of 40 images in two classes, of several modes and sizes."""
-    for i in range(20):
-        write_image(tmp_path / "photos" / "red ones" / f"{i}.png", (200 + i, 0, 0))
-        write_image(tmp_path / "photos" / "blåa" / f"{i}.jpg", (0, 0, 200 + i), size=(64, 48))
-    write_image(tmp_path / "photos" / "blåa" / "grey.png", 80, mode="L")
-    (tmp_path / "photos" / "blåa" / ".DS_Store").write_bytes(b"not an image, and hidden")
-    return tmp_path / "photos"
+def pictures(root, counts, level=None):
+    """Grey images, `counts[name]` in root/name: all of one `level`, or counted through from 0."""
+    levels = itertools.count() if level is None else itertools.repeat(level)
+    for name, count in counts.items():
+        Path(root, name).mkdir(parents=True)
+        for i in range(count):
+            Image.new("L", (8, 8), next(levels) % 256).save(Path(root, name, f"{i}.png"))
 
 
-def test_a_folder_of_images(tmp_path, photos):
-    argv = ["--dataset", photos, *QUICK, "--val-size", 0.2, "--runs-dir", tmp_path / "runs"]
-    record = train_cifar.main([str(argument) for argument in argv])
-    assert record["data"] | {"checksum": "", "test_checksum": ""} == {
-        "name": str(photos), "train": 30, "val": 7, "test": 4, "selection": "validation split", "checksum": "",
-        "test_checksum": "",
-    }  # fmt: skip
+def test_a_run_on_a_folder_skips_what_is_no_image_and_names_a_broken_one(capfd):
+    pictures("photos", {"red ones": 20, "blåa/deeper": 19})
+    Image.new("RGB", (64, 48)).save("photos/blåa/LAST.JPG")
+    for stray in ("Thumbs.db", "red ones/notes.txt", "blåa/.DS_Store", "red ones/.cache/0.png", ".hidden/0.png"):
+        Path("photos", stray).parent.mkdir(exist_ok=True)
+        Path("photos", stray).write_text("no image")
+    argv = "--dataset", "photos", "--val-size", 0.2, "--epochs", 1, "--batch-size", 10, "--quiet"
+    directory, record, _ = run(train_cifar, *argv)
+    assert record["data"].items() >= {"name": str(Path("photos").absolute()), "train": 29, "val": 7, "test": 4}.items()
+    assert common.load_checkpoint(directory / "best.pt")["classes"] == ["blåa", "red ones"]
+    for path in Path("photos/red ones").glob("*.png"):
+        path.write_bytes(b"\x89PNG and no more")
+    with pytest.raises(common.RunError, match=r"photos/red ones/\d+\.png is not a readable image"):
+        run(train_cifar, *argv)
+    assert capfd.readouterr() == ("", "")
 
 
-def test_a_folder_without_a_test_part_sets_a_fixed_tenth_of_each_class_aside(photos):
-    argv = ("--dataset", photos, "--image-size", 16)
-    train, test = load(train_cifar, *argv), load(train_cifar, *argv, train=False)
-    assert train.classes == ["blåa", "red ones"] and train.images.shape[1:] == (3, 16, 16)
-    assert len(train) == 37 and torch.bincount(test.labels).tolist() == [2, 2]
-    reds = torch.cat([s.images[s.labels == 1][:, 0, 0, 0] for s in (train, test)])
-    assert sorted(reds.tolist()) == [200 + i for i in range(20)], "each image is in one of the two, in its class"
+def test_the_parts_of_a_folder_are_used_and_a_class_may_be_called_train():
+    def parts():
+        found = [*load(train_mnist, "--dataset", "p", part="both"), load(train_mnist, "--dataset", "p", part="test")]
+        return [(len(part), part.images.unique().tolist()) for part in found]
+
+    for part, level, count in (("train", 10, 6), ("val", 20, 2), ("test", 30, 3)):
+        pictures(f"p/{part}", {"a": count, "b": count}, level)
+    assert parts() == [(12, [10]), (4, [20]), (6, [30])]
+    shutil.rmtree("p/val")
+    assert parts() == [(11, [10]), (1, [10]), (6, [30])]
+    Path("p/test/b").rename("p/test/c")
+    with pytest.raises(common.RunError, match="train and test do not have the same classes"):
+        parts()
+    shutil.rmtree("p/test")
+    with pytest.raises(common.RunError, match="a folder train but no folder test"):
+        parts()
+    Path("p/train/b").rename("p/train/train")
+    assert load(train_mnist, "--dataset", "p/train").classes == ["a", "train"]
 
 
-def test_a_folder_with_train_and_test_parts(tmp_path):
-    for part, count in (("train", 6), ("test", 3)):
-        for name in "ab":
-            for i in range(count):
-                write_image(tmp_path / part / name / f"{i}.png", (10, 20, 30))
-    argv = ("--dataset", tmp_path)
-    assert len(load(train_mnist, *argv)) == 12 and len(load(train_mnist, *argv, train=False)) == 6
-    assert load(train_mnist, *argv).images.shape[1:] == (1, 28, 28)
-    write_image(tmp_path / ".thumbnails" / "0.png", (1, 2, 3))
-    (tmp_path / "test" / "a" / "late.png").write_bytes(b"\x89PNG and no more")
-    with pytest.raises(common.RunError, match=r"late\.png"):
-        load(train_mnist, *argv)
-    (tmp_path / "test" / "a" / "late.png").unlink()
-    write_image(tmp_path / "test" / "c" / "0.png", (1, 2, 3))
-    with pytest.raises(common.RunError, match="same classes"):
-        load(train_mnist, *argv)
-    (tmp_path / "test").rename(tmp_path / "val")
-    with pytest.raises(common.RunError, match="only one of the folders train and test"):
-        load(train_mnist, *argv)
+@pytest.mark.parametrize("counts", [{}, {"a": 20}, {"a": 20, "b": 0}, {"a": 4, "b": 5}])
+def test_a_folder_with_too_little_in_it_is_an_error(counts):
+    pictures(".", counts)
+    with pytest.raises(common.RunError, match=r"expected at least two classes|9 images are too few"):
+        load(train_cifar, "--dataset", ".")
 
 
-def test_a_file_that_is_not_an_image_is_named(photos):
-    broken = photos / "red ones" / "notes.txt"
-    broken.write_text("hello")
-    with pytest.raises(common.RunError, match=r"red ones/notes\.txt is not a readable image"):
-        load(train_cifar, "--dataset", photos)
+def test_an_image_of_any_mode_comes_upright_in_its_colours_on_white():
+    for mode, colour, expected, options in [
+        ("RGB", (10, 20, 30), [10, 20, 30], {}), ("L", 80, [80] * 3, {}), ("I;16", 80 * 257, [80] * 3, {}),
+        ("1", 1, [255] * 3, {}), ("RGBA", (9, 9, 9, 255), [9] * 3, {}), ("RGBA", (9, 9, 9, 0), [255] * 3, {}),
+        ("LA", (0, 51), [204] * 3, {}), ("P", "red", [255, 0, 0], {}), ("P", 0, [255] * 3, {"transparency": 0}),
+    ]:  # fmt: skip
+        Image.new(mode, (20, 30), colour).save("a.png", **options)
+        image = common.read_image(Path("a.png"), 5, grey=False)
+        assert image.dtype == torch.uint8 and image.flatten(1).T.tolist() == [expected] * 25, mode
+        assert common.read_image(Path("a.png"), 5, grey=True).shape == (1, 5, 5)
+    photo, exif = Image.radial_gradient("L").crop((0, 0, 16, 16)), Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    photo.save("plain.png")
+    photo.rotate(90).save("turned.png", exif=exif)
+    assert torch.equal(*(common.read_image(Path(name), 16, grey=True) for name in ("plain.png", "turned.png")))
 
 
-def test_an_empty_folder_is_an_error(tmp_path):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(common.RunError, match="<class>"):
-        load(train_cifar, "--dataset", tmp_path / "empty")
+def test_the_parts_are_stratified_apart_and_drawn_with_the_seed_what_is_left_over_by_lot():
+    def fair(part, whole):
+        counts, all_counts = (torch.bincount(each, minlength=11) for each in (part, whole))
+        return bool(((counts - all_counts * len(part) / len(whole)).abs() < 1).all())
+
+    pictures("many", {**{f"{label}": 5 for label in range(10)}, "large": 50})
+    argv, draws, lots = (train_mnist, "--dataset", "many", "--image-size", 8), set(), set()
+    test = load(*argv, part="test")
+    for seed in range(8):
+        train, val = load(*argv, "--seed", seed, part="both")
+        labels = torch.cat([train.labels, val.labels, test.labels])
+        parts = [images.images[:, 0, 0, 0] for images in (train, val, test)]
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(100)) and [*map(len, parts)] == [81, 9, 10]
+        assert torch.equal(labels, (torch.cat(parts) // 5).clamp(max=10))
+        assert fair(test.labels, labels) and fair(val.labels, labels[:90])
+        draws.add(tuple(parts[1].tolist()))
+        lots.add(tuple(val.labels.tolist()))
+    assert len(draws) == 8 and len(lots) > 1 and test.labels.tolist()[:5] not in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+    limited, same_val = load(*argv, "--seed", 7, "--limit-train", 40, part="both")
+    assert len(limited) == 40 and fair(limited.labels, train.labels) and torch.equal(same_val.images, val.images)
+    assert set(limited.images[:, 0, 0, 0].tolist()) < set(parts[0].tolist())
+    for flag, value, message in (("--limit-train", 82, "only 81"), ("--val-size", 0.001, "leaves none for validation")):
+        with pytest.raises(common.RunError, match=message):
+            load(*argv, flag, value, part="both")
 
 
-@pytest.mark.parametrize("draw", [train_mnist.synthetic_digits, train_cifar.synthetic_shapes])
-def test_synthetic_images_are_the_same_for_a_seed(draw):
-    first = draw(3000, seed=0)
-    assert torch.equal(first.images, draw(3000, seed=0).images)
-    assert not torch.equal(first.images, draw(3000, seed=1).images)
-    assert torch.bincount(first.labels).min() > 200 and len(first.classes) == 10
-    assert first.images.float().std((1, 2, 3)).min() > 2, "no image is blank"
-    assert len(first.images.flatten(1).unique(dim=0)) == 3000
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts memory so")
+def test_a_folder_takes_twice_its_pixels_while_it_is_loaded_and_once_after():
+    def memory(kind):
+        return 1024 * int(re.search(rf"{kind}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+    pictures("large", {"a": 150, "b": 150})
+    load(train_cifar, "--dataset", "large", "--image-size", 8, part="both")  # what this imports does not count
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    train, val = load(train_cifar, "--dataset", "large", "--image-size", 256, part="both")
+    size = train.images.nbytes + val.images.nbytes
+    assert size == 270 * 3 * 256**2 and memory("VmHWM") - before < 2.6 * size
+    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.dtype == torch.uint8]
+    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    assert sum(storages.values()) < 1.1 * size
 
 
-@pytest.mark.parametrize("draw", [train_mnist.synthetic_digits, train_cifar.synthetic_shapes])
-def test_synthetic_images_are_not_trivial(draw):
-    """The nearest class mean, which needs no learning, gets less than two thirds right."""
-    train, test = draw(3000, seed=0), draw(1000, seed=1)
-    means = torch.stack([train.images[train.labels == c].float().mean(0) for c in range(10)]).flatten(1)
-    nearest = torch.cdist(test.images.float().flatten(1), means).argmin(1)
-    assert (nearest == test.labels).float().mean() < 0.67
+def test_a_folder_that_does_not_fit_the_memory_is_refused_before_it_is_read(monkeypatch):
+    def load_with(free, side):
+        monkeypatch.setattr(Path, "read_text", lambda path: f"MemTotal: 9 kB\nMemAvailable: {free} kB")
+        return load(train_cifar, "--dataset", "small", "--image-size", side)
+
+    pictures("small", {"a": 5, "b": 5})
+    assert len(load_with(6, 10)) == 9, "twice 9 images of 300 bytes"
+    monkeypatch.setattr(Image, "open", None)
+    for free, side in ((5, 10), (100_000_000, 50_000)):
+        with pytest.raises(common.RunError, match=f"9 images of {side}x{side} pixels .* --image-size"):
+            load_with(free, side)
 
 
-def test_the_validation_split_is_stratified_seeded_and_apart():
-    labels = torch.tensor([0] * 500 + [1] * 300 + [2] * 195 + [3] * 5)
-    images = torch.arange(1000).view(-1, 1, 1, 1).expand(-1, 1, 1, 2)
-    images = torch.stack([images[..., 0] // 256, images[..., 1] % 256], -1).byte()
-    everything = common.ImageSet(images, labels, list("abcd"))
-
-    def split(**changes):
-        args = argparse.Namespace(val_size=0.1, seed=0, limit_train=None, dataset="test")
-        vars(args).update(changes)
-        return common.split_off_validation(args, everything, load_test=None)
-
-    def identities(image_set):
-        return (image_set.images[:, 0, 0, 0].int() * 256 + image_set.images[:, 0, 0, 1]).tolist()
-
-    train, val = split()
-    assert torch.bincount(val.labels, minlength=4).tolist() in ([50, 30, 20, 0], [50, 30, 19, 1])
-    assert sorted(identities(train) + identities(val)) == list(range(1000))
-    assert identities(split()[1]) == identities(val) != identities(split(seed=1)[1])
-    limited, same_val = split(limit_train=90)
-    with pytest.raises(common.RunError, match="only 900"):
-        split(limit_train=901)
-    assert len(limited) == 90 and torch.bincount(limited.labels).tolist()[:2] == [45, 27]
-    assert set(identities(limited)) <= set(identities(train)) and identities(same_val) == identities(val)
+def test_the_checksum_is_of_every_pixel_and_label_in_any_layout():
+    images, labels = torch.arange(1890).view(10, 3, 9, 7).byte(), torch.arange(10)
+    layout, pixel = images.contiguous(memory_format=torch.channels_last), images.clone()
+    pixel[9, 2, 8, 6] += 1
+    sets = [(images, labels), (layout, labels), (pixel, labels), (images, labels.roll(1))]
+    same, layout, *changed = (common.ImageSet(*each, []).checksum for each in sets)
+    assert same == layout and len({same, *changed}) == 3
 
 
-def test_mean_and_std_are_exact():
-    images = common.ImageSet(torch.randint(0, 256, (50, 3, 9, 7)).byte(), torch.zeros(50).long(), ["a"])
-    mean, std = images.mean_and_std()
-    values = images.images.double() / 255
-    assert mean == pytest.approx(values.mean((0, 2, 3)).tolist())
-    assert std == pytest.approx(values.std((0, 2, 3), correction=0).tolist())
-
-
-def test_val_size_zero_selects_on_the_test_set_and_says_so(tmp_path, mnist_dir, capsys):
-    argv = [
-        "--val-size",
-        0,
-        "--epochs",
-        1,
-        "--batch-size",
-        20,
-        "--data-dir",
-        mnist_dir,
-        "--runs-dir",
-        tmp_path / "runs",
-    ]
-    record = train_mnist.main([str(argument) for argument in argv])
-    assert "the test set selects the epoch" in capsys.readouterr().out
-    assert record["data"]["selection"] == "test set" and record["data"]["train"] == 200
+def test_val_size_zero_selects_on_the_test_set_and_says_so(mnist_dir, capsys):
+    _, record, _ = run(train_mnist, "--val-size", 0, "--epochs", 1, "--batch-size", 20, "--data-dir", mnist_dir)
+    assert "the test set chooses the epoch" in capsys.readouterr().out
+    assert record["data"].items() >= {"selection": "test set", "train": 200, "val": 50, "test": 50}.items()
     assert record["test"]["acc"] == record["best"]["val_acc"]
 
 
-def test_normalize_dataset_is_stored_with_the_weights(tmp_path, mnist_dir):
-    record = train_mnist.main(
-        ["--normalize", "dataset", "--data-dir", str(mnist_dir), "--runs-dir", str(tmp_path / "runs")]
-        + [str(argument) for argument in QUICK]
-    )
-    best = torch.load(Path(record["directory"]) / "best.pt", weights_only=True)
-    assert best["mean"] != [0.5] and len(best["std"]) == 1
-    assert json.loads((Path(record["directory"]) / "run.json").read_text())["args"]["normalize"] == "dataset"
+def test_normalize_dataset_takes_mean_and_std_of_the_training_part(few_images):
+    argv = ("--dataset", "synthetic", "--normalize", "dataset", "--model", "cnn", "--epochs", 1, "--quiet")
+    directory, *_ = run(train_cifar, *argv)
+    values = load(train_cifar, *argv, part="both")[0].images.double() / 255
+    best = common.load_checkpoint(directory / "best.pt")
+    assert best["mean"] == pytest.approx(values.mean((0, 2, 3)).tolist(), abs=1e-7)
+    assert best["std"] == pytest.approx(values.std((0, 2, 3), correction=0).tolist(), abs=1e-7)
+
+
+@pytest.mark.parametrize("draw", [train_mnist.synthetic_digits, train_cifar.synthetic_shapes])
+def test_synthetic_images_follow_from_the_seed_and_have_to_be_learnt(draw):
+    train, test = draw(3000, seed=0), draw(1000, seed=1)
+    assert torch.equal(train.images, draw(3000, seed=0).images) and not torch.equal(train.images[:1000], test.images)
+    assert torch.bincount(train.labels).min() > 200 and len(train.classes) == 10
+    assert train.images.float().std((1, 2, 3)).min() > 2 and len(train.images.flatten(1).unique(dim=0)) == 3000
+    means = torch.stack([train.images[train.labels == c].float().mean(0) for c in range(10)]).flatten(1)
+    nearest = torch.cdist(test.images.float().flatten(1), means).argmin(1)
+    assert (nearest == test.labels).float().mean() < 0.67, "the nearest mean, which needs no learning"

@@ -1,418 +1,384 @@
-"""What evaluate.py measures, draws, compares, predicts and exports."""
+"""What evaluate.py measures, draws, compares, predicts and exports, against figures worked out here from best.pt."""
 
+import contextlib
 import csv
+import importlib.util
 import io
 import json
-import math
-import os
 import shutil
-
-import numpy as np
-import pytest
-import torch
-from PIL import Image
+import warnings
+from types import SimpleNamespace
 
 import common
 import evaluate
 import train_cifar
 import train_mnist
 
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
 PICTURES = {"curves", "per_class", "confusion", "predictions", "mistakes", "calibration", "filters", "activations"}
 
 
+def digits(train):
+    drawn = train_mnist.synthetic_digits(600 if train else 170, int(train))
+    return drawn if train else drawn.select((drawn.labels != 9).nonzero().flatten()[:150])  # no nines in the test
+
+
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """Work in a directory with runs/cnn on few synthetic digits, and runs/hundred on a folder of 100 classes."""
+def runs(tmp_path_factory):
+    """A directory with the runs `digits`, in float32 with test-time augmentation, and `hundred`, in bf16, on a folder
+    of a hundred classes, two of which the font cannot write."""
     folder = tmp_path_factory.mktemp("evaluate")
     random = np.random.default_rng(0)
-    for index in range(100):
-        for part, count in (("train", 3), ("test", 2)):
-            place = folder / "hundred" / part / f"class {index:02} $x$"
-            place.mkdir(parents=True)
-            for number in range(count):
-                pixels = random.integers(0, 60, (32, 32, 3), dtype=np.uint8) + np.uint8(index)
-                Image.fromarray(pixels).save(place / f"{number}.png")
-    before, drawn = os.getcwd(), train_mnist.synthetic
-    os.chdir(folder)
-    train_mnist.synthetic = lambda train: train_mnist.synthetic_digits(400 if train else 150, int(train))
-    try:
-        argv = ["--dataset", "synthetic", "--epochs", "3", "--schedule", "constant", "--quiet"]
-        train_mnist.main([*argv, "--run-name", "cnn"])
-        small = ["--c1", "4", "--c2", "8", "--l1", "16", "--epochs", "2", "--quiet"]
-        train_cifar.main([*small, "--dataset", "hundred", "--run-name", "hundred"])
+    for index in range(500):
+        label, number = divmod(index, 5)
+        place = folder / "images" / ("train" if number < 3 else "test")
+        place /= {0: "0 猫", 1: "1 \udcff $^$"}.get(label, f"class {label:02} $x$")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 60, (16, 16, 3), dtype=np.uint8) + np.uint8(label)
+        Image.fromarray(pixels).save(place / f"{number}.png")
+    both = f"--epochs 3 --quiet --runs-dir {folder} --c1 4 --c2 8 --l1 128 --dataset"
+    mnist = "synthetic --precision fp32 --lr 0.005 --batch-size 16 --tta mirror+shift --label-smoothing 0.1"
+    cifar = f"{folder}/images --precision bf16 --image-size 16 --batch-size 50 --run-name hundred"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_mnist, "synthetic", digits)
+        train_mnist.main(f"{both} {mnist} --normalize dataset --run-name digits".split())
+        train_cifar.main(f"{both} {cifar}".split())
         yield folder
-    finally:
-        os.chdir(before)
-        train_mnist.synthetic = drawn
 
 
-@pytest.fixture
+def show(directory, *argv):
+    """Run evaluate.py: its `result`, what it prints, `out` and `err`, and the `axes` and `titles` of its pictures."""
+    drawn, save, out, error = {}, Figure.savefig, io.StringIO(), io.StringIO()
+
+    def savefig(figure, file, **options):
+        save(figure, file, **options)
+        drawn[file.getvalue()] = figure
+
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(action="error"):
+        patch.setattr(Figure, "savefig", savefig)
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(error):
+            result = evaluate.main([str(argument) for argument in argv])
+    files = {path.stem: path.read_bytes() for path in directory.glob("*.png")}
+    axes = {name: drawn[content].axes for name, content in files.items()}
+    titles = {name: drawn[content].get_suptitle() for name, content in files.items()}
+    return SimpleNamespace(result=result, out=out.getvalue(), err=error.getvalue(), axes=axes, titles=titles)
+
+
+@pytest.fixture(scope="module")
+def shown(runs):
+    return show(runs / "digits", runs / "digits", "--layer", "conv2", "--channel", "3")
+
+
+@pytest.fixture(scope="module")
+def hundred(runs):
+    shown = show(runs / "hundred", runs / "hundred", "--image", "7")
+    shown.images = torch.stack([common.read_image(file, 16, False) for file in sorted(runs.glob("images/test/*/*"))])
+    return shown
+
+
+@pytest.fixture  # pictures are empty files: to draw them takes seconds
 def undrawn(monkeypatch):
-    """Leave the pictures out, which take a second each."""
-    for name in dir(evaluate):
-        if name.startswith("draw_"):
-            monkeypatch.setattr(evaluate, name, lambda *a: None)
-    monkeypatch.setattr(evaluate, "render", lambda figure: b"")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: None)
 
 
 @pytest.fixture
-def copy(here, tmp_path):
-    """A copy of runs/cnn to be spoilt."""
-    return shutil.copytree("runs/cnn", tmp_path / "copy")
+def copy(runs, tmp_path):
+    """`copy(name, changes of run.json or its args)` makes runs/name, a copy of `digits`."""
+
+    def make(name="copy", **changes):
+        record, made = common.read_record(runs / "digits"), shutil.ignore_patterns("*.png", "metrics.json")
+        directory = shutil.copytree(runs / "digits", tmp_path / "runs" / name, ignore=made, dirs_exist_ok=True)
+        record["args"] = {key: changes.get(key, value) for key, value in record["args"].items()}
+        common.write_json(directory / "run.json", {**record, **changes})
+        return directory
+
+    return make
 
 
-def logits_for(predicted, classes, confidence):
-    """Logits [N, K] that predict so with that confidence, the rest shared evenly."""
-    other = math.log((1 - confidence) / (classes - 1))
-    logits = torch.full((len(predicted), classes), other)
-    logits[torch.arange(len(predicted)), torch.tensor(predicted)] = math.log(confidence)
-    return logits
+def logits_of(directory, images):
+    """Logits [N, K] of uint8 `images` [N, C, H, W], in float32."""
+    state = common.load_checkpoint(directory / "best.pt")
+    model = common.build_model(state)
+    model.load_state_dict(state["weights"])
+    mean, std = (torch.tensor(state[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    with torch.inference_mode():
+        return model.eval()((images / 255 - mean) / std)
 
 
-def test_metrics_of_an_imbalanced_matrix_worked_out_on_paper():
-    # Six of a (one taken for b), three of b (one taken for a), one of c, which is never predicted.
-    labels = [0] * 6 + [1] * 3 + [2]
-    predicted = [0] * 5 + [1] + [1, 1, 0] + [0]
-    metrics = evaluate.measure(logits_for(predicted, 3, 0.8), torch.tensor(labels), ["a", "b", "c"])
-    assert metrics["confusion_matrix"] == [[5, 1, 0], [1, 2, 0], [1, 0, 0]]
-    a, b, c = metrics["classes"]
-    assert (a["support"], a["predicted"]) == (6, 7) and (c["support"], c["predicted"]) == (1, 0)
-    assert (a["recall"], a["precision"], a["f1"]) == pytest.approx((5 / 6, 5 / 7, 10 / 13))
-    assert (b["recall"], b["precision"], b["f1"]) == pytest.approx((2 / 3, 2 / 3, 2 / 3))
-    assert (c["accuracy"], c["recall"], c["precision"], c["f1"]) == (0, 0, 0, 0)
-    assert metrics["accuracy"] == 0.7
-    assert metrics["macro_f1"] == pytest.approx((10 / 13 + 2 / 3) / 3)
-    assert metrics["weighted_f1"] == pytest.approx((6 * 10 / 13 + 3 * 2 / 3) / 10)
-    assert metrics["loss"] == pytest.approx(-(7 * math.log(0.8) + 3 * math.log(0.1)) / 10, abs=1e-6)
-    # All confidence is 0.8, accuracy 0.7.
-    assert metrics["expected_calibration_error"] == pytest.approx(0.1, abs=1e-6)
-    assert "top5_accuracy" not in metrics
-    assert evaluate.confused_pairs(metrics, 2) == [(1, "a", "b", 1 / 6), (1, "b", "a", 1 / 3)]
+@pytest.fixture(scope="module")
+def expected(runs):
+    """The test images of `digits`, their classes, and the confidences and classes that are predicted."""
+    images = digits(False)
+    return images.images, images.labels, *logits_of(runs / "digits", images.images).softmax(1).max(1)
 
 
-def test_calibration_bins_are_fifteen_of_equal_width():
-    confidence = torch.tensor([0.05, 1 / 15 + 1e-6, 0.5, 0.55, 1.0], dtype=torch.float64)
-    bins, error = evaluate.calibration(confidence, torch.tensor([True, False, True, False, True]))
-    assert [one["images"] for one in bins] == [1, 1] + [0] * 5 + [1, 1] + [0] * 5 + [1]
-    assert bins[2] == {"low": 2 / 15, "high": 3 / 15, "images": 0, "confidence": None, "accuracy": None}
-    assert error == pytest.approx((0.95 + 1 / 15 + 0.5 + 0.55 + 0) / 5, abs=1e-5)
+def wilson(correct, count):
+    z, share = 1.959963984540054, correct / count
+    half = z * (share * (1 - share) / count + z**2 / (4 * count**2)) ** 0.5
+    return [(share + z**2 / (2 * count) + sign * half) / (1 + z**2 / count) for sign in (-1, 1)]
 
 
-def test_the_interval_is_wilsons():
-    # R. G. Newcombe, "Two-sided confidence intervals for the single proportion" (1998), table I: 81/263, 15/148, 0/20.
-    for correct, count, expected in ((81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0, 0.1611))):
-        assert evaluate.wilson_interval(correct, count) == pytest.approx(expected, abs=5e-5)
+def test_the_figures_are_those_of_run_json_to_the_bit(runs, shown, hundred, undrawn, copy, capsys):
+    metrics, tta, test = shown.result, shown.result["tta"], common.read_record(runs / "digits")["test"]
+    assert {"loss": tta["loss"], "acc": tta["accuracy"]} == test and tta["loss"] != metrics["loss"]
+    assert f"(mirror+shift): accuracy {tta['accuracy']:.2%}, loss {tta['loss']:.4f}" in shown.out
+    bf16, record = hundred.result, common.read_record(runs / "hundred")
+    assert {"loss": bf16["loss"], "acc": bf16["accuracy"]} == record["test"] and "tta" not in bf16
+    assert evaluate.main([str(runs / "digits"), "--tta=mirror", "--out=out", "--json"])["tta"]["views"] == "mirror"
+    printed = json.loads(capsys.readouterr().out)
+    assert printed.pop("tta")["loss"] != tta["loss"] and printed == {k: v for k, v in metrics.items() if k != "tta"}
+    # fp16 needs a GPU; the number of threads is the run's.
+    evaluate.main([str(copy(precision="fp16", threads=2)), "--device", "cpu", "--csv"])
+    printed = capsys.readouterr()
+    assert "computed in fp32" in printed.err and torch.get_num_threads() == 2
+    rows = list(csv.DictReader(io.StringIO(printed.out)))
+    assert [float(row["precision"]) for row in rows] == [row["precision"] for row in metrics["classes"]]
 
 
-def test_metrics_agree_with_scikit_learn():
+def test_other_splits_lie_in_a_directory_of_their_own(undrawn, copy, capsys):
+    run = copy()
+    record, files = common.read_record(run), set(run.iterdir())
+    val, train = (evaluate.main([str(run), "--quiet", "--split", split]) for split in ("val", "train"))
+    assert capsys.readouterr().out == "" and set(run.iterdir()) == {*files, run / "val", run / "train"}
+    assert {path.name for path in (run / "val").iterdir()} == {"metrics.json", *(f"{name}.png" for name in PICTURES)}
+    assert (val["images"], train["images"]) == (record["data"]["val"], record["data"]["train"]) == (60, 540)
+    assert val["accuracy"] == record["best"]["val_acc"] and val == common.read_json(run / "val" / "metrics.json")
+
+
+def test_metrics_agree_with_scikit_learn_and_the_screen_with_them(runs, shown, hundred, expected):
     sklearn = pytest.importorskip("sklearn.metrics")
-    random = torch.Generator().manual_seed(0)
-    labels = torch.multinomial(torch.tensor([30.0, 10, 5, 2, 1, 1, 1, 1, 1, 1, 1, 0]), 500, True, generator=random)
-    logits = torch.randn(500, 12, generator=random) + 2 * torch.nn.functional.one_hot(labels, 12)
-    logits[:, 3] = -9  # never predicted
-    names, predicted = [str(index) for index in range(12)], logits.argmax(1)
-    metrics = evaluate.measure(logits, labels, names)
-    everything = {"labels": range(12), "zero_division": 0}
-    expected = sklearn.precision_recall_fscore_support(labels, predicted, **everything)
-    for key, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
+    _, labels, confidence, predicted = expected
+    metrics, everything = shown.result, {"labels": range(10), "zero_division": 0}
+    figures = sklearn.precision_recall_fscore_support(labels, predicted, **everything)
+    for key, values in zip(("precision", "recall", "f1", "support"), figures, strict=True):
         assert [row[key] for row in metrics["classes"]] == pytest.approx(values.tolist())
-    for average in ("macro", "weighted"):
-        expected = sklearn.f1_score(labels, predicted, average=average, **everything)
-        assert metrics[f"{average}_f1"] == pytest.approx(expected)
-    assert metrics["confusion_matrix"] == sklearn.confusion_matrix(labels, predicted, labels=range(12)).tolist()
-    probabilities = logits.double().softmax(1)
-    top5 = sklearn.top_k_accuracy_score(labels, probabilities, k=5, labels=range(12))
-    assert metrics["top5_accuracy"] == pytest.approx(top5)
-    assert metrics["loss"] == pytest.approx(sklearn.log_loss(labels, probabilities, labels=range(12)))
+    for key in ("macro", "weighted"):
+        assert metrics[f"{key}_f1"] == pytest.approx(sklearn.f1_score(labels, predicted, average=key, **everything))
+    assert metrics["confusion_matrix"] == sklearn.confusion_matrix(labels, predicted, labels=range(10)).tolist()
+    assert metrics["accuracy"] == (predicted == labels).sum().item() / 150
+    assert metrics["accuracy_interval"] == pytest.approx(wilson(metrics["accuracy"] * 150, 150))
+    top5 = logits_of(runs / "hundred", hundred.images).topk(5).indices == torch.arange(200)[:, None] // 2
+    assert hundred.result["top5_accuracy"] == pytest.approx(top5.sum().item() / 200, abs=0.02)  # bf16
+    lines = [line.split() for line in shown.out.splitlines()]
+    interval = "{:.2%} to {:.2%}".format(*metrics["accuracy_interval"])
+    assert f"accuracy {metrics['accuracy']:.2%} (95% interval {interval}), loss {metrics['loss']:.4f}" in shown.out
+    start = lines.index(["class", "images", "accuracy", "=", "recall", "precision", "F1"]) + 1
+    for row, line in zip(metrics["classes"], lines[start : start + 10], strict=True):
+        precision = f"{row['precision']:.2%}" if row["predicted"] else "-"
+        assert line == [row["name"], str(row["support"]), f"{row['recall']:.2%}", precision, f"{row['f1']:.4f}"]
+    matrix = np.array(metrics["confusion_matrix"])
+    actual, guess, images = map(int, lines[start + 12][:3])
+    assert images == matrix[actual, guess] == (matrix * (1 - np.eye(10))).max()
+    assert lines[start + 12][3] == f"{images / matrix[actual].sum():.1%}"
+    # Calibration: fifteen bins, each open below and closed above.
+    gaps = []
+    for index, one in enumerate(metrics["calibration"]):
+        inside = (confidence > index / 15) & (confidence <= (index + 1) / 15)
+        assert (one["low"], one["high"], one["images"]) == (index / 15, (index + 1) / 15, inside.sum())
+        means = confidence[inside].mean().item(), (predicted == labels)[inside].float().mean().item()
+        assert (one["confidence"], one["accuracy"]) == (pytest.approx(means) if one["images"] else (None, None))
+        gaps.append(one["images"] / 150 * abs(means[0] - means[1]))
+    assert len(gaps) == 15 and metrics["expected_calibration_error"] == pytest.approx(np.nansum(gaps))
 
 
-def test_the_figures_are_those_of_the_run_and_of_every_batch_size(here, undrawn, tmp_path):
-    record = common.read_record(here / "runs" / "cnn")
-    runs = []
-    for split, batch_size in (("test", 1000), ("test", 1000), ("test", 7), ("val", 16)):
-        out = tmp_path / f"{len(runs)}"
-        argv = ["runs/cnn", "--split", split, "--batch-size", str(batch_size), "--out", str(out), "--quiet"]
-        metrics = evaluate.main(argv)
-        text = (out / "metrics.json").read_text()
-        assert json.loads(text) == metrics
-        runs.append((text, metrics))
-    assert runs[0][0] == runs[1][0]
-    (_, first), _, (_, other), (_, validation) = runs
-    assert first["loss"] == pytest.approx(other["loss"], rel=1e-6)
-    assert first["confusion_matrix"] == other["confusion_matrix"]
-    assert first["accuracy"] == pytest.approx(record["test"]["acc"])
-    assert first["loss"] == pytest.approx(record["test"]["loss"], rel=1e-5)
-    assert validation["accuracy"] == pytest.approx(record["best"]["val_acc"])
-    assert validation["loss"] == pytest.approx(record["best"]["val_loss"], rel=1e-5)
-    assert (first["images"], validation["images"], first["epoch"]) == (150, 40, record["best"]["epoch"])
+def test_curves_confusion_classes_and_calibration_are_drawn_from_the_figures(runs, shown):
+    metrics, best = shown.result, common.read_record(runs / "digits")["best"]
+    rows = common.read_log(runs / "digits")
+    for axis, name in zip(shown.axes["curves"], ("loss", "acc"), strict=True):
+        lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+        assert lines["training"] == ([1, 2, 3], [row[f"train_{name}"] for row in rows])
+        assert lines["validation split"] == ([1, 2, 3], [row[f"val_{name}"] for row in rows])
+        assert lines[f"best: {best['epoch']}"] == ([best["epoch"]], [best[f"val_{name}"]])
+    counts, recall, precision = panels = [axis for axis in shown.axes["confusion"] if axis.images]
+    assert [axis.get_title().split(":")[0] for axis in panels] == ["counts", "recall", "precision"]
+    matrix = np.array(metrics["confusion_matrix"])
+    assert (matrix != matrix.T).any() and (counts.images[0].get_array() == matrix).all()
+    for axis, along in ((recall, 1), (precision, 0)):
+        percent = 100 * matrix / np.maximum(matrix.sum(along, keepdims=True), 1)
+        np.testing.assert_allclose(axis.images[0].get_array().filled(0), percent, rtol=1e-5)
+    assert {text.get_position(): text.get_text() for text in counts.texts}[(1, 0)] == str(matrix[0, 1])
+    (axis,) = shown.axes["per_class"]
+    seen = sorted((row for row in metrics["classes"] if row["support"]), key=lambda row: row["recall"])
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([row["recall"] for row in seen])
+    assert [label.get_text().split()[0] for label in axis.get_yticklabels()] == [row["name"] for row in seen]
+    for row, segment in zip(seen, axis.collections[0].get_segments(), strict=True):
+        assert segment[:, 0] == pytest.approx(wilson(row["recall"] * row["support"], row["support"]), abs=1e-5)
+    bins = [one for one in metrics["calibration"] if one["images"]]
+    for axis, key in zip(shown.axes["calibration"], ("accuracy", "images"), strict=True):
+        assert [bar.get_xy()[0] for bar in axis.patches] == pytest.approx([one["low"] for one in bins])
+        assert [bar.get_height() for bar in axis.patches] == pytest.approx([one[key] for one in bins])
 
 
-def picture(path):
-    """Size in pixels, and whether there is more to be seen than a title."""
-    with Image.open(path) as image:
-        grey = np.asarray(image.convert("L"))
-        return image.size, np.mean(grey[120:] < 250) > 0.01
+def test_mistakes_and_predictions_show_the_images_with_their_classes(shown, expected):
+    images, labels, confidence, predicted = expected
+    wrong = (predicted != labels).nonzero().flatten()
+    assert len(wrong) > 40  # so that mistakes.png has to choose
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40].tolist()
+    (mistakes,), (predictions,) = shown.axes["mistakes"], shown.axes["predictions"]
+    for drawn, text, index in zip(mistakes.images, mistakes.texts, worst, strict=True):
+        assert text.get_text() == f"{labels[index]}, taken for\n{predicted[index]} ({confidence[index]:.0%})"
+        assert (drawn.get_array() == images[index, 0].numpy()).all()
+    sample = []
+    for drawn, text in zip(predictions.images, predictions.texts, strict=True):
+        sample += [index for index in range(150) if (images[index, 0].numpy() == drawn.get_array()).all()]
+        right = labels[sample[-1]] == predicted[sample[-1]]
+        assert text.get_text().startswith(f"{labels[sample[-1]]}" + ("\n" if right else ", taken for\n"))
+    assert len(set(sample)) == 40 and not set(sample).issubset(wrong.tolist())
 
 
-def check_pictures(directory, sizes):
-    """Every picture is there, shows something, and has its size."""
-    assert {path.stem for path in directory.glob("*.png")} == PICTURES == set(sizes)
-    for name, expected in sizes.items():
-        size, drawn = picture(directory / f"{name}.png")
-        # Releases of matplotlib round the last pixel each in their way.
-        assert drawn and size == pytest.approx(expected, abs=1), name
+def test_filters_and_feature_maps_are_those_of_the_layer(runs, shown, hundred, tmp_path):
+    weights = common.load_checkpoint(runs / "hundred" / "best.pt")["weights"]
+    first, images = weights["conv1.weight"], hundred.images
+    assert hundred.err == "" and set(hundred.axes) == PICTURES and "conv1" in hundred.titles["filters"]
+    sheet = hundred.axes["filters"][0].images[0].get_array()
+    assert np.allclose(sheet[1:4, 5:8], (first[1] / (2 * first.abs().max()) + 0.5).permute(1, 2, 0), atol=1e-6)
+    assert "conv1, 4 feature maps of image 7: class 03 $x$" in hundred.titles["activations"]
+    image, maps, _ = hundred.axes["activations"]
+    assert (image.images[0].get_array() == images[7].permute(1, 2, 0).numpy()).all()
+    # Caught before the ReLU in place that follows.
+    outputs = torch.nn.functional.conv2d((images[[7]] / 255 - 0.5) / 0.5, first, weights["conv1.bias"])[0]
+    assert np.allclose(maps.images[0].get_array()[1:15, 16:30], outputs[1], atol=0.02)
+    assert maps.images[0].get_array().min() == pytest.approx(outputs.min().item(), abs=0.02) and outputs.min() < -0.1
+    second = common.load_checkpoint(runs / "digits" / "best.pt")["weights"]["conv2.weight"]
+    assert np.allclose(shown.axes["filters"][0].images[0].get_array()[1:4, 1:4], second[0, 3], atol=1e-6)
+    assert "conv2" in shown.titles["filters"] and "conv2" in shown.titles["activations"]
+    argv = [str(runs / "digits"), "--layer", "conv2", "--out", str(tmp_path)]
+    sheet = show(tmp_path, *argv, "--all-kernels").axes["filters"][0].images[0].get_array()
+    assert sheet.shape[:2] == (33, 17) and np.allclose(sheet[5:8, 9:12], second[1, 2], atol=1e-6)
+    for flag, message in (("--layer=3", "are conv1, conv2$"), ("--channel=4", "has 4"), ("--image=150", "150 images")):
+        with pytest.raises(common.UsageError, match=message):
+            evaluate.main([*argv, flag])
 
 
-def test_every_picture_of_ten_classes_is_made_and_has_its_size(here, tmp_path, capsys):
-    evaluate.main(["runs/cnn", "--out", str(tmp_path)])
-    check_pictures(tmp_path, {
-        "curves": (1100, 420), "per_class": (800, 480), "confusion": (2100, 680), "predictions": (1160, 995),
-        "mistakes": (1160, 995), "calibration": (600, 650), "filters": (650, 320), "activations": (1100, 480),
-    })  # fmt: skip
-    printed = capsys.readouterr().out
-    assert "95% interval" in printed and "most confused" in printed and printed.endswith("metrics.json\n")
-
-
-def test_every_picture_of_a_hundred_classes_is_made(here, tmp_path, capsys):
-    evaluate.main(["runs/hundred", "--out", str(tmp_path), "--all-kernels", "--layer", "2"])
-    assert "top-5 accuracy" in capsys.readouterr().out
-    check_pictures(tmp_path, {
-        "curves": (1100, 420), "per_class": (800, 1760), "confusion": (4620, 1520), "predictions": (1160, 995),
-        "mistakes": (1160, 995), "calibration": (600, 650), "filters": (650, 320), "activations": (1100, 350),
-    })  # fmt: skip
-
-
-def test_recall_and_precision_are_divided_along_their_own_axes():
-    metrics = evaluate.measure(logits_for([0, 0, 1, 0, 1], 3, 0.9), torch.tensor([0, 0, 0, 1, 1]), ["a", "b", "c"])
-    counts, recall, precision = [
-        axis.images[0].get_array() for axis in evaluate.draw_confusion(metrics, "").axes if axis.images
-    ][:3]
-    assert counts.tolist() == [[2, 1, 0], [1, 1, 0], [0, 0, 0]]
-    assert np.allclose(recall[:2].sum(1), 100) and np.allclose(precision[:, :2].sum(0), 100)
-    assert recall[0, 1] == pytest.approx(100 / 3) and precision[0, 1] == pytest.approx(50)
-
-
-def test_the_feature_maps_are_caught_before_a_relu_in_place(here):
-    trained = evaluate.load_trained(here / "runs" / "hundred", torch.device("cpu"))
-    images = common.ImageSet(torch.randint(256, (1, 3, 32, 32), dtype=torch.uint8), torch.tensor([0]), ["a"] * 100)
-    name, convolution = evaluate.find_convolution(trained.model, None)
-    sheet = evaluate.draw_activations(trained, name, convolution, images, 0).axes[1].images[0].get_array()
-    assert name == "0" and sheet.min() < 0
-
-
-def test_kernels_of_any_size_and_channel():
-    five = torch.nn.Conv2d(6, 16, 5)
-    weight = five.weight.detach()
-
-    def tile(figure):
-        return torch.tensor(figure.axes[0].images[0].get_array().data[1:6, 1:6])
-
-    assert torch.equal(tile(evaluate.draw_filters("x", five, 3, False)), weight[0, 3])
-    figure = evaluate.draw_filters("x", five, None, True)
-    assert torch.equal(tile(figure), weight[0, 0]) and figure.axes[0].images[0].get_array().shape == (97, 37)
-    colours = evaluate.draw_filters("x", torch.nn.Conv2d(3, 4, 3), None, False).axes[0].images[0].get_array()
-    assert colours.shape[2] == 3 and colours.min() >= 0 and colours.max() <= 1
-
-
-def test_test_time_augmentation_averages_views_and_is_reported_beside_the_plain_figure(here, undrawn, tmp_path, capsys):
-    images = torch.arange(16.0).view(1, 1, 4, 4)
-    assert common.shifted_by_one(images, 1)[0, 0, 1:, 1:].equal(images[0, 0, :-1, :-1])
-    assert common.shifted_by_one(images, -1)[0, 0, :-1, :-1].equal(images[0, 0, 1:, 1:])
-    for name, count in (("mirror", 2), ("shift", 3), ("mirror+shift", 6)):
-        views = common.TTA[name](images)
-        assert len(views) == count and sum(weight for weight, _ in views) == 1
-    trained = evaluate.load_trained(here / "runs" / "hundred", torch.device("cpu"))
-    batch = torch.randn(3, 3, 32, 32)
-    with torch.inference_mode():
-        both = (trained.model(batch) + trained.model(batch.flip(3))) / 2
-    assert torch.allclose(evaluate.predict(trained.model, [(batch, None)], "mirror"), both, atol=1e-6)
-    with torch.inference_mode():
-        plain = trained.model(batch)
-    confidence = plain.softmax(1).amax(1)
-    below = confidence.sort().values[1].item()
-    some = evaluate.predict(trained.model, [(batch, None)], "mirror", below)
-    assert torch.allclose(some, torch.where((confidence <= below)[:, None], both, plain), atol=1e-6)
-    assert evaluate.predict(trained.model, [(batch, None)], "mirror", 0.0).equal(plain)
-    plain = evaluate.main(["runs/cnn", "--out", str(tmp_path)])
-    with_tta = evaluate.main(["runs/cnn", "--out", str(tmp_path), "--tta", "mirror+shift"])
-    assert with_tta["accuracy"] == plain["accuracy"] and with_tta["tta"]["loss"] != plain["loss"]
-    assert "with test-time augmentation (mirror+shift)" in capsys.readouterr().out
-
-
-def test_the_classes_as_csv_and_the_metrics_as_json(here, undrawn, tmp_path, capsys):
-    evaluate.main(["runs/cnn", "--out", str(tmp_path), "--csv"])
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert len(rows) == 10 and set(rows[0]) >= {"name", "support", "accuracy", "precision", "recall", "f1"}
-    metrics = evaluate.main(["runs/cnn", "--out", str(tmp_path), "--json"])
-    assert json.loads(capsys.readouterr().out) == metrics
-
-
-def test_a_comparison_is_sorted_and_reads_no_images(here, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "load_dataset", None)
-    worse = shutil.copytree("runs/cnn", tmp_path / "worse")
-    record = common.read_record(worse)
-    record["best"]["val_loss"] += 9
-    (worse / "run.json").write_text(json.dumps(record))
-    failed = shutil.copytree("runs/cnn", tmp_path / "failed")
-    failed_record = {**record, "best": None, "test": None, "status": "failed", "epochs": 0}
-    (failed / "run.json").write_text(json.dumps(failed_record))
-    (failed / "log.jsonl").unlink()
-    argv = [str(failed), str(worse), "runs/cnn", "--out", str(tmp_path / "out")]
-    evaluate.main([*argv, "--csv"])
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [row["run"] for row in rows] == ["runs/cnn", str(worse), str(failed)]
-    assert float(rows[0]["test_acc"]) == record["test"]["acc"] and rows[2]["test_acc"] == ""
-    assert picture(tmp_path / "out" / "compare.png") == ((1300, 480), True)
-    evaluate.main([*argv, "--json"])
-    assert [row["status"] for row in json.loads(capsys.readouterr().out)] == ["finished", "finished", "failed"]
-    evaluate.main(argv)
-    table = capsys.readouterr().out.splitlines()
-    assert table[0].split()[:3] == ["run", "dataset", "model"] and table[1].startswith("runs/cnn")
-    # As `runs/*` gives them, with the picture of the comparison before, and two runs that are going, or seem so.
-    for run in (worse, failed):
-        (run / "run.json").write_text(json.dumps({**failed_record, "status": "running"}))
-    with common.locked(worse / ".lock"):
-        rows = evaluate.main([str(tmp_path / "out" / "compare.png"), str(worse), str(failed), "--csv"])["runs"]
-    assert {row["run"]: row["status"] for row in rows} == {str(worse): "running", str(failed): "killed"}
-    assert (tmp_path / "compare.png").exists()
-
-
-def test_predicting_answers_for_every_readable_file(here, cli, tmp_path):
-    digit = train_mnist.synthetic(False).images[0, 0].numpy()
-    album = tmp_path / "an album"
-    (album / "deeper").mkdir(parents=True)
-    Image.fromarray(digit).resize((280, 280)).convert("RGBA").save(album / "deeper" / "large.png")
-    Image.fromarray(digit).convert("P").save(album / "palette.png")
-    Image.fromarray(digit).save(tmp_path / "digit.png")
-    Image.fromarray(digit.astype(np.uint16) * 257).save(tmp_path / "sixteen bits.png")
-    (album / "notes.txt").write_text("no image")
-    paths = (tmp_path / "digit.png", tmp_path / "sixteen bits.png", album, "gone.png")
-    done = cli("evaluate.py", "runs/cnn", "--predict", *paths, cwd=here)
-    lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == [
-        str(path) for path in (*paths[:2], album / "deeper" / "large.png", album / "palette.png")
+def test_a_comparison_ranks_the_runs_of_each_dataset(runs, copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "load_images", None)  # it reads no images
+    data, best = common.read_record(runs / "digits")["data"], {"epoch": 1, "val_loss": 0.2, "val_acc": 0.8}
+    data["name"] = "other"
+    made = [
+        copy("smooth", label_smoothing=0.2, best={**best, "val_loss": 1.9}, test={"acc": 0.7654}),
+        copy("plain", label_smoothing=0.0, best={**best, "val_acc": 0.5}),
+        copy("failed", best=None, test=None, status="failed", epochs=0),
+        copy("worse", data=data, best={**best, "val_loss": 0.3, "val_acc": 0.9}),
+        copy("better", data={**data, "selection": "test set"}, best=best),
     ]
-    assert lines[0][1:] == lines[1][1:] == lines[3][1:]
-    errors = done.stderr.splitlines()
-    assert done.returncode == 1 and "notes.txt" in errors[0] and "gone.png" in errors[1] and len(errors) == 3
+    shown = show(tmp_path / "out", *made, "--out", tmp_path / "out")
+    lines = [line.replace("(train_mnist) ", "").split() for line in shown.out.splitlines()]
+    assert [line[0].split("/")[-1] for line in lines[1:6]] == ["better", "worse", "smooth", "plain", "failed"]
+    assert lines[1][5:7] == ["0.2000*", "80.00%"] and lines[3][5:8] == ["1.9000", "80.00%", "76.54%"]
+    assert lines[5][5:8] == ["-", "-", "-"] and "* measured on the test set" in shown.out
+    assert "\nsynthetic (train_mnist): the runs differ in --label-smoothing" in shown.out and "other: " not in shown.out
+    for axis, name in zip(shown.axes["compare"], ("loss", "acc") * 2, strict=True):
+        assert list(axis.lines[0].get_ydata()) == [row[f"val_{name}"] for row in common.read_log(runs / "digits")]
+    assert [len(axis.lines) for axis in shown.axes["compare"]] == [2, 2, 3, 3]
 
 
-def test_predictions_are_those_of_the_evaluation(here, tmp_path, capsys):
-    images = train_mnist.synthetic(False)
-    for index in range(20):
-        Image.fromarray(images.images[index, 0].numpy()).save(tmp_path / f"{index:02}.png")
-    evaluate.main(["runs/cnn", "--predict", str(tmp_path), "--json", "--batch-size", "8"])
-    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    trained = evaluate.load_trained(here / "runs" / "cnn", torch.device("cpu"))
-    logits = evaluate.predict(trained.model, trained.loader(images.select(slice(20)), 20).batches())
-    assert [answer["class"] for answer in answers] == [images.classes[index] for index in logits.argmax(1)]
-    assert [answer["probability"] for answer in answers] == pytest.approx(logits.softmax(1).amax(1).tolist(), abs=1e-5)
+def test_runs_star_skips_what_is_no_run_and_tells_the_status_of_the_others(copy, undrawn, capsys):
+    running, killed = (copy(name, status="running") for name in ("running", "killed"))
+    for name in ("empty", "sweep"):
+        (running.parent / name).mkdir()
+    (running.parent / "sweep" / "sweep.json").touch()
+    (running.parent / "compare.png").touch()
+    with common.locked(running / ".lock"):
+        (rows,) = evaluate.main([*map(str, sorted(running.parent.iterdir())), "--json"]).values()
+        with pytest.raises(common.RunError, match="still being trained"):
+            evaluate.main([str(running)])
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == rows and [row["status"] for row in rows] == ["killed", "running"]
+    assert all(f"skipped: runs/{name} is not a run" in printed.err for name in ("empty", "sweep", "compare.png"))
+    with pytest.raises(common.RunError, match="none of these"):
+        evaluate.main(["runs/empty", "runs/sweep"])
+    evaluate.main([str(killed)])
+    assert "runs/killed: killed after 3 epochs" in capsys.readouterr().out and (killed / "metrics.json").exists()
+
+
+def test_predicting_answers_for_every_readable_file(runs, expected, tmp_path, capsys):
+    images, _, confidence, predicted = expected
+    (tmp_path / "album" / "deeper").mkdir(parents=True)
+    for index, (name, side) in enumerate({"one.png": 28, "album/deeper/0.png": 28, "album/large.png": 280}.items()):
+        Image.fromarray(images[index, 0].numpy()).resize((side, side)).convert("RGBA").save(name)
+    for name in ("album/notes.txt", "album/torn.png"):
+        (tmp_path / name).write_text("no image")
+    argv = [str(runs / "digits"), "--predict", "one.png", "album"]
+    with pytest.raises(common.RunError, match="2 of 5 files could not be read"):
+        evaluate.main([*argv, "gone.png", "--quiet"])
+    printed = capsys.readouterr()
+    assert [error.split(": ")[2].split()[0] for error in printed.err.splitlines()] == ["album/torn.png", "gone.png"]
+    lines = [line.split("\t") for line in printed.out.splitlines()]
+    assert [line[0] for line in lines] == ["one.png", "album/deeper/0.png", "album/large.png"]
+    for index in range(2):
+        assert lines[index][1:] == [str(predicted[index].item()), f"{confidence[index]:.4f}"]
+    answers = evaluate.main([*argv[:3], "--json"])["predictions"]
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers
 
 
 @pytest.mark.parametrize("kind", ["torch.export", "onnx"])
-def test_an_exported_model_answers_as_the_model_does(here, tmp_path, kind):
-    for package in evaluate.EXPORTS[kind][2]:
-        pytest.importorskip(package)
-    made = evaluate.main(["runs/hundred", "--export", kind, "--out", str(tmp_path), "--quiet"])["file"]
-    trained = evaluate.load_trained(here / "runs" / "hundred", torch.device("cpu"))
-    images = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
-    image_set = common.ImageSet(images, torch.zeros(3, dtype=torch.long), trained.blueprint["classes"])
-    expected = evaluate.predict(trained.model, trained.loader(image_set, 3).batches()).softmax(1)
-    if kind == "onnx":
-        import onnxruntime
-
-        session = onnxruntime.InferenceSession(made)
+def test_an_exported_model_answers_as_the_model_does_and_says_what_it_wants(runs, tmp_path, kind, monkeypatch):
+    images, files = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8), {"metadata.json": ""}
+    runtime = pytest.importorskip("onnxruntime") if kind == "onnx" else None
+    file = evaluate.main([str(runs / "digits"), "--export", kind, "--out", "out", "--quiet"])["file"]
+    if runtime:
+        session = runtime.InferenceSession(file)
         answer = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-        classes = session.get_modelmeta().custom_metadata_map["classes"]
+        told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+        assert session.get_inputs()[0].shape == ["batch", 1, 28, 28] and session.get_outputs()[0].shape == ["batch", 10]
     else:
-        files = {"classes.json": ""}
-        answer = torch.export.load(made, extra_files=files).module()(images)
-        classes = files["classes.json"]
-    assert torch.allclose(answer, expected, atol=1e-5)
-    assert json.loads(classes) == trained.blueprint["classes"]
+        answer = torch.export.load(file, extra_files=files).module()(images)
+        told = json.loads(files["metadata.json"])
+    assert torch.allclose(answer, logits_of(runs / "digits", images).softmax(1), atol=1e-5)
+    assert told["classes"] == list("0123456789") and told["image_shape"] == [1, 28, 28] and told["mode"] == "L"
+    assert "bilinear" in told["resize"] and "white" in told["transparent pixels"]
+    # One that answers otherwise is not kept; a package that is missing is named.
+    wrong = SimpleNamespace(module=lambda: lambda images: torch.zeros(len(images), 10))
+    monkeypatch.setattr(torch.export, "load", lambda *arguments, **options: wrong)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name != "onnxscript" or None)
+    with pytest.raises(common.RunError, match="pip install onnxscript" if runtime else "not kept"):
+        evaluate.main([str(runs / "digits"), "--out", "none", "--export", kind])
+    assert not (tmp_path / "none").exists()
 
 
-def test_an_export_that_answers_otherwise_is_not_kept_and_a_missing_package_is_named(here, tmp_path, monkeypatch):
-    wrong = ("model.pt2", lambda program, classes: (b"", lambda images: torch.zeros(len(images), 10)), ())
-    monkeypatch.setitem(evaluate.EXPORTS, "torch.export", wrong)
-    with pytest.raises(common.RunError, match="not kept"):
-        evaluate.main(["runs/cnn", "--export", "torch.export", "--out", str(tmp_path)])
-    monkeypatch.setattr(evaluate.importlib.util, "find_spec", lambda name: name != "onnxscript" or None)
-    with pytest.raises(common.RunError, match="pip install onnxscript"):
-        evaluate.main(["runs/cnn", "--export", "onnx", "--out", str(tmp_path)])
-    assert not list(tmp_path.iterdir())
-
-
-def test_bad_input_is_one_line_and_nothing_is_written(here, copy, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-
-    def refused(expected, *argv):
+def test_bad_input_is_one_line_and_nothing_is_written_and_moved_images_are_found(runs, copy, tmp_path, undrawn):
+    def refused(expected, directory, *argv):
         with pytest.raises(common.RunError, match=expected):
-            evaluate.main([str(argument) for argument in (*argv, "--out", out)])
-        assert not out.exists()
+            evaluate.main([str(directory), *argv, "--out", "out"])
+        assert not (tmp_path / "out").exists()
 
-    refused("no run.json", "runs/none")
-    refused("no run.json", here)
-    best = (copy / "best.pt").read_bytes()
-    for damaged in (best[:-100], b"", best[:500] + bytes([best[500] ^ 1]) + best[501:], best + b"0"):
-        (copy / "best.pt").write_bytes(damaged)
-        refused(r"best\.pt is damaged", copy)
-    (copy / "best.pt").unlink()
-    refused(r"best\.pt is missing", copy)
-    common.save_checkpoint(copy / "best.pt", {"model": "cnn"})
-    refused("does not fit", copy)
-    (copy / "best.pt").write_bytes(best)
-    record = common.read_record(copy)
-    (copy / "run.json").write_text(json.dumps({**record, "status": "running"}))
-    with common.locked(copy / ".lock"):
-        refused("still being trained", copy)
-    (copy / "run.json").write_text(json.dumps({**record, "data": {**record["data"], "checksum": "0"}}))
-    refused("checksums differ", copy)
-    (copy / "run.json").write_text(json.dumps({**record, "args": {**record["args"], "dataset": "mnist"}}))
-    refused("--data-dir", copy, "--data-dir", tmp_path / "nowhere")
-    (copy / "run.json").write_text(json.dumps({**record, "data": {**record["data"], "test_checksum": "0"}}))
-    refused("other test images", copy)
-    (copy / "run.json").write_text(json.dumps({**record, "args": {**record["args"], "val_size": 0.0}}))
-    refused("without a validation split", copy, "--split", "val")
+    data, path = common.read_record(runs / "digits")["data"], copy() / "best.pt"
+    state, content = common.load_checkpoint(path), path.read_bytes()
+    refused("no run.json", "none")
+    path.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
+    refused(r"best\.pt is damaged", path.parent)
+    path.unlink()
+    refused(r"best\.pt is missing", path.parent)
+    for change in ({"weights": {}}, {"model": "other"}, {"c1": 5}):
+        common.save_checkpoint(path, {**state, **change})
+        refused("does not fit", path.parent)
+    refused("not what .* was tested on", copy(data={**data, "test_checksum": "0"}))
+    refused("not what .* was trained on", copy(data={**data, "checksum": "0"}), "--split", "val")
+    refused("without a validation split", copy(val_size=0.0), "--split", "val")
+    refused(r"drawn by train_gone\.py", copy(script="train_gone"))
+    refused("say where with --data-dir", copy(dataset="mnist"), "--data-dir", "nowhere")
+    record = common.read_record(shutil.copytree(runs / "hundred", tmp_path / "run"))
+    common.write_json(tmp_path / "run" / "run.json", {**record, "args": {**record["args"], "dataset": "was here"}})
+    refused("was here; say where with --data-dir", "run")
+    shutil.copytree(runs / "images", tmp_path / "moved")
+    assert evaluate.main(["run", "--data-dir", "moved", "--quiet"])["images"] == 200
 
 
-def test_a_folder_of_images_that_moved_is_found_with_data_dir(here, undrawn, tmp_path):
-    moved = shutil.copytree("hundred", tmp_path / "moved")
-    elsewhere = shutil.copytree("runs/hundred", tmp_path / "run")
-    record = common.read_record(elsewhere)
-    record["args"]["dataset"] = "was here"
-    (elsewhere / "run.json").write_text(json.dumps(record))
-    with pytest.raises(common.RunError, match="was here; say where with --data-dir"):
-        evaluate.main([str(elsewhere)])
-    assert evaluate.main([str(elsewhere), "--data-dir", str(moved), "--quiet"])["images"] == 200
+def test_flags_that_contradict_one_another_are_refused_at_once(capsys):
+    for argv, expected in (("a b --predict x", "take one run"), ("a --predict x --export onnx", "not allowed with")):
+        with pytest.raises(SystemExit, match="2"):
+            evaluate.main(argv.split())
+        assert expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        (["runs/a", "--split", "tests"], "--split"),
-        (["runs/a", "--spilt", "val"], "did you mean --split?"),
-        (["runs/a", "runs/b", "--tta", "mirror"], "--tta means nothing when runs are compared"),
-        (["runs/a", "--export", "onnx", "--csv"], "--csv means nothing with --export"),
-        (["runs/a", "runs/b", "--predict", "x.png"], "--predict takes one run, not 2"),
-        (["runs/a", "--predict", "x.png", "--export", "onnx"], "one at a time"),
-        (["runs/a", "--all-kernels", "--channel", "1"], "one at a time"),
-        (["runs/a", "--json", "--csv"], "not allowed with"),
-        ([], "RUN"),
-    ],
-)
-def test_wrong_flags_are_refused_at_once(argv, expected, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        evaluate.main(argv)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and expected in error and len(error.splitlines()) == 1
-
-
-def test_layers_channels_and_images_that_do_not_exist_are_named(here):
-    for argv, expected in (
-        (["--layer", "conv1"], "the convolutions of this model are 0, 4"),
-        (["--channel", "1"], "layer 0 has 1"),
-        (["--image", "150"], "150 images"),
-    ):
-        with pytest.raises(common.UsageError, match=expected):
-            evaluate.main(["runs/cnn", *argv])
+def test_a_dense_net_on_mnist_that_moved_has_no_filters(mnist_dir, undrawn, tmp_path, capsys):
+    argv = f"--data-dir {mnist_dir} --model dense --l1 8 --epochs 1 --runs-dir runs --run-name dense --quiet"
+    train_mnist.main(argv.split())
+    mnist_dir.rename(tmp_path / "moved")
+    assert evaluate.main(["runs/dense", "--data-dir", "moved"])["images"] == 50
+    assert "no convolution" in capsys.readouterr().out and not (tmp_path / "runs/dense/filters.png").exists()

@@ -1,282 +1,172 @@
-"""Shapes, sizes, dropout, schedules, early stopping: the parts of a training, without one."""
+"""Models, dropout, Muon, schedules: against torch's own, and by definition."""
 
-import copy
+import itertools
+from pathlib import Path
+
+import common
+import train_cifar
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import run
 from torch import nn
+from torch.optim import lr_scheduler
 
-import common
 
-
-def parameters(model):
-    return sum(p.numel() for p in model.parameters())
+def build(shape, *argv, classes=10):
+    args = vars(train_cifar.parse_arguments([str(argument) for argument in argv]))
+    return common.build_model({**args, "image_shape": list(shape), "classes": list(range(classes))})
 
 
 @pytest.mark.parametrize("name", common.MODELS)
-@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (3, 40, 24)])
-@pytest.mark.parametrize("classes", [10, 100])
-def test_every_model_takes_any_size_channels_and_classes(name, shape, classes):
-    model = common.MODELS[name](shape, classes)
-    assert model(torch.rand(2, *shape)).shape == (2, classes)
+def test_every_model_takes_any_size_channels_and_classes_and_its_dropout_rests_at_evaluation(name):
+    for shape, classes in itertools.product([(1, 28, 28), (3, 32, 32), (3, 40, 24)], (10, 100)):
+        model, images = build(shape, "--model", name, classes=classes), torch.rand(2, *shape)
+        assert model(images).shape == (2, classes)
+        assert torch.equal(model.eval()(images), model(images))
 
 
-def test_parameter_counts_are_the_tutorials():
-    assert parameters(common.dense((1, 28, 28), 10)) == 784 * 128 + 128 + 128 * 10 + 10
+def test_parameter_counts_and_names_are_the_tutorials():
     convolutions = (3 * 48 + 48 * 48 + 48 * 96 + 96 * 96) * 9 + 48 + 48 + 96 + 96
-    head = 2 * 96 * 144 + 96 * 144 * 256 + 256 + 256 * 10 + 10
-    assert parameters(common.confignet((3, 32, 32), 10)) == convolutions + head
-    assert parameters(common.convnet((3, 32, 32), 10)) == convolutions + head
-    blocks = 1 * 32 * 9 + 32 + 64 + 32 * 64 * 9 + 64 + 128
-    assert parameters(common.cnn((1, 28, 28), 10)) == blocks + 64 * 49 * 512 + 512 + 512 * 10 + 10
+    confignet = convolutions + 2 * 96 * 144 + 96 * 144 * 256 + 256 + 256 * 10 + 10
+    cnn = 32 * 9 + 32 + 64 + 32 * 64 * 9 + 64 + 128 + 64 * 49 * 512 + 512 + 512 * 10 + 10
+    for name, shape, count in [
+        ("convnet", (3, 32, 32), confignet), ("confignet", (3, 32, 32), confignet), ("cnn", (1, 28, 28), cnn),
+        ("dense", (1, 28, 28), 784 * 128 + 128 + 128 * 10 + 10),
+    ]:  # fmt: skip
+        assert sum(p.numel() for p in build(shape, "--model", name).parameters()) == count
+    names = dict(build((3, 32, 32)).named_children()).keys()
+    assert names >= {"conv1", "conv2", "conv3", "conv4", "fc1", "fc2"}
 
 
-def test_the_whitened_nets_are_of_the_size_that_their_docstrings_say():
-    whitened, pairs = 24, (24 * 64 + 64 * 64 + 64 * 256 + 3 * 256 * 256) * 9
-    scales_and_biases = 2 * 2 * (64 + 256 + 256)
-    assert parameters(common.fastnet((3, 32, 32), 10)) == whitened * (12 + 1) + pairs + scales_and_biases + 2560
-    pairs = (32 * 24 + 24 * 24 + 24 * 48 + 48 * 48) * 9
-    assert parameters(common.patchnet((1, 28, 28), 10)) == 32 * 16 + pairs + 2 * 2 * (24 + 48) + 480
-    for name in ("fastnet", "patchnet"):
-        assert common.MODELS[name]((3, 32, 32), 10)(torch.rand(2, 3, 20, 20)).shape == (2, 10)
-        with pytest.raises(common.UsageError, match=f"{name} needs images of at least"):
-            common.MODELS[name]((3, 6, 32), 10)
+HEAD = "Conv2d relu Conv2d relu Dropout then Conv2d relu"
+ORDERS = {
+    ("confignet", "tutorial", 5, 3): f"{HEAD} Conv2d relu Dropout flat BatchNorm1d relu Linear relu Linear",
+    ("confignet", "default", 5, 5): f"{HEAD} Conv2d flat BatchNorm1d relu Dropout then Linear relu Linear",
+    ("dense", "tutorial"): "Identity then Linear relu Dropout then Linear",
+    ("dense", "default"): "LayerNorm then Linear relu Dropout then Linear",
+}
 
 
-def test_whitened_patches_are_uncorrelated_and_the_layer_learns_a_bias_at_first_and_nothing_after():
-    random = torch.Generator().manual_seed(0)
-    images = torch.rand(300, 3, 16, 16, generator=random).cumsum(3) + torch.rand(300, 3, 1, 1, generator=random)
-    layer = common.Whitening(3, 2, 1, 0, bias=True)
-    layer.learn(images, smallest=0)
-    outputs = layer(images).transpose(0, 1).flatten(1)
-    half = len(outputs) // 2
-    assert torch.allclose(outputs[:half], -outputs[half:])
-    covariance = outputs[:half] @ outputs[:half].T / outputs.shape[1]
-    assert torch.allclose(covariance, torch.eye(half), atol=0.01)
-    layer.begin_epoch(3)
-    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["bias"]
-    layer.begin_epoch(4)
-    assert not any(p.requires_grad for p in layer.parameters())
-    flat = torch.ones(10, 3, 16, 16)  # patches that do not vary at all but in their mean
-    layer.learn(flat)
-    assert layer(flat).abs().max() < 1.01 and layer.weight.isfinite().all()
+@pytest.mark.parametrize("which", ORDERS, ids=str)
+def test_a_batch_passes_the_layers_in_this_order(which):
+    (model, recipe, *kernels), order, passed = which, ORDERS[which].split(), []
+    net = build((3, 32, 32), "--model", model, "--recipe", recipe, "--d1", 0.3, "--kernel-size", 5)
+    for layer in net.children():
+        layer.register_forward_hook(lambda layer, x, y: passed.append((type(layer).__name__, x[0].clone(), y.clone())))
+    net.train()(torch.rand(64, 3, 32, 32))
+    assert [name for name, _, _ in passed] == order[::2]
+    functions = {"relu": F.relu, "flat": lambda x: x.flatten(1), "then": lambda x: x}
+    for word, ((_, _, left), (_, came, _)) in zip(order[1::2], itertools.pairwise(passed), strict=True):
+        assert torch.equal(functions[word](left), came)
+    dropped = [((y == 0) & (x > 0)).sum() / (x > 0).sum() for name, x, y in passed if name == "Dropout"]
+    assert dropped == pytest.approx([0.3, 0.5][: len(dropped)], abs=0.05)
+    sizes = [layer.kernel_size[0] for layer in net.children() if isinstance(layer, nn.Conv2d)]
+    assert sizes == kernels[:1] + 3 * kernels[1:]
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (3, 5, 8, 8),
-        (2, 8, 7, 15),
-        (1, 3, 3, 3),
-        (5, 2, 1, 18),
-        (700, 4, 4, 4),
-        (3, 4, 2, 2),
-        (2, 3, 5, 10),
-        (300, 4, 6, 12),
-    ],
-)
-def test_winograds_convolution_and_its_gradients_equal_the_definition(shape):
-    random = torch.Generator().manual_seed(0)
-    images, weight = torch.randn(shape, generator=random), torch.randn(6, shape[1], 3, 3, generator=random)
-    gradient = torch.randn(shape[0], 6, *shape[2:], generator=random)
-    exact = [x.double().requires_grad_() for x in (images, weight)]
-    expected = nn.functional.conv2d(*exact, padding=1)
-    expected = expected, *torch.autograd.grad(expected, exact, gradient.double())
-    for memory_format in (torch.contiguous_format, torch.channels_last):
-        ours = [x.contiguous(memory_format=memory_format).requires_grad_() for x in (images, weight)]
-        found = common.WinogradConvolution.apply(*ours)
-        found = found, *torch.autograd.grad(found, ours, gradient.contiguous(memory_format=memory_format))
-        for a, b in zip(found, expected, strict=True):
-            assert a.shape == b.shape and ((a - b).norm() / b.norm()).item() < 2e-5
-
-
-def test_winograds_method_is_used_in_float32_with_many_channels_and_without_avx512_alone(monkeypatch):
-    calls, apply = [], common.WinogradConvolution.apply
-    monkeypatch.setattr(common.WinogradConvolution, "apply", lambda *x: calls.append(1) or apply(*x))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    common.Convolution(64, 256)(torch.rand(1, 64, 8, 8))
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    common.Convolution(64, 64)(torch.rand(1, 64, 8, 8))
-    many = common.Convolution(64, 256)
-    with torch.autocast("cpu", torch.bfloat16):
-        many(torch.rand(1, 64, 8, 8))
-    many.double()(torch.rand(1, 64, 8, 8).double())
-    torch.export.export(many.float(), (torch.rand(1, 64, 8, 8),))
-    assert not calls
-    images = torch.rand(1, 64, 8, 8)
-    assert torch.allclose(many(images), nn.functional.conv2d(images, many.weight, padding=1), atol=1e-5) and calls
-
-
-@pytest.mark.parametrize("channels", [(8, 8), (8, 12), (12, 8)])
-def test_an_identity_convolution_hands_its_inputs_on(channels):
-    images, shared = torch.rand(2, channels[0], 6, 6), min(channels)
-    assert torch.allclose(common.identity_convolution(*channels)(images)[:, :shared], images[:, :shared])
-
-
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
-@pytest.mark.parametrize("shape", [(3, 8, 20), (2, 20, 8), (1, 5, 5)])
-def test_orthogonalize_keeps_the_directions_and_levels_the_singular_values(shape, dtype, error):
-    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    u, s, v = torch.linalg.svd(matrices, full_matrices=False)
-    inner = u.mT @ common.orthogonalize(matrices, dtype) @ v.mT
-    values = inner.diagonal(dim1=1, dim2=2)
-    assert (inner - torch.diag_embed(values)).abs().max() < error
-    assert (values[s > s.amax() / 10] > 0.5).all() and values.max() < 1.3
-
-
-def test_muon_turns_filters_by_orthogonal_steps_and_leaves_the_rest_to_adamw():
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 4))
-    twin = copy.deepcopy(net)
-    ours = common.Muon(net.parameters(), lr=0.1, aux_lr=0.02, momentum=0.6, weight_decay=0.1)
-    others = [twin[0].bias, *twin[2].parameters()]
-    theirs = torch.optim.AdamW(others, lr=0.02, betas=(0.8, 0.95), weight_decay=0.1)
-    momentum = 0
-    for _ in range(3):
-        images, before = torch.randn(5, 3, 6, 6), net[0].weight.detach().clone()
-        for model in (net, twin):
-            model.zero_grad()
-            model(images).square().mean().backward()
-        gradient = net[0].weight.grad.clone()
-        ours.step()
-        theirs.step()
-        momentum = 0.6 * momentum + gradient
-        u, _, v = torch.linalg.svd((gradient + 0.6 * momentum).flatten(1), full_matrices=False)
-        moved = (before * 8**0.5 / before.norm() - net[0].weight.detach()).flatten(1) / 0.1
-        assert torch.linalg.svdvals(moved).max() < 1.3
-        assert torch.nn.functional.cosine_similarity(moved.flatten(), (u @ v).flatten(), 0) > 0.9
-        for mine, other in zip([net[0].bias, *net[2].parameters()], others, strict=True):
-            assert torch.allclose(mine, other, atol=1e-6)
-        with torch.no_grad():
-            twin[0].weight.copy_(net[0].weight)
-
-
-def test_muon_continues_from_its_state():
-    torch.manual_seed(0)
-    first = nn.Conv2d(3, 8, 3)
-    second = copy.deepcopy(first)
-    options = {"lr": 0.1, "aux_lr": 0.02, "momentum": 0.6, "weight_decay": 0.1}
-    a, b = common.Muon(first.parameters(), **options), common.Muon(second.parameters(), **options)
-    for step in range(4):
-        if step == 2:
-            state, b = b.state_dict(), common.Muon(second.parameters(), **options)
-            b.load_state_dict(state)
-        images = torch.randn(5, 3, 6, 6)
-        for model, optimizer in ((first, a), (second, b)):
-            model.zero_grad()
-            model(images).square().mean().backward()
-            optimizer.step()
-    assert torch.equal(first.weight, second.weight) and torch.equal(first.bias, second.bias)
-
-
-@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7])
-def test_odd_kernels(kernel_size):
-    model = common.convnet((3, 32, 32), 10, kernel_size=kernel_size)
-    assert model[0].weight.shape == (48, 3, kernel_size, kernel_size)
-    assert model(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-
-
-def test_images_too_small_for_a_model_are_refused():
-    with pytest.raises(common.UsageError, match="--kernel-size 13"):
-        common.confignet((3, 32, 32), 10, kernel_size=13)
-    with pytest.raises(common.UsageError, match="4x4"):
-        common.cnn((1, 3, 28), 10)
-
-
-@pytest.mark.parametrize("name", common.MODELS)
-def test_dropout_rests_at_evaluation(name):
-    model = common.MODELS[name]((3, 32, 32), 10).eval()
-    images = torch.rand(4, 3, 32, 32)
-    assert torch.equal(model(images), model(images))
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_images_and_batches_that_a_model_does_not_take_are_refused():
+    for shape, argv, size in [
+        ((3, 32, 32), ["confignet", "--kernel-size", 13], "32x32"), ((1, 3, 28), ["cnn"], "3x28"),
+        ((3, 6, 32), ["fastnet"], "6x32"), ((3, 6, 32), ["patchnet"], "6x32"),
+        ((3, 32, 32), ["confignet", "--batch-size", 1], "32x32"), ((3, 32, 32), ["convnet", "--sizes", "8,32"], "8x8"),
+    ]:  # fmt: skip
+        with pytest.raises(common.UsageError, match=f"^--model {argv[0]} .* does not take images of {size} pixels"):
+            build(shape, "--model", *argv)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_dropout_drops_its_share_and_keeps_the_expectation(p, memory_format):
-    layer = common.Dropout(p).train()
-    x = torch.ones(64, 16, 20, 20).contiguous(memory_format=memory_format).requires_grad_()
+def test_dropout_drops_its_share_keeps_the_expectation_and_repeats_with_the_seed(p, memory_format):
+    layer, x = common.Dropout(p).train(), torch.ones(64, 16, 20, 20).contiguous(memory_format=memory_format)
     torch.manual_seed(0)
-    y = layer(x)
+    y, other = layer(x.requires_grad_()), layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(y, layer(x)) and not torch.equal(y, other)
     dropped = (y == 0).float()
-    assert abs(dropped.mean().item() - p) < 0.005
-    # No image, channel or column is favoured.
-    for dimension in range(4):
-        others = [d for d in range(4) if d != dimension]
-        assert (dropped.mean(others) - p).abs().max() < 0.05
-    assert abs(y.mean().item() - 1) < 0.005
+    assert dropped.mean().item() == pytest.approx(p, abs=0.005) and y.mean().item() == pytest.approx(1, abs=0.005)
+    for dimension in range(4):  # no image, channel, row or column is favoured
+        assert (dropped.mean([d for d in range(4) if d != dimension]) - p).abs().max() < 0.05
     y.sum().backward()
     assert torch.equal(x.grad, y.detach())
 
 
-def test_dropout_differs_from_call_to_call_and_repeats_with_the_seed():
-    layer, x = common.Dropout(0.5).train(), torch.ones(1001)
-    torch.manual_seed(0)
-    first, second = layer(x), layer(x)
-    torch.manual_seed(0)
-    assert torch.equal(first, layer(x)) and not torch.equal(first, second)
+def test_whitened_patches_are_uncorrelated_and_an_identity_convolution_hands_its_inputs_on():
+    random = torch.Generator().manual_seed(0)
+    images = torch.rand(300, 3, 16, 16, generator=random).cumsum(3) + torch.rand(300, 3, 1, 1, generator=random)
+    layer = common.Whitening(3, 2, 1, 0, bias=True)
+    layer.learn(images, smallest=0)
+    outputs, negatives = layer(images).transpose(0, 1).flatten(1).chunk(2)
+    assert torch.allclose(outputs, -negatives)
+    assert torch.allclose(outputs @ outputs.T / outputs.shape[1], torch.eye(12), atol=0.01)
+    flat = torch.ones(10, 3, 16, 16)  # patches that do not vary at all but in their mean
+    layer.learn(flat)
+    assert layer(flat).abs().max() < 1.01 and layer.weight.isfinite().all()
+    for channels in (2, 3, 5):
+        shared = min(channels, 3)
+        assert torch.allclose(common.identity_convolution(3, channels)(images)[:, :shared], images[:, :shared])
 
 
-@pytest.mark.parametrize("name", ["cosine", "onecycle"])
-def test_schedules_equal_torchs(name):
-    steps, rate = 100, 0.3
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], rate)
-    if name == "cosine":
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    else:
-        # OneCycleLR counts its last step as the end, and turns at step 0.3 * total - 1.
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps + 1, pct_start=31 / 101)
-    for step in range(steps):
-        assert rate * common.SCHEDULES[name](step / steps) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6)
+def test_the_whitenings_bias_is_learnt_for_three_epochs_and_muon_learns_filters_and_adamw_the_rest(few_images):
+    saved = []
+    argv = ["--recipe", "fast", "--dataset", "synthetic", "--epochs", 5, "--batch-size", 50, "--sizes", 16, "--quiet"]
+    argv += ["--c1", 8, "--c2", 16, "--c3", 16, "--run-name", "a"]
+    run(train_cifar, *argv, on_epoch=lambda row: saved.append(common.load_checkpoint(Path("runs/a/last.pt"))))
+    states = [state["model"] for state in saved]
+    changed = {name: [not torch.equal(a[name], b[name]) for a, b in itertools.pairwise(states)] for name in states[0]}
+    assert not any(changed["0.weight"]) and changed["0.bias"] == [True, True, False, False] and all(changed["2.weight"])
+    muon, adamw = saved[0]["optimizer_0"], saved[0]["optimizer_1"]
+    assert [state["momentum"].ndim for state in muon["state"].values()] == [4] * 6
+    assert sorted(state["exp_avg"].ndim for state in adamw["state"].values()) == [1] * 7 + [2]
+    assert adamw["param_groups"][0].items() >= {"initial_lr": 0.015, "weight_decay": 0.1}.items()
+
+
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("shape", [(8, 4, 5, 1), (20, 2, 2, 2), (5, 5, 1, 1)])
+def test_muons_steps_are_orthogonal_nesterov_momentum_and_continue_from_its_state(shape, dtype, error):
+    random = torch.Generator().manual_seed(0)
+    p = nn.Parameter(torch.randn(shape, generator=random))
+    optimizer, momentum = common.Muon([p], lr=0.1, momentum=0.6, dtype=dtype), 0
+    for step in range(4):
+        if step == 2:
+            state, optimizer = optimizer.state_dict(), common.Muon([p], lr=0.5, momentum=0.1, dtype=dtype)
+            optimizer.load_state_dict(state)
+        before, p.grad = p.detach().clone(), torch.randn(shape, generator=random)
         optimizer.step()
-        scheduler.step()
+        momentum = 0.6 * momentum + p.grad
+        moved = (before * len(p) ** 0.5 / before.norm() - p.detach()) / 0.1  # the norm is held at its number's root
+        u, s, v = torch.linalg.svd((p.grad + 0.6 * momentum).flatten(1), full_matrices=False)
+        inner = u.T @ moved.flatten(1) @ v.T
+        values = inner.diagonal()
+        assert (inner - torch.diag(values)).abs().max() < error
+        assert (values[s > s[0] / 10] > 0.5).all() and values.max() < 1.3
 
 
-def test_the_linear_schedule_falls_from_one_to_nothing():
-    assert [common.SCHEDULES["linear"](progress) for progress in (0, 0.25, 1)] == [1, 0.75, 0]
+def test_schedules_equal_torchs():
+    schedulers = {
+        "constant": lambda optimizer: lr_scheduler.ConstantLR(optimizer, 1),
+        "linear": lambda optimizer: lr_scheduler.LinearLR(optimizer, 1, 0, 100),
+        "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 100),
+        # OneCycleLR counts its last step as the end, and turns at step 0.3 * total - 1.
+        "onecycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 1, total_steps=101, pct_start=31 / 101),
+    }
+    for name, schedule in common.SCHEDULES.items():
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1)
+        scheduler = schedulers[name](optimizer)
+        for step in range(100):
+            assert schedule(step / 100) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), name
+            optimizer.step()
+            scheduler.step()
 
 
-def test_early_stopping_keeps_the_best_weights_of_the_model_it_is_given():
-    watched, other = nn.Linear(2, 2), nn.Linear(2, 2)
-    stopping = common.EarlyStopping(tolerance=2)
-    best = None
-    for epoch, loss in enumerate([1.0, 0.5, 0.7, 0.5, 0.4], 1):
-        with torch.no_grad():
-            watched.weight.fill_(epoch)
-            other.weight.fill_(-epoch)
-        improved = stopping.step(epoch, loss, watched)
-        assert improved == (epoch in (1, 2, 5))
-        if improved:
-            best = copy.deepcopy(watched.state_dict())
-        if stopping.should_stop:
-            break
-    assert epoch == 4, "two epochs without a lower loss: an equal one is not lower"
-    assert stopping.best_epoch == 2 and stopping.best_loss == 0.5
-    assert torch.equal(stopping.best_weights["weight"], best["weight"])
-    assert torch.equal(stopping.best_weights["weight"], torch.full((2, 2), 2.0))
-
-
-def test_early_stopping_off_and_not_a_number():
-    stopping = common.EarlyStopping(tolerance=0)
-    for epoch in range(1, 50):
-        assert not stopping.step(epoch, float("nan"), nn.Linear(1, 1))
-    assert not stopping.should_stop and stopping.best_epoch == 0
-
-
-def test_evaluation_is_a_mean_over_images_whatever_the_batches():
-    images = common.ImageSet(torch.randint(0, 256, (25, 1, 8, 8)).byte(), torch.arange(25) % 10, list("0123456789"))
-    model = common.dense((1, 8, 8), 10)
-    autocast = common.autocast_to(torch.device("cpu"), "fp32")
-    results = []
-    for batch_size in (25, 1, 4, 24):
-        totals = common.Totals("cpu")
-        common.evaluate_epoch(model, common.Loader(images, batch_size, [0.5], [0.5]).batches(), autocast, totals)
-        results.append((pytest.approx(totals.loss, rel=1e-5), totals.accuracy))
-    assert results == results[:1] * 4
-
-
-def test_a_last_batch_of_one_image_is_left_out_of_training_only():
-    images = common.ImageSet(torch.zeros(9, 1, 8, 8, dtype=torch.uint8), torch.arange(9), list("012345678"))
-    training = common.Loader(images, 4, [0.5], [0.5], seed=0)
-    assert [len(labels) for _, labels in training.batches(1)] == [4, 4] and len(training) == 2
-    evaluation = common.Loader(images, 4, [0.5], [0.5])
-    assert [len(labels) for _, labels in evaluation.batches()] == [4, 4, 1] and len(evaluation) == 3
+def test_evaluation_is_a_mean_over_images_and_training_leaves_a_last_batch_of_one_out():
+    images = common.ImageSet(torch.randint(0, 256, (25, 1, 8, 8)).byte(), torch.arange(25) % 10, [])
+    model, autocast, results = build((1, 8, 8), "--model", "dense"), common.autocast_to("cpu", "fp32"), []
+    for batch_size in (25, 1, 4):
+        meter = common.test(model, common.Loader(images, batch_size, [0.5], [0.5]), autocast)
+        results.append((pytest.approx(meter.loss, rel=1e-5), meter.accuracy))
+    assert results == results[:1] * 3
+    loader = common.Loader(images, 4, [0.5], [0.5], seed=0)
+    assert [len(labels) for _, labels in loader.batches(1)] == [4] * 6 and len(loader) == 6
