@@ -102,14 +102,22 @@ def interrupted(few_images):
     return run(train_mnist, *DENSE, "--quiet", "--epochs", 6, "--stop-after", 2)[0]
 
 
-@pytest.mark.parametrize("file", ["run.json", "last.pt"])
-def test_a_full_disk_leaves_what_was_there(interrupted, file):
-    """The disk has no room for `file`, but for those that are smaller."""
-    before = {path: path.read_bytes() for path in R.glob("*.pt")}
-    limit = (R / file).stat().st_size - 100
-    full = Forked(*DENSE_RESUME, before=f"resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))")
-    check_one_line(full.finish(), "File too large")
-    assert {path: path.read_bytes() for path in R.glob("*.pt")} == before
+LIMIT = "resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, {0}))"
+FAILURES = {  # what happens at first, and after each epoch
+    "no room for run.json": (LIMIT.format(1000), "", "File too large"),
+    "no room for last.pt": (LIMIT.format(10**6), "", "File too large"),
+    "the directory takes no file": ("as_an_ordinary_user(), os.chmod('runs/r', 0o555)", "", "Permission denied: '"),
+    "it takes no more": ("as_an_ordinary_user()", "os.chmod('runs/r', 0o555)", "Permission denied: '"),
+}
+
+
+@pytest.mark.parametrize(("before", "each_epoch", "message"), FAILURES.values(), ids=FAILURES)
+def test_a_save_that_fails_is_one_line_and_leaves_what_was_there(interrupted, before, each_epoch, message):
+    there = {path: path.read_bytes() for path in R.glob("*.pt")}
+    done = Forked(*DENSE_RESUME, before=before, each_epoch=each_epoch).finish()
+    check_one_line(done, message)
+    assert ({path: path.read_bytes() for path in R.glob("*.pt")} == there) == (not each_epoch)
+    R.chmod(0o755)
     assert check_files() and not list(R.glob(".*.tmp"))
     assert len(run(train_mnist, *DENSE_RESUME[1:])[2]) == 6
 
@@ -129,18 +137,6 @@ def test_a_run_whose_saves_fail_at_every_moment_ends_as_an_undisturbed_one(whole
         assert check_files() in (record["status"], None) and not list(R.glob(".*.tmp"))
     assert moment > 8
     check_same(whole, R)
-
-
-@pytest.mark.parametrize("when", ["before", "in the run"])
-def test_a_directory_that_cannot_be_written_is_named_and_left_as_it_was(interrupted, when):
-    before = {path.name: path.read_bytes() for path in interrupted.iterdir()}
-    interrupted.chmod(0o555 if when == "before" else 0o755)
-    process = Forked(*DENSE_RESUME, before="as_an_ordinary_user()", each_epoch="os.chmod('runs/r', 0o555)")
-    check_one_line(process.finish(), "Permission denied", "runs/r")
-    assert ({path.name: path.read_bytes() for path in interrupted.iterdir()} == before) == (when == "before")
-    interrupted.chmod(0o755)
-    assert check_files() and not list(R.glob(".*.tmp"))
-    assert Forked(*DENSE_RESUME).finish() == (0, "")
 
 
 def test_who_has_opened_a_file_reads_it_whole_when_it_is_saved_anew(few_images):
