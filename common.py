@@ -1323,7 +1323,7 @@ class Run:
                 raise RunError(f"{shown(path)} is of another run, {state['run']}")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            self.history, self.record["best"] = state["history"], None
+            self.history = state["history"]
         self.write_results(model, early_stopping)
         return len(self.history)
 

@@ -119,34 +119,14 @@ def tiny_cifar(tmp_path):
     return TinyCifar(tmp_path / "origin")
 
 
-# Runs a script with torchvision's table of checksums replaced by that of the tiny files, and nothing else.
-PATCHED = """
-import json, runpy, sys
-from torchvision import datasets
-md5 = json.loads(sys.argv.pop(1))
-cifar, mnist = datasets.CIFAR10, datasets.MNIST
-cifar.tgz_md5 = md5.get(cifar.filename)
-cifar.train_list = [[name, md5.get(name)] for name, _ in cifar.train_list]
-cifar.test_list = [[name, md5.get(name)] for name, _ in cifar.test_list]
-cifar.meta = {**cifar.meta, "md5": md5.get("batches.meta")}
-mnist.resources = [(name, md5.get(name)) for name, _ in mnist.resources]
-sys.argv.pop(0)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
 @pytest.fixture
 def cli(tmp_path):
-    """`cli("train_mnist.py", "--epochs", 1, ...)` runs the script in tmp_path, its runs in tmp_path/runs, and returns
-    the process that has ended, with `start` the one that begins."""
+    """`cli("train_mnist.py", "--epochs", 1, ...)` runs the script in tmp_path, and returns the process that has ended,
+    with `start` the one that begins."""
     started = []
 
-    def run(script, *argv, md5=None, start=False, env=(), **options):
+    def run(script, *argv, start=False, env=(), **options):
         command = [sys.executable, str(ROOT / script), *map(str, argv)]
-        if Path(script).name.startswith("train_") and "--resume" not in argv:
-            command += ["--runs-dir", str(tmp_path / "runs")]
-        if md5 is not None:
-            command[1:1] = ["-c", PATCHED, json.dumps(md5)]
         environment = {name: value for name, value in {**os.environ, **dict(env)}.items() if value is not None}
         options = {"cwd": tmp_path, "text": True, "env": environment, **options}
         if not start:
@@ -175,14 +155,7 @@ def run(script, *argv, on_epoch=None):
     return directory, record, read_run(directory)[1]
 
 
-def only_run(tmp_path):
-    """The one run directory below tmp_path/runs: its path, run.json and the rows of log.jsonl."""
-    (directory,) = (tmp_path / "runs").iterdir()
-    return directory, *read_run(directory)
-
-
 def read_run(directory):
-    """run.json and the rows of log.jsonl."""
     rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
     return json.loads((directory / "run.json").read_text()), rows
 
