@@ -71,6 +71,7 @@ GRID = ["--method", "grid", "--param", "x=0.1,0.2,0.3", "--param", "k=1,2"]
 @pytest.fixture(autouse=True)
 def nothing_is_left_for_the_next_test(monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])  # a sweep adds the place of its script
+    monkeypatch.setenv("WANDB_MODE", "offline")  # whatever account this user has
     yield
     for process in multiprocessing.active_children():
         process.kill()
