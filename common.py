@@ -294,6 +294,7 @@ def command_line(main: Callable) -> int:
             os.fstat(descriptor)
         except OSError:  # closed: a file opened later would take its place, and what is printed
             os.open(os.devnull, os.O_RDWR)
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 (tqdm wants one)
     if sys.stdout is not None:  # the name of a class or a file may have characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -35,7 +35,7 @@ def drive(server, home, *argv):
     """Run sweep.py: its exit status, and the lines on stderr."""
     argv = [*argv, "--name", "s", "--runs-dir", "runs", "--", "--dataset", "synthetic", "--model", "dense"]
     process = start(*argv, prepare=partial(against, server.url, str(home)))
-    process.join(200)
+    process.join(600)
     return process.exitcode, Path("sweep.err").read_text().splitlines()
 
 
