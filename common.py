@@ -1562,7 +1562,10 @@ def fit(
         run.save(parts, model, early_stopping)
         with wandb_failures_told(run):
             if run.wandb:
-                run.wandb.log(row, step=epoch, commit=True)
+                best = {
+                    f"best_{name}": value for name, value in run.record["best"].items()
+                }  # what a W&B sweep compares
+                run.wandb.log(row | best, step=epoch, commit=True)
         text = (
             "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
             "{val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s{best}"

@@ -7,11 +7,13 @@
     python sweep.py --resume runs/mine                               # go on where the search was stopped
 
 A parameter is a flag of the training script; flags after -- go to every trial. A trial never reads the test set.
+A search is a study of Optuna: the file study.journal or, with --storage, a database that many machines share.
 """
 
 import argparse
 import contextlib
 import functools
+import importlib
 import importlib.util
 import itertools
 import json
@@ -19,8 +21,6 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
-import queue
-import random
 import re
 import secrets
 import shlex
@@ -34,277 +34,31 @@ import time
 import traceback
 import urllib.error
 import urllib.request
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import common
 import evaluate
 from common import RunError, UsageError
-from evaluate import BLUE, ORANGE, colormap, curves_axes, new_figure, percent_axis
 
+import optuna
 import torch
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, TrialPruned, UpdateFinishedTrialError
+from optuna.storages import JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
 from tqdm import tqdm
 
-# ---------------------------------------------------------------------------------------------------
-# The search space
-# ---------------------------------------------------------------------------------------------------
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+warnings.simplefilter("ignore", ExperimentalWarning)
 
-
-@dataclass(frozen=True)
-class Parameter:
-    """A flag to be searched: one of `values`, or a number from `low` to `high`, in steps of `step` where that is set.
-
-    `log`: the logarithm is uniform, not the number.
-    """
-
-    name: str
-    values: tuple = ()
-    low: float = 0
-    high: float = 0
-    step: float = 0
-    log: bool = False
-
-    def grid(self):
-        """All values. UsageError where they cannot be counted."""
-        if self.values:
-            return self.values
-        if not self.step:
-            raise UsageError(f"{self.name}: a grid needs a list of values, not the range {self.low}..{self.high}")
-        return tuple(self.at(self.low + index * self.step) for index in range(self.steps()))
-
-    def steps(self):
-        return math.floor((self.high - self.low) / self.step + 1e-9) + 1
-
-    def at(self, number):
-        """`number` as a value of the parameter: on its steps, between its bounds."""
-        if not self.step:  # six digits are enough, and can be read and copied
-            return min(max(float(f"{number:.6g}"), self.low), self.high)
-        number = self.low + min(max(round((number - self.low) / self.step), 0), self.steps() - 1) * self.step
-        # Steps such as 0.1 have no exact sum.
-        return round(number) if isinstance(self.step, int) else float(f"{number:.12g}")
-
-    def draw(self, generator):
-        """A value at random, from a `random.Random`."""
-        if self.values:
-            return generator.choice(self.values)
-        if self.log:
-            return self.at(math.exp(generator.uniform(math.log(self.low), math.log(self.high))))
-        if self.step:
-            return self.at(self.low + generator.randrange(self.steps()) * self.step)
-        return self.at(generator.uniform(self.low, self.high))
-
-
-def checked(parameter):
-    """The parameter, or UsageError where nothing could be drawn from it."""
-    name, low, high = parameter.name, parameter.low, parameter.high
-    if parameter.values:
-        repeated = [value for index, value in enumerate(parameter.values) if value in parameter.values[:index]]
-        if repeated:
-            raise UsageError(f"{name}: {repeated[0]!r} is there twice")
-        return parameter
-    if not all(-1e300 < number < 1e300 for number in (low, high, parameter.step)) or parameter.step < 0:
-        raise UsageError(f"{name}: the bounds and the step must be finite numbers")
-    if low >= high:
-        raise UsageError(f"{name}: the lower bound {low} is not below the upper bound {high}")
-    if parameter.log and low <= 0:
-        raise UsageError(f"{name}: a logarithmic range needs a lower bound above 0, not {low}")
-    return parameter
-
-
-def number_or_text(text):
-    """A value as a user writes it: 3, 1e-4, true, or a word."""
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return {"true": True, "false": False}.get(text.lower(), text)
-
-
-def parse_parameter(text):
-    """`c1=48,96`, `d1=0.0..0.5`, `l1=int:64..512` or `lr=log:1e-4..1e-1` as a Parameter. UsageError."""
-    found = re.fullmatch(r"([A-Za-z][\w-]*)=(?:(int|log):)?(.*)", text, re.DOTALL)
-    if not found:
-        raise UsageError(f"--param {text}: expected NAME=VALUE,VALUE or NAME=LOW..HIGH, with int: or log: before LOW")
-    name, kind, rest = found[1].replace("-", "_"), found[2], found[3]
-    if ".." not in rest:
-        values = tuple(number_or_text(value) for value in rest.split(","))
-        if kind or "" in values:
-            raise UsageError(f"--param {text}: " + (f"{kind}: needs a range LOW..HIGH" if kind else "a value is empty"))
-        return checked(Parameter(name, values))
-    bounds = [number_or_text(bound) for bound in rest.split("..")]
-    if len(bounds) != 2 or any(isinstance(bound, bool | str) for bound in bounds):
-        raise UsageError(f"--param {text}: expected two numbers, LOW..HIGH")
-    if kind == "int" and not all(isinstance(bound, int) for bound in bounds):
-        raise UsageError(f"--param {text}: int: needs whole numbers")
-    return checked(Parameter(name, (), *bounds, step=1 if kind == "int" else 0, log=kind == "log"))
-
-
-DISTRIBUTIONS = (
-    "constant", "categorical", "int_uniform", "uniform", "q_uniform", "log_uniform", "log_uniform_values",
-    "q_log_uniform_values",
-)  # fmt: skip
-
-
-def parameter_from_config(name, content):
-    """A Parameter from an entry of `parameters` in W&B's schema. UsageError names what is not supported."""
-    if not isinstance(content, dict):
-        raise UsageError(f"parameters: {name}: expected value, values, or min and max, not {content!r}")
-    content = {key: scalar(value) for key, value in content.items()}
-    bounds = [content.get("min"), content.get("max")]
-    whole = all(isinstance(bound, int) for bound in bounds)
-    inferred = "constant" if "value" in content else "categorical" if "values" in content else None
-    distribution = content.get("distribution", inferred or ("int_uniform" if whole else "uniform"))
-    if distribution not in DISTRIBUTIONS:
-        known = ", ".join(DISTRIBUTIONS)
-        raise UsageError(f"parameters: {name}: the distribution {distribution} is not supported (only {known})")
-    unknown = sorted(map(str, content.keys() - {"value", "values", "min", "max", "q", "distribution"}))
-    if unknown:
-        raise UsageError(f"parameters: {name}: {unknown[0]} is not supported")
-    needed = {"constant": ["value"], "categorical": ["values"]}.get(distribution, ["min", "max"])
-    missing = [key for key in needed if key not in content]
-    if missing:
-        raise UsageError(f"parameters: {name}: {distribution} needs {' and '.join(missing)}")
-    if distribution == "constant":
-        return checked(Parameter(name, (content["value"],)))
-    if distribution == "categorical":
-        if not isinstance(content["values"], list) or not content["values"]:
-            raise UsageError(f"parameters: {name}: values must be a list with something in it")
-        return checked(Parameter(name, tuple(scalar(value) for value in content["values"])))
-    if any(isinstance(bound, bool) or not isinstance(bound, int | float) for bound in bounds):
-        raise UsageError(f"parameters: {name}: min and max must be numbers")
-    if distribution == "int_uniform" and not whole:
-        raise UsageError(f"parameters: {name}: int_uniform needs whole numbers")
-    step = content.get("q", 1) if distribution.startswith("q_") else int(distribution == "int_uniform")
-    if distribution.startswith("q_"):
-        if isinstance(step, bool) or not isinstance(step, int | float) or not 0 < step < math.inf:
-            raise UsageError(f"parameters: {name}: q must be a number above 0")
-        if not all(abs(bound / step) < 1e15 for bound in bounds):
-            raise UsageError(f"parameters: {name}: there are too many steps of {step} in these bounds")
-        bounds = [math.ceil(bounds[0] / step - 1e-9) * step, math.floor(bounds[1] / step + 1e-9) * step]
-    if distribution == "log_uniform":  # there the bounds are exponents of e
-        if max(bounds) > 700:
-            raise UsageError(f"parameters: {name}: log_uniform takes exponents; e to the {max(bounds)} is too large")
-        bounds = [math.exp(bound) for bound in bounds]
-    return checked(Parameter(name, (), *bounds, step=step, log="log_uniform" in distribution))
-
-
-def scalar(value):
-    """YAML 1.1 reads 1e-4, without a point, as a string: take it for the number that it is."""
-    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
-        return float(value)
-    return value
-
-
-CONFIG_KEYS = {
-    "program", "method", "metric", "parameters", "early_terminate", "run_cap", "name", "command", "description",
-    "project", "entity",
-}  # fmt: skip
-
-
-def read_config(path):
-    """A YAML or JSON file in W&B's sweep schema as a dictionary of this script's options. UsageError."""
-    try:
-        import yaml
-    except ModuleNotFoundError:
-        raise UsageError("--config needs PyYAML: pip install pyyaml") from None
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
-        raise UsageError(f"--config {path} cannot be read: {error}") from error  # PyYAML lets its own errors out
-    if not isinstance(config, dict):
-        raise UsageError(f"--config {path}: expected keys and values, as in W&B's sweep configuration")
-    unknown = sorted(map(str, config.keys() - CONFIG_KEYS))
-    if unknown:
-        raise UsageError(f"--config {path}: unknown key {unknown[0]} (known: {', '.join(sorted(CONFIG_KEYS))})")
-    options = {"space": [], "bands": bands_of(path, config.get("early_terminate"))}
-
-    def walk(parameters):
-        if not isinstance(parameters, dict) or not parameters:
-            raise UsageError(f"--config {path}: parameters must have at least one entry")
-        for name, content in parameters.items():
-            if isinstance(content, dict) and "parameters" in content:
-                walk(content["parameters"])  # a group: W&B nests its parameters, a flag is known by its own name
-            else:
-                options["space"].append(parameter_from_config(str(name).replace("-", "_"), content))
-
-    walk(config.get("parameters"))
-    metric = config.get("metric", {})
-    if not isinstance(metric, dict) or metric.keys() - {"name", "goal"} or (metric and "name" not in metric):
-        raise UsageError(f"--config {path}: metric has a name and a goal, and nothing else here")
-    for key, option, kind in (
-        ("method", "method", str), ("run_cap", "count", int), ("name", "name", str), ("program", "script", str),
-    ):  # fmt: skip
-        if key in config:
-            if not isinstance(config[key], kind) or isinstance(config[key], bool):
-                raise UsageError(f"--config {path}: {key} must be a {kind.__name__}")
-            options[option] = config[key]
-    if options.get("count", 1) < 1:
-        raise UsageError(f"--config {path}: run_cap must be at least 1")
-    if metric:
-        options["metric"] = str(metric["name"])
-        goal = METRICS.get(options["metric"], metric.get("goal"))
-        if metric.get("goal", goal) != goal:
-            raise UsageError(f"--config {path}: metric {metric['name']}: the goal is to {goal} it")
-    options["flags"] = flags_of_command(path, config.get("command", []))
-    return options
-
-
-def bands_of(path, rule):
-    """The epochs at which a config's early_terminate compares the trials, and its eta: ([], 3) where there is none."""
-    if rule is None:
-        return [], 3
-    where = f"--config {path}: early_terminate"
-    if not isinstance(rule, dict) or rule.get("type") != "hyperband":
-        raise UsageError(f"{where}: the only type is hyperband")
-    unknown = sorted(map(str, rule.keys() - {"type", "min_iter", "max_iter", "s", "eta"}))
-    if unknown:
-        raise UsageError(f"{where}: {unknown[0]} is not supported")
-    for key in rule.keys() - {"type"}:
-        if isinstance(rule[key], bool) or not isinstance(rule[key], int) or rule[key] < (2 if key == "eta" else 1):
-            raise UsageError(f"{where}: {key} must be a whole number above {1 if key == 'eta' else 0}")
-    eta = rule.get("eta", 3)
-    if "min_iter" in rule and "max_iter" not in rule:
-        return [rule["min_iter"] * eta**power for power in range(12)], eta
-    if "max_iter" in rule and "s" in rule and "min_iter" not in rule:
-        return sorted({rule["max_iter"] // eta**power for power in range(1, rule["s"] + 1)} - {0}), eta
-    raise UsageError(f"{where}: give min_iter, or max_iter with s")
-
-
-# What may stand in a config's command, and is what the local engine does in any case.
-COMMAND_MACROS = {"${env}", "${interpreter}", "${program}", "${args}", "python", "python3"}
-
-
-def flags_of_command(path, command):
-    """The flags that a config's `command` adds to those of the parameters. UsageError names an unknown macro."""
-    if not isinstance(command, list):
-        raise UsageError(f"--config {path}: command must be a list")
-    words = []
-    for word in map(str, command):
-        variable = re.fullmatch(r"\$\{envvar:(\w+)\}", word)
-        if variable:
-            if variable[1] not in os.environ:
-                raise UsageError(f"--config {path}: command: the environment has no {variable[1]}")
-            words.append(os.environ[variable[1]])
-        elif word.startswith("${") and word not in COMMAND_MACROS:
-            raise UsageError(f"--config {path}: command: {word} is not supported")
-        elif word not in COMMAND_MACROS:
-            words.append(word)
-    return words
-
-
-# ---------------------------------------------------------------------------------------------------
-# Options
-# ---------------------------------------------------------------------------------------------------
-
-OWN_SCRIPTS = ("train_mnist.py", "train_cifar.py")
 METRICS = {"val_loss": "minimize", "val_acc": "maximize"}
 
-# What `trial_words` gives to every trial.
-SET_BY_SWEEP = dict.fromkeys(
-    ("--runs-dir", "--run-name", "--resume", "--stop-after", "--quiet", "--no-quiet", "--test", "--no-test"), ""
-) | {"--seed": "; use --seed or --seeds of sweep.py"}
-
-# The tutorials' own searches: script, space, flags.
+# The tutorials' own searches: script, parameters, flags.
 CIFAR_SEARCH = (
     "train_cifar.py", ["c1=48,96", "c2=96,192", "l1=256,512"],
     ["--epochs", "10", "--lr", "0.001", "--batch-size", "512", "--tolerance", "3"],
@@ -313,174 +67,406 @@ MNIST_SEARCH = ("train_mnist.py", ["lr=log:1e-4..1e-1", "batch_size=32,64,128,25
 DEFAULT_SEARCH = {"grid": CIFAR_SEARCH, "random": MNIST_SEARCH, "bayes": MNIST_SEARCH}
 
 
-def build_parser():
-    parser = common.ArgumentParser(prog="sweep.py", description=__doc__, usage="sweep.py [options] [-- FLAGS]")
-    count = common.number(int, 1)
+# ------------------------ Options ------------------------
+def build_parser() -> argparse.ArgumentParser:
+    """The flags of this script."""
+    parser = common.ArgumentParser(prog="sweep.py", description=__doc__, usage="sweep.py [flags] [-- FLAGS]")
+    count, switch = common.number(int, 1), {"action": "store_true"}
 
     flag = parser.add_argument_group("the search").add_argument
     flag("--method", choices=tuple(DEFAULT_SEARCH), help="grid: all combinations; bayes: Optuna proposes")
-    flag("--script", metavar="FILE", help="training script: one with main(argv) -> dict, as train_mnist.py has")
-    flag(
-        "--param", action="append", default=[], metavar="NAME=SPEC", help="48,96 or 0.0..0.5 or int:64..512 or log:..."
-    )
+    flag("--script", metavar="FILE", help="training script: one with main(argv, on_epoch), as train_mnist.py has")
+    text = "48,96 or 0.0..0.5 or int:64..512 or log:1e-4..1e-1; as often as there are parameters"
+    flag("--param", action="append", default=[], metavar="NAME=SPEC", help=text)
     flag("--config", type=Path, metavar="FILE", help="the search from a YAML or JSON file in W&B's sweep schema")
     flag("--metric", choices=tuple(METRICS), help="what decides, of each trial's best epoch (val_loss)")
-    flag("--count", type=count, metavar="N", help="trials in all, of random and bayes (20)")
+    flag("--count", type=count, metavar="N", help="trials in all (a grid: all of it; else 20)")
     flag("--seed", type=common.number(int, 0), default=42, metavar="N", help="of the draws, and of every trial")
     flag("--seeds", type=count, default=1, metavar="K", help="run each configuration with K seeds; their mean decides")
-
-    flag = parser.add_argument_group("pruning, for grid and random: an iteration is one epoch").add_argument
-    flag("--prune", action="store_true", help="successive halving: at each rung the best continue, the others end")
-    flag("--eta", type=common.number(int, 2), default=3, metavar="N", help="one of so many continues")
-    flag("--rungs", type=rung_list, metavar="A,B,...", help="epochs at which to prune (--epochs / eta, / eta**2, ...)")
-
-    flag = parser.add_argument_group("who drives it").add_argument
-    flag(
-        "--engine",
-        choices=("auto", "local", "wandb"),
-        default="auto",
-        help="auto: W&B for bayes with an API key, online",
-    )
-    flag("--sweep-id", metavar="ID", help="take trials from this W&B sweep, which other machines may share")
-    flag("--wandb-project", default="image-classifiers", metavar="NAME", help="where W&B files the sweep")
-    flag("--storage", metavar="URL", help="share the search --name with other machines: postgresql://..., mysql://... "
-         "or a journal file on a shared disk")  # fmt: skip
-    flag("--grace", type=common.number(float, 15), metavar="SECONDS",
-         help="with --storage: trials of a machine that is silent for so long are run by another (60)")  # fmt: skip
+    text = "after 1/eta, 1/eta^2, ... of its epochs, end a trial that is not among the best"
+    flag("--prune", **switch, help=text)
+    flag("--eta", type=common.number(int, 2), default=3, metavar="N", help="with --prune: one of so many goes on")
 
     flag = parser.add_argument_group("running it").add_argument
     flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
     flag("--threads", type=count, metavar="N", help="of each trial; other numbers round differently (cores / --jobs)")
     flag("--max-failures", type=count, default=3, metavar="N", help="stop after so many failed trials in a row")
-    flag("--runs-dir", type=common.absolute_path, default=common.HERE / "runs", metavar="DIR",
-         help="where the sweep's directory is made")  # fmt: skip
+    runs = common.HERE / "runs"
+    flag("--runs-dir", type=common.absolute_path, default=runs, metavar="DIR", help="where the sweep's directory is")
     flag("--name", type=common.run_name, metavar="NAME", help="of the sweep; one that exists is continued")
-    flag("--resume", type=common.absolute_path, metavar="SWEEP",
-         help="continue the sweep in this directory; no other flag is needed")  # fmt: skip
-    flag("--retry-failed", action="store_true", help="run only the failed trials again")
-    flag("--dry-run", action="store_true", help="print the trials, run none")
-    flag("--report", type=common.absolute_path, metavar="SWEEP", help="only make the report of this directory anew")
-    flag("--quiet", action="store_true", help="print only errors")
+    text = "continue the sweep in this directory, or make its report anew; no other flag is needed"
+    flag("--resume", type=common.absolute_path, metavar="SWEEP", help=text)
+    flag("--retry-failed", **switch, help="run the failed trials again too")
+    flag("--dry-run", **switch, help="print the trials, run none")
+    flag("--quiet", **switch, help="print only errors")
+
+    flag = parser.add_argument_group("many machines, and Weights & Biases").add_argument
+    flag(
+        "--storage", metavar="URL", help="share the search --name with other machines: postgresql://user@host/database"
+    )
+    text = "with --storage: the trial of a machine that is silent for so long is run by another"
+    flag("--grace", type=common.number(int, 5), default=120, metavar="SECONDS", help=text)
+    text = "auto: W&B for bayes where an API key is configured"
+    flag("--engine", choices=("auto", "local", "wandb"), default="auto", help=text)
+    flag("--sweep-id", metavar="ID", help="take trials from this W&B sweep, with its script and its flags")
+    flag("--wandb-project", default="image-classifiers", metavar="NAME", help="where W&B files the sweep")
     return parser
 
 
-def rung_list(text):
-    rungs = [common.number(int, 1)(part) for part in text.split(",")]
-    if rungs != sorted(set(rungs)):
-        raise ValueError("rungs must rise")
-    return rungs
+# What `Objective` gives to every trial.
+SET_BY_SWEEP = {
+    "--runs-dir", "--run-name", "--resume", "--stop-after", "--quiet", "--no-quiet", "--test", "--no-test", "--seed",
+}  # fmt: skip
+
+
+def search_from(args: argparse.Namespace, flags: list[str]) -> "Search":
+    """The Search that the arguments, the --config and the --sweep-id ask for. UsageError."""
+    config = {"parameters": {}, "flags": []}
+    if args.config or args.sweep_id:
+        try:
+            config |= read_config(load_yaml(args.config) if args.config else wandb_config(args))
+        except UsageError as error:
+            raise UsageError(f"{args.config or f'--sweep-id {args.sweep_id}'}: {error}") from error
+    method = args.method or config.get("method")
+    if method not in DEFAULT_SEARCH:
+        raise UsageError(f"method {method} is not supported" if method else "--method grid, random or bayes is needed")
+    default_script, default_space, default_flags = DEFAULT_SEARCH[method]
+    script = args.script or config.get("script", default_script)
+    script = Path(script).name if find_script(script).parent == common.HERE else str(find_script(script))
+    parameters = [*config["parameters"].items(), *map(parse_parameter, args.param)]
+    flags = [*config["flags"], *flags]
+    if not parameters:
+        if script != default_script:
+            raise UsageError(f"--script {script} needs its own search: --param NAME=SPEC or --config FILE")
+        parameters, flags = list(map(parse_parameter, default_space)), [*default_flags, *flags]
+    space = dict(parameters)
+    if len(space) < len(parameters):
+        raise UsageError("a parameter is there twice")
+    for word in [*flags, *(f"--{name}" for name in space)]:
+        if word.split("=")[0].replace("_", "-") in SET_BY_SWEEP:
+            raise UsageError(f"{word} is set by the sweep for every trial; --seed and --seeds of sweep.py choose seeds")
+    metric = args.metric or config.get("metric", "val_loss")
+    if metric not in METRICS:
+        raise UsageError(f"metric {metric} is unknown: it is one of {', '.join(METRICS)}")
+    threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
+    rule = config.get("early_terminate")
+    search = Search(script, method, space, flags, metric, 20, args.seed, args.seeds, rule, threads)
+    for parameter in search.parameters:
+        values = parameter.values()
+        if values is None and method == "grid":
+            raise UsageError(f"{parameter.name}: a grid needs a list of values, not a range")
+        changes_loss = metric == "val_loss" and parameter.name in ("label_smoothing", "val_size", "dataset")
+        if changes_loss and (values is None or len(values) > 1):
+            raise UsageError(f"{parameter.name} changes what val_loss means: choose by --metric val_acc")
+    search.count = args.count or config.get("count") or (search.size() if method == "grid" else 20)
+    search.count = min(search.count, search.size())
+    if "name" in config and not args.name:
+        args.name = config["name"]
+    epochs = check_trials(search)
+    search.epochs = search.seeds * max(epochs)
+    if args.prune:
+        if rule or len(epochs) > 1 or max(epochs) < args.eta:
+            why = "the config's early_terminate" if rule else f"--epochs {', '.join(map(str, sorted(epochs)))}"
+            raise UsageError(
+                f"--prune does not go with {why}: it needs one number of epochs, at least --eta {args.eta}"
+            )
+        search.early_terminate = {"type": "hyperband", "max_iter": max(epochs), "s": 12, "eta": args.eta}
+    if search.early_terminate and search.seeds > 1:
+        raise UsageError("pruning and --seeds: one at a time")
+    return search
+
+
+def load_yaml(path: Path):
+    """The content of a YAML or JSON file. UsageError."""
+    import yaml
+
+    try:
+        return yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+        raise UsageError(f"it cannot be read: {error}") from error  # PyYAML lets its own errors out
+
+
+CONFIG_KEYS = {
+    "program", "method", "metric", "parameters", "early_terminate", "run_cap", "name", "command", "description",
+    "project", "entity",
+}  # fmt: skip
+
+
+def read_config(config: dict) -> dict:
+    """What a configuration in the schema of W&B's sweeps asks for. UsageError."""
+    if not isinstance(config, dict):
+        raise UsageError("expected keys and values, as in W&B's sweep configuration")
+    for key in config.keys() - CONFIG_KEYS:
+        raise UsageError(f"unknown key {key} (known: {', '.join(sorted(CONFIG_KEYS))})")
+    options = {"parameters": {}, "flags": flags_of_command(config.get("command", []))}
+
+    def walk(parameters):
+        if not isinstance(parameters, dict) or not parameters:
+            raise UsageError("parameters must have at least one entry")
+        for name, content in parameters.items():
+            name = str(name).replace("-", "_")
+            if isinstance(content, dict) and "parameters" in content:
+                walk(content["parameters"])  # a group: W&B nests its parameters, a flag is known by its own name
+            elif name in options["parameters"]:
+                raise UsageError(f"the parameter {name} is there twice")
+            else:
+                options["parameters"][name] = make_parameter(name, content) and content
+
+    walk(config.get("parameters"))
+    for key, option, kind in (
+        ("method", "method", str), ("run_cap", "count", int), ("name", "name", str), ("program", "script", str),
+    ):  # fmt: skip
+        if key in config:
+            if not isinstance(config[key], kind) or isinstance(config[key], bool) or config[key] in (0, ""):
+                raise UsageError(f"{key} must be {'a whole number above 0' if kind is int else 'a word'}")
+            options[option] = config[key]
+    if "name" in options:
+        try:
+            common.run_name(options["name"])
+        except argparse.ArgumentTypeError as error:
+            raise UsageError(f"name: {error}") from None
+    if "early_terminate" in config:
+        bands(config["early_terminate"])
+        options["early_terminate"] = config["early_terminate"]
+    if "metric" in config:
+        metric = config["metric"]
+        if not isinstance(metric, dict) or metric.keys() - {"name", "goal"} or "name" not in metric:
+            raise UsageError("metric has a name and a goal, and nothing else here")
+        name = options["metric"] = str(metric["name"]).removeprefix("best_")  # the best epoch decides in any case
+        if metric.get("goal", METRICS.get(name)) != METRICS.get(name):
+            raise UsageError(f"metric {name} is not known with the goal {metric['goal']}")
+    return options
+
+
+def flags_of_command(command: list) -> list[str]:
+    """The flags that a config's `command` adds to those of the parameters. UsageError names an unknown macro."""
+    if not isinstance(command, list):
+        raise UsageError("command must be a list")
+    words = []
+    for word in map(str, command):
+        variable = re.fullmatch(r"\$\{envvar:(\w+)\}", word)
+        if variable and variable[1] in os.environ:
+            words.append(os.environ[variable[1]])
+        elif word.startswith("${") and word not in ("${env}", "${interpreter}", "${program}", "${args}"):
+            raise UsageError(f"command: {word} is not supported, or not set")
+        elif not word.startswith("${") and word not in ("python", "python3"):
+            words.append(word)
+    return words
+
+
+def bands(rule: dict) -> list[int]:
+    """The epochs at which W&B's early_terminate compares the trials. UsageError."""
+    if not isinstance(rule, dict) or rule.get("type") != "hyperband":
+        raise UsageError("early_terminate: the only type is hyperband")
+    for key, value in rule.items():
+        least = {"type": None, "min_iter": 1, "max_iter": 1, "s": 1, "eta": 2}.get(key, 0)
+        if least == 0 or (least and (isinstance(value, bool) or not isinstance(value, int) or value < least)):
+            raise UsageError(f"early_terminate: {key}: {value} is not supported")
+    eta = rule.get("eta", 3)
+    if "min_iter" in rule and "max_iter" not in rule:
+        return [rule["min_iter"] * eta**power for power in range(12)]
+    if "max_iter" in rule and "s" in rule and "min_iter" not in rule:
+        return sorted({rule["max_iter"] // eta**power for power in range(1, min(rule["s"], 64) + 1)} - {0})
+    raise UsageError("early_terminate: give min_iter, or max_iter with s")
+
+
+# ------------------------ The space ------------------------
+@dataclass(frozen=True)
+class Parameter:
+    """A flag to be searched, and Optuna's distribution of its values. They are rounded to multiples of `step` where the
+    distribution has no steps, as a logarithmic one."""
+
+    name: str
+    distribution: BaseDistribution
+    step: float | None = None
+
+    def values(self) -> list | None:
+        """All values, None of a continuous range."""
+        d = self.distribution
+        if isinstance(d, CategoricalDistribution):
+            return list(d.choices)
+        step = self.step or d.step
+        return [self.rounded(d.low + i * step) for i in range(round((d.high - d.low) / step) + 1)] if step else None
+
+    def rounded(self, value):
+        """A value as it is shown and used: six digits are enough, and can be read and copied."""
+        d = self.distribution
+        if isinstance(d, CategoricalDistribution | IntDistribution):
+            return value
+        if self.step:
+            value = round(value / self.step) * self.step
+        return value if isinstance(value, int) else min(max(float(f"{value:.{12 if d.step else 6}g}"), d.low), d.high)
+
+    def suggest(self, trial: Trial):
+        """The value of a trial."""
+        d = self.distribution
+        if isinstance(d, CategoricalDistribution):
+            return trial.suggest_categorical(self.name, d.choices)
+        kind = trial.suggest_int if isinstance(d, IntDistribution) else trial.suggest_float
+        return self.rounded(kind(self.name, d.low, d.high, step=d.step, log=d.log))
+
+
+def scalar(text):
+    """A value as a user writes it: 3, 1e-4, true, or a word. YAML takes 1e-4, without a point, for a word."""
+    if isinstance(text, str):
+        for kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(text)
+        return {"true": True, "false": False}.get(text.lower(), text)
+    return text
+
+
+def parse_parameter(text: str) -> tuple[str, dict]:
+    """`c1=48,96`, `d1=0.0..0.5`, `l1=int:64..512` or `lr=log:1e-4..1e-1` as a name and W&B's entry. UsageError."""
+    found = re.fullmatch(r"([A-Za-z][\w-]*)=(?:(int|log):)?(.*)", text, re.DOTALL)
+    if not found:
+        raise UsageError(f"--param {text}: expected NAME=VALUE,VALUE or NAME=LOW..HIGH, with int: or log: before LOW")
+    name, kind, values = found[1].replace("-", "_"), found[2], found[3].split(",")
+    bounds = [scalar(bound) for bound in found[3].split("..")]
+    if len(bounds) == 2:
+        distribution = {"int": "int_uniform", "log": "log_uniform_values"}.get(kind, "uniform")
+        content = {"distribution": distribution, "min": bounds[0], "max": bounds[1]}
+    elif kind or "" in values or len(bounds) > 2:
+        raise UsageError(
+            f"--param {text}: " + ("expected two numbers, LOW..HIGH" if "" not in values else "a value is empty")
+        )
+    else:
+        content = {"values": [scalar(value) for value in values]}
+    make_parameter(name, content)
+    return name, content
+
+
+# W&B's distributions, and the keys of each.
+DISTRIBUTIONS = {
+    "constant": "value", "categorical": "values", "int_uniform": "min max", "uniform": "min max",
+    "log_uniform": "min max", "log_uniform_values": "min max", "q_uniform": "min max q",
+    "q_log_uniform_values": "min max q",
+}  # fmt: skip
+
+
+def make_parameter(name: str, content: dict) -> Parameter:
+    """A Parameter from an entry of `parameters` in W&B's schema. UsageError says what is wrong or not supported."""
+
+    def refuse(text):
+        raise UsageError(f"parameter {name}: {text}")
+
+    if not isinstance(content, dict):
+        refuse(f"expected value, values, or min and max, not {content!r}")
+    content = {key: scalar(value) for key, value in content.items()}
+    whole = all(isinstance(content.get(bound), int) for bound in ("min", "max"))
+    inferred = "constant" if "value" in content else "categorical" if "values" in content else None
+    kind = content.pop("distribution", inferred or ("int_uniform" if whole else "uniform"))
+    if kind not in DISTRIBUTIONS:
+        refuse(f"the distribution {kind} is not supported (only {', '.join(DISTRIBUTIONS)})")
+    if kind.startswith("q_"):
+        content.setdefault("q", 1)
+    if content.keys() != set(DISTRIBUTIONS[kind].split()):
+        refuse(f"{kind} has {DISTRIBUTIONS[kind]}, not {' '.join(map(str, content)) or 'nothing'}")
+    if kind in ("constant", "categorical"):
+        values = content["values"] if kind == "categorical" else [content["value"]]
+        values = [scalar(value) for value in values] if isinstance(values, list) else []
+        if not values or not all(isinstance(value, bool | int | float | str) for value in values):
+            refuse("values must be a list of numbers and words")
+        for index, value in enumerate(values):
+            if value in values[:index]:
+                refuse(f"{value!r} is there twice")
+        return Parameter(name, CategoricalDistribution(values))
+
+    if any(isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < 1e15 for x in content.values()):
+        refuse("the bounds and the step must be finite numbers")
+    low, high, step, log = content["min"], content["max"], content.get("q"), "log" in kind
+    if kind == "log_uniform":  # there the bounds are exponents of e
+        low, high = math.exp(min(low, 300)), math.exp(min(high, 300))
+    if low >= high:
+        refuse(f"the lower bound {low} is not below the upper bound {high}")
+    if log and low <= 0:
+        refuse(f"a logarithmic range needs a lower bound above 0, not {low}")
+    if kind == "int_uniform":
+        step = 1 if whole else refuse("int needs whole numbers")
+    if step is None:
+        return Parameter(name, FloatDistribution(low, high, log=log))
+    if step <= 0 or (high - low) / step > 1e9:
+        refuse(f"a step of {step} is too small for these bounds")
+    # The multiples of the step that lie in the range; steps such as 0.1 have no exact sum.
+    low, high = math.ceil(low / step - 1e-9) * step, math.floor(high / step + 1e-9) * step
+    low, high = (x if isinstance(x, int) else float(f"{x:.12g}") for x in (low, high))
+    if low > high or (log and low <= 0):
+        refuse(f"there is no multiple of {step} within the bounds")
+    if log:
+        return Parameter(name, FloatDistribution(low, high, log=True), step)
+    distribution = IntDistribution if isinstance(low, int) and isinstance(step, int) else FloatDistribution
+    return Parameter(name, distribution(low, high, step=step))
 
 
 @dataclass
 class Search:
-    """What is searched: the part of a sweep that must stay the same when it is continued. It is sweep.json."""
+    """What is searched. It is kept in the study, and stays the same when the search goes on, but for `count`."""
 
     script: str
     method: str
-    space: list
-    flags: list
+    space: dict[str, dict]  # in W&B's schema
+    flags: list[str]
     metric: str
     count: int
     seed: int
     seeds: int
-    prune: bool
-    eta: int
-    rungs: list
-    bands: list
+    early_terminate: dict | None
     threads: int
-    sweep_id: str | None  # of the W&B sweep that drives it
-    shared: bool = False  # with other machines, by --storage
+    epochs: int = 0  # of a trial, at most; 0: unknown
+
+    @functools.cached_property
+    def parameters(self) -> list[Parameter]:
+        """The space as Optuna knows it."""
+        return [make_parameter(name, content) for name, content in self.space.items()]
 
     @property
-    def sign(self):
-        """1 where the metric is minimised, -1 where it is maximised."""
-        return 1 if METRICS[self.metric] == "minimize" else -1
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """Those of the parameters."""
+        return {parameter.name: parameter.distribution for parameter in self.parameters}
 
-    @property
-    def size(self):
-        """How many configurations there are: infinity where a parameter is continuous."""
-        return math.prod(len(p.values) or (p.steps() if p.step else math.inf) for p in self.space)
+    def params(self, drawn: dict) -> dict:
+        """What Optuna has drawn, as it is used."""
+        return {parameter.name: parameter.rounded(drawn[parameter.name]) for parameter in self.parameters}
 
+    def size(self) -> float:
+        """How many configurations there are."""
+        return math.prod(math.inf if p.values() is None else len(p.values()) for p in self.parameters)
 
-def as_json(search):
-    """A Search as it is after a journey through JSON, where a tuple is a list."""
-    return json.loads(json.dumps(asdict(search)))
+    def combinations(self) -> Iterator[dict]:
+        """All configurations, in order."""
+        return (
+            dict(zip(self.space, values, strict=True))
+            for values in itertools.product(*(parameter.values() for parameter in self.parameters))
+        )  # fmt: skip
 
+    def loss(self, line: dict) -> float:
+        """The metric of a line of trials.jsonl, so that the lowest is the best."""
+        return -line["val_acc"] if self.metric == "val_acc" else line["val_loss"]
 
-def search_from(args, flags):
-    """The Search that the arguments and the --config ask for. UsageError."""
-    config = read_config(args.config) if args.config else {"space": [], "flags": [], "bands": ([], 3)}
-    # A sweep that is joined brings its own method and parameters.
-    method = args.method or config.get("method") or ("random" if args.sweep_id else None)
-    if method not in DEFAULT_SEARCH:
-        raise UsageError(
-            "--method grid, random or bayes is needed" if not method else f"method {method} is not supported"
-        )
-    default_script, default_space, default_flags = DEFAULT_SEARCH[method]
-    script = args.script or config.get("script", default_script)
-    if find_script(script).parent == common.HERE:
-        script = Path(script).name
-    space = [*config["space"], *(parse_parameter(text) for text in args.param)]
-    # The tutorial's own flags belong to its own search.
-    flags = [*([] if space or args.sweep_id else default_flags), *config["flags"], *flags]
-    if not space and not args.sweep_id:
-        if script != default_script:
-            raise UsageError(f"--script {script} needs its own search: --param NAME=SPEC or --config FILE")
-        space = [parse_parameter(text) for text in default_space]
-    for word in [*flags, *(f"--{parameter.name}" for parameter in space)]:
-        word = word.split("=")[0].replace("_", "-")
-        if word in SET_BY_SWEEP:
-            raise UsageError(f"{word} is set by the sweep for every trial{SET_BY_SWEEP[word]}")
-    names = [parameter.name for parameter in space]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
-        raise UsageError(f"the parameter {twice[0]} is there twice")
-    metric = args.metric or config.get("metric", "val_loss")
-    if metric not in METRICS:
-        raise UsageError(f"metric {metric} is unknown: it is one of {', '.join(METRICS)}")
-    if "label_smoothing" in names and metric == "val_loss":
-        raise UsageError("the parameter label_smoothing changes what val_loss means: choose by --metric val_acc")
-    count = args.count or config.get("count")
-    if method == "grid":
-        number = math.prod(len(parameter.grid()) for parameter in space)
-        count = min(count or number, number)
-    bands, eta = config["bands"]
-    if method == "bayes" and (args.prune or bands):
-        raise UsageError("--prune and early_terminate go with grid and random")
-    if args.prune and bands:
-        raise UsageError("--prune and the config's early_terminate: one at a time")
-    try:
-        args.name = args.name or ("name" in config and common.run_name(config["name"])) or None
-    except argparse.ArgumentTypeError as error:
-        raise UsageError(f"--config {args.config}: name: {error}") from None
-    if not args.prune and args.rungs:
-        raise UsageError("--rungs needs --prune")
-    if (args.prune or bands) and args.seeds > 1:
-        raise UsageError("pruning and --seeds: one at a time")
-    if args.engine == "wandb" and (args.prune or args.seeds > 1):
-        raise UsageError("--prune and --seeds go with --engine local")
-    if args.storage:
-        for flag, given in (
-            ("--engine wandb", args.engine == "wandb"), ("--sweep-id", args.sweep_id), ("--prune", args.prune),
-            ("a config's early_terminate", bands),
-            ("--seeds with --method bayes", method == "bayes" and args.seeds > 1),
-        ):  # fmt: skip
-            if given:
-                raise UsageError(f"--storage and {flag} do not go together")
-        if not args.name:
-            raise UsageError("--storage needs --name NAME: the machines find the search by it")
-    return Search(
-        script, method, space, flags, metric, count or 20, args.seed, args.seeds,
-        args.prune, eta if bands else args.eta, args.rungs or [], bands,
-        args.threads or max(1, available_cores() // args.jobs), args.sweep_id, bool(args.storage),
-    )  # fmt: skip
+    def configurations(self) -> list[dict]:
+        """Those of a grid or a random search, in order; [{}, {}, ...] of bayes, where each is proposed in its turn."""
+        if self.method == "grid":
+            return list(itertools.islice(self.combinations(), self.count))
+        if self.method == "bayes":
+            return [{}] * self.count
+        chosen, study = [], optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.seed))
+        while len(chosen) < self.count:
+            chosen.append(self.propose(study, chosen))
+        return chosen
+
+    def propose(self, study: optuna.Study, known: list[dict]) -> dict:
+        """Parameters from the sampler of `study`, that are not among the `known` ones."""
+        for attempt in range(100):
+            if attempt == 10:
+                study.sampler = optuna.samplers.RandomSampler(seed=len(known))
+            params = self.params(study.ask(self.distributions).params)
+            if params not in known:
+                return params
+        return next(params for params in self.combinations() if params not in known)  # the last of a small space
 
 
-def available_cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def find_script(script):
+# ------------------------ The script ------------------------
+def find_script(script: str) -> Path:
     """The path of a training script, here or beside this file. UsageError where there is none."""
     for path in (Path(script), common.HERE / script):
         if path.is_file() and path.suffix == ".py":
@@ -488,1031 +474,654 @@ def find_script(script):
     raise UsageError(f"--script {script}: there is no such Python file")
 
 
-def load_script(script):
+@functools.cache
+def load_script(path: Path):
     """The module of a training script. UsageError where it is not one."""
-    path = find_script(script)
-    module = sys.modules.get(path.stem)
-    if not module or Path(getattr(module, "__file__", None) or "").resolve() != path:
-        if str(path.parent) not in sys.path:
+    try:
+        if path.parent == common.HERE:
+            module = importlib.import_module(path.stem)
+        else:
             sys.path.insert(0, str(path.parent))
-        name = str(path) if module else path.stem  # never in the place of another module
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
+            spec = importlib.util.spec_from_file_location(path.stem, path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+    except Exception as error:
+        where = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {getattr(error, 'msg', None) or error}"
+        raise UsageError(f"--script {where.filename}, line {where.lineno}: {text}") from error
     if not hasattr(module, "main"):
-        raise UsageError(f"--script {script}: it has no function main(argv)")
+        raise UsageError(f"--script {path}: it has no function main(argv, on_epoch=None)")
     return module
 
 
-def flag_words(params):
-    """The parameters as words of a command line."""
-    words = []
+def check_trials(search: Search) -> set[int]:
+    """The numbers of epochs of the trials, {0} where they are not known. Ends with the script's own message where it
+    refuses a trial. UsageError where the data are missing."""
+    module, epochs, loaded = load_script(find_script(search.script)), set(), set()
+    if not hasattr(module, "parse_arguments"):
+        return {0}
+    configurations = search.configurations()
+    if search.method == "bayes":  # its corners
+        ends = {p.name: p.values() or [p.distribution.low, p.distribution.high] for p in search.parameters}
+        first = {name: values[0] for name, values in ends.items()}
+        configurations = [{**first, name: value} for name, values in ends.items() for value in values]
+    for params in configurations:
+        args = module.parse_arguments([*trial_words(search, params, search.seed), "--no-test", "--quiet"])
+        epochs.add(getattr(args, "epochs", 0))
+        data = getattr(args, "dataset", None), getattr(args, "data_dir", None)
+        if data[0] in common.TORCHVISION and data not in loaded:
+            loaded.add(data)
+            try:
+                common.load_images(args, "train", module.synthetic)
+            except RunError as error:
+                raise UsageError(str(error)) from error
+    return epochs
+
+
+def trial_words(search: Search, params: dict, seed: int) -> list[str]:
+    """The command line of a configuration."""
+    words = list(search.flags)
     for name, value in params.items():
         flag = f"--{name}".replace("_", "-")
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            words += [f"{flag}={value}"]
-    return words
-
-
-def trial_words(search, params, seed):
-    """The command line of a configuration, without what a trial is told beside."""
-    return [*search.flags, *flag_words(params), "--seed", str(seed)]
-
-
-def as_command(search, words):
-    """The command line with these words, to be copied."""
-    script = common.shown(common.HERE / search.script) if search.script in OWN_SCRIPTS else search.script
-    return shlex.join(["python", script, *words])
-
-
-def told_beside(directory, rung):
-    """What a trial is told beside its configuration: where it runs, and not to read the test set."""
-    stop = [f"--stop-after={rung}"] if rung else []
-    return ["--no-test", "--quiet", "--runs-dir", str(directory.parent), "--run-name", directory.name, *stop]
-
-
-def check_trials(search, configurations):
-    """Exit with the script's own message where it refuses a trial; return the rungs of pruning. UsageError."""
-    module, epochs = load_script(search.script), set()
-    for params in configurations if hasattr(module, "parse_arguments") else ():
-        words = [*trial_words(search, params, search.seed), *told_beside(Path("runs/trial-0000"), int(search.prune))]
-        epochs.add(getattr(module.parse_arguments(words), "epochs", None))
-    if not search.prune:
-        return search.bands
-    if len(epochs) != 1 or None in epochs:
-        raise UsageError("--prune needs a number of epochs that is the same for all trials")
-    last = epochs.pop()
-    rungs = sorted(r for r in search.rungs or {last // search.eta**power for power in range(1, 20)} if 0 < r < last)
-    if not rungs:
-        raise UsageError(f"--prune: there is no rung between 0 and {last} epochs; see --rungs and --eta")
-    return rungs
-
-
-def configurations_to_check(search):
-    """Configurations that the script is asked about before any starts: all, or the corners of a Bayesian search."""
-    if search.method != "bayes":
-        return planned_configurations(search)
-    ends = [parameter.values or (parameter.low, parameter.high) for parameter in search.space]
-    first = {parameter.name: values[0] for parameter, values in zip(search.space, ends, strict=True)}
-    return [{**first, parameter.name: v} for parameter, values in zip(search.space, ends, strict=True) for v in values]
-
-
-# ---------------------------------------------------------------------------------------------------
-# Which configurations
-# ---------------------------------------------------------------------------------------------------
-
-
-def combinations(space):
-    names = [parameter.name for parameter in space]
-    for values in itertools.product(*(parameter.grid() for parameter in space)):
-        yield dict(zip(names, values, strict=True))
-
-
-def planned_configurations(search):
-    """All configurations of a grid or a random search, in order: they follow from the search alone."""
-    if search.method == "grid":
-        return list(itertools.islice(combinations(search.space), search.count))
-    generator = random.Random(f"{search.seed}")
-    chosen = []
-    # A small space runs out: then there are fewer trials than asked for.
-    for _ in range(100 * search.count):
-        params = {parameter.name: parameter.draw(generator) for parameter in search.space}
-        if params not in chosen:
-            chosen.append(params)
-        if len(chosen) == search.count:
-            break
-    return chosen
-
-
-def optuna_distribution(parameter):
-    """A Parameter as Optuna knows it; a range that is both logarithmic and in steps is rounded afterwards."""
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-
-    if parameter.values:
-        return CategoricalDistribution(parameter.values)
-    if parameter.log or not parameter.step:
-        return FloatDistribution(parameter.low, parameter.high, log=parameter.log)
-    kind = IntDistribution if isinstance(parameter.step, int) else FloatDistribution
-    return kind(parameter.low, parameter.high, step=parameter.step)
-
-
-def make_sampler(search, known):
-    """Optuna's sampler. `known`: how many configurations there are by now, so that a continued search draws others."""
-    import optuna
-
-    # A Gaussian process with few random trials before it finds better points sooner; its cost grows with the
-    # cube of the trials, and past some two hundred the tree-structured estimator takes over.
-    seed = common.random_seed(search.seed, "proposals", known) % 2**32
-    if search.count <= 200:
-        # Where another machine takes the trial that waits, Optuna draws one instead, which nobody runs: no warning.
-        return optuna.samplers.GPSampler(seed=seed, n_startup_trials=5, warn_independent_sampling=False)
-    return optuna.samplers.TPESampler(seed=seed)
-
-
-def params_of(space, trial):
-    """The parameters of an Optuna trial: where a range is both logarithmic and in steps, they are rounded here."""
-    drawn = trial.params
-    return {p.name: drawn[p.name] if p.values else p.at(drawn[p.name]) for p in space}
-
-
-def draw_another(search, known):
-    """Parameters at random that are not among `known`, or None where there are no others."""
-    generator = random.Random(f"{search.seed} {len(known)}")
-    for _ in range(1000):
-        params = {parameter.name: parameter.draw(generator) for parameter in search.space}
-        if params not in known:
-            return params
-    if search.size == math.inf:
-        return None
-    return next((params for params in combinations(search.space) if params not in known), None)
-
-
-class BayesianProposer:
-    """Optuna's proposals, told what every ended trial gave: rebuilt from trials.jsonl, so nothing else is kept."""
-
-    def __init__(self, search, known):
-        """`known`: how many configurations have been proposed before."""
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.optuna, self.search = optuna, search
-        self.distributions = {parameter.name: optuna_distribution(parameter) for parameter in search.space}
-        self.study = optuna.create_study(sampler=make_sampler(search, known), direction=METRICS[search.metric])
-        self.asked = {}
-
-    def propose(self, known):
-        """Parameters that are not among `known`, or None where there seem to be no others."""
-        for _ in range(10):
-            trial = self.study.ask(self.distributions)
-            params = params_of(self.search.space, trial)
-            if params not in known:
-                self.asked[json.dumps(params)] = trial
-                return params
-            self.study.tell(trial, state=self.optuna.trial.TrialState.FAIL)
-        return draw_another(self.search, known)  # a small space, most of it known
-
-    def tell(self, params, value):
-        """What a configuration gave; None for one that failed."""
-        state = self.optuna.trial.TrialState
-        trial = self.asked.pop(json.dumps(params), None)
-        if trial is not None:
-            self.study.tell(trial, value, state=None if value is not None else state.FAIL)
-        elif value is not None:
-            known = self.optuna.trial.create_trial(params=params, distributions=self.distributions, value=value)
-            self.study.add_trial(known)
-
-
-# ---------------------------------------------------------------------------------------------------
-# The sweep's directory
-# ---------------------------------------------------------------------------------------------------
-
-
-def append_line(path, row):
-    """Append a row to a file of JSON lines, whole, however many processes do so; a line torn by a crash goes first."""
-    with common.locked(path.with_name(f".{path.name}.lock"), wait=True), open(path, "ab+") as file:
-        file.seek(0)
-        content = file.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            file.truncate(whole)
-        file.write(json.dumps(row).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def read_lines(path):
-    """The rows of trials.jsonl, without a last one that a crash has torn. RunError names another bad line."""
-    if not path.exists():
-        return []
-    lines, rows = path.read_bytes().split(b"\n"), []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RunError(f"{common.shown(path)}, line {number}: {error}") from error
-        if not isinstance(row, dict) or TRIAL_KEYS - row.keys() or not isinstance(row["params"], dict):
-            raise RunError(f"{common.shown(path)}, line {number} is not that of a trial")
-        rows.append(row)
-    return rows
-
-
-# What every line of trials.jsonl has.
-TRIAL_KEYS = {
-    "trial", "params", "status", "metric", "val_loss", "val_acc", "epochs", "seconds", "seed", "run", "error",
-}  # fmt: skip
-
-
-class Sweep:
-    """A sweep's directory: `search` is sweep.json, `ended` the last line of trials.jsonl of each trial."""
-
-    def __init__(self, directory, search):
-        self.directory, self.search = directory, search
-        self.path = directory / "trials.jsonl"
-        self.lines = read_lines(self.path)
-
-    @classmethod
-    def open(cls, directory):
-        """RunError where `directory` is not a sweep's."""
-        path = directory / "sweep.json"
-        if not path.is_file():
-            raise RunError(f"{common.shown(directory)} is not a sweep: there is no sweep.json")
-        content = common.read_json(path)
-        try:
-            space = [Parameter(**{**entry, "values": tuple(entry["values"])}) for entry in content["space"]]
-            return cls(directory, Search(**{**content, "space": space}))
-        except (KeyError, TypeError) as error:
-            raise RunError(f"{common.shown(path)} is not of this version of the scripts ({error})") from error
-
-    def write_search(self):
-        common.write_json(self.directory / "sweep.json", asdict(self.search))
-
-    @property
-    def ended(self):
-        """The last line of each trial, in the order of these lines: a trial may have been run again."""
-        last = {line["trial"]: number for number, line in enumerate(self.lines)}
-        return {self.lines[number]["trial"]: self.lines[number] for number in sorted(last.values())}
-
-    def record(self, trial):
-        """A trial's run.json, {} where there is none."""
-        path = self.trial_directory(trial) / "run.json"
-        return common.read_json(path) if path.exists() else {}
-
-    def log(self, trial):
-        """The epochs that a trial has behind it, [] where it keeps no log."""
-        directory = self.trial_directory(trial)
-        return common.read_log(directory) if (directory / "log.jsonl").exists() else []
-
-    def trial_directory(self, trial):
-        return self.directory / f"trial-{trial:04}"
-
-    def seed(self, trial):
-        return self.search.seed + trial % self.search.seeds
-
-    def append(self, trial, params, status, record, error=None):
-        """End a trial: one line in trials.jsonl. `record` is its run.json, or {} where there is none."""
-        best = record.get("best") or {}
-        line = {
-            "trial": trial, "params": params, "status": status, "metric": best.get(self.search.metric),
-            "val_loss": best.get("val_loss"), "val_acc": best.get("val_acc"), "epochs": record.get("epochs", 0),
-            "seconds": record.get("seconds", 0.0), "seed": self.seed(trial), "run": self.trial_directory(trial).name,
-            "error": error and error[:1000],
-        }  # fmt: skip
-        return self.add(line)
-
-    def add(self, line):
-        append_line(self.path, line)
-        self.lines.append(line)
-        return line
-
-    def is_here(self, line):
-        """Whether the trial of a line ran in this directory, and not on another machine."""
-        return line["run"] == self.trial_directory(line["trial"]).name
-
-    def configurations(self):
-        """Configurations with an ended trial, in their order: (index, params, lines, mean metric or None)."""
-        groups = {}
-        for trial, line in sorted(self.ended.items()):
-            groups.setdefault(trial // self.search.seeds, []).append(line)
-        rows = []
-        for index, lines in groups.items():
-            values = [line["metric"] for line in lines if line["status"] == "finished"]
-            whole = len(lines) == self.search.seeds and len(values) == len(lines)
-            rows.append((index, lines[0]["params"], lines, statistics.fmean(values) if whole else None))
-        return rows
-
-    def ranked(self):
-        """The configurations that ended well, best first."""
-        ended = [row for row in self.configurations() if row[3] is not None]
-        return sorted(ended, key=lambda row: self.search.sign * row[3])
-
-    def worst(self):
-        """The metric of the worst of them, or None."""
-        ranked = self.ranked()
-        return ranked[-1][3] if ranked else None
-
-
-def choose_search(args, flags, defaults):
-    """The Search that the arguments ask for, and the directory of a sweep to be continued, or None. UsageError."""
-    if args.grace and not args.storage:
-        raise UsageError("--grace means nothing without --storage")
-    if args.resume:
-        if not (args.resume / "sweep.json").is_file():
-            raise UsageError(f"--resume {common.shown(args.resume)}: no sweep.json there, so it is not a sweep")
-        given = [name for name in FIXED_BY_DIRECTORY if getattr(args, name) != getattr(defaults, name)]
-        if given or flags:
-            what = f"--{given[0].replace('_', '-')}" if given else f"the flags after --, {shlex.join(flags)}"
-            raise UsageError(f"--resume takes the search from the directory: leave out {what}")
-        search = Sweep.open(args.resume).search
-        if search.shared != bool(args.storage):
-            what = "give its --storage again" if search.shared else "leave out --storage"
-            shared = f"{'' if search.shared else 'not '}shared"
-            raise UsageError(f"--resume {common.shown(args.resume)}: this search is {shared}: {what}")
-        if args.count and search.method == "grid":
-            raise UsageError("--resume of a grid: leave out --count")
-        search.count = args.count or search.count
-        return search, args.resume
-    search = search_from(args, flags)
-    directory = args.runs_dir / args.name if args.name else None
-    if directory is None or not directory.exists():
-        if args.retry_failed and not args.storage:
-            raise UsageError("--retry-failed needs a sweep that exists: --resume SWEEP")
-        return search, None
-    if not (directory / "sweep.json").is_file():
-        if any(path.name != ".lock" for path in directory.iterdir()):
-            raise UsageError(f"--name {args.name}: {common.shown(directory)} exists and is not a sweep")
-        return search, directory  # a sweep that was killed before it was written down
-    before, now = as_json(Sweep.open(directory).search), as_json(search)
-    other = [key for key in now if key not in ("count", "threads", "sweep_id") and now[key] != before[key]]
-    if other:
-        what = f"its {other[0]} is {before[other[0]]}"
-        raise UsageError(f"{common.shown(directory)} is another search: {what}; take another --name")
-    search.threads, search.sweep_id = args.threads or before["threads"], args.sweep_id or before["sweep_id"]
-    return search, directory
-
-
-FIXED_BY_DIRECTORY = (
-    "method", "script", "param", "config", "metric", "seed", "seeds", "prune", "eta", "rungs", "name", "runs_dir",
-    "threads",
-)  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------
-# Many machines
-# ---------------------------------------------------------------------------------------------------
-
-BEAT = 5  # seconds between a trial's signs of life
-POLL = 2  # seconds between two looks at what the other machines do
-PAUSES = (1, 2, 4, 8, 16, 32)  # seconds before each new attempt when the storage does not answer
-
-
-def open_storage(url):
-    """Optuna's storage in the database at a URL, or in a journal file. UsageError; else what the driver raises."""
-    from optuna.storages import JournalStorage, RDBStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-    from sqlalchemy import exc
-
-    if "://" not in url:
-        if not Path(url).parent.is_dir():
-            raise UsageError(f"--storage {url}: there is no directory {Path(url).parent}")
-        return JournalStorage(JournalFileBackend(url, JournalFileOpenLock(url)))
-    # A network that is gone must not hold up a machine for as long as the system would wait.
-    arguments = {}
-    if re.match(r"postgresql(\+psycopg2?)?:", url):
-        arguments = {"connect_timeout": 10, "tcp_user_timeout": 30_000}
-    elif re.match(r"mysql(\+mysqldb|\+pymysql)?:", url):
-        arguments = {"connect_timeout": 10, "read_timeout": 30}
-    deadline = time.monotonic() + 60
-    try:
-        while True:
-            try:
-                return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": arguments})
-            except (exc.ProgrammingError, exc.IntegrityError, exc.OperationalError) as error:
-                others = re.search("already exists|duplicate|unique", str(error), re.IGNORECASE)
-                if not others or time.monotonic() > deadline:
-                    raise
-                time.sleep(1)  # another machine makes the tables at this moment
-    except exc.ArgumentError as error:
-        raise UsageError(f"--storage: {error}") from error
-    except ImportError as error:
-        raise UsageError(f"--storage {shown_url(url)}: {error.__cause__ or error}; install that driver") from error
-
-
-def shown_url(url):
-    """The URL without its password."""
-    return re.sub(r"(//[^:/@]*:)[^@]*@", r"\1***@", url)
-
-
-def failures():
-    """What Optuna and the drivers below it raise where a storage does not answer, or holds what it should not."""
-    from optuna.exceptions import OptunaError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    return OptunaError, SQLAlchemyError, OSError, RuntimeError, ValueError, KeyError
-
-
-def persistent(method):
-    """Let a method of SharedSearch try again for a minute where the storage does not answer; then RunError."""
+            words.append(f"{flag}={value}")
+    return [*words, "--seed", str(seed)]
+
+
+def as_command(search: Search, params: dict, seed: int) -> str:
+    """The command line of a configuration, to be copied."""
+    return shlex.join(["python", common.shown(find_script(search.script)), *trial_words(search, params, seed)])
+
+
+# ------------------------ The study ------------------------
+class NothingWaits(Exception):
+    """No trial waits to be taken."""
+
+
+class Journal(JournalStorage):
+    """The study of one machine: a file in the sweep's directory. Trials are taken from its queue, in their order."""
+
+    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
+        """Queue `template_trial`. NothingWaits where Optuna would invent one."""
+        if template_trial is None:
+            raise NothingWaits
+        return super().create_new_trial(study_id, template_trial)
+
+
+class Database(RDBStorage):
+    """The same for many machines. The database may be away for a while: each call is tried again for two minutes."""
+
+    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None):  # Optuna's cache calls it
+        if template_trial is None:
+            raise NothingWaits
+        return super()._create_new_trial(study_id, template_trial)
+
+
+class JournalLock:
+    """The lock of study.journal. Optuna's own outlive a process that is killed, and hold up the others for 30 s."""
+
+    def __init__(self, journal: Path):
+        self.journal, self.stack = journal, contextlib.ExitStack()
+
+    def acquire(self) -> bool:
+        """Wait for the lock, and cut off a last line that a crash has torn: Optuna would append to it."""
+        self.stack.enter_context(common.locked(self.journal.with_name(".study.lock"), wait=True))
+        with open(self.journal, "rb+") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+            if file.read(1) not in (b"", b"\n"):
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        return True
+
+    def release(self) -> None:
+        """Give it back."""
+        self.stack.close()
+
+
+PATIENCE = 120  # seconds
+
+
+def patient(method: Callable) -> Callable:
+    """Let a method of a storage try again where its database does not answer."""
 
     @functools.wraps(method)
-    def attempts(self, *arguments):
-        for pause in (*PAUSES, None):
+    def attempts(*args, **kwargs):
+        deadline = time.monotonic() + PATIENCE
+        while True:
             try:
-                return method(self, *arguments)
-            except failures() as error:
-                if pause is None:
-                    raise self.error(error) from error
-                time.sleep(pause)
+                return method(*args, **kwargs)
+            except StorageInternalError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
 
     return attempts
 
 
-class SharedSearch:
-    """A search in Optuna's storage, from which any number of machines take trials.
+# What a study, its cache and its heartbeat call.
+for name in (
+    *optuna.storages.BaseStorage.__abstractmethods__, "_get_trials", "_create_new_trial", "_set_trial_param",
+    "record_heartbeat", "_get_stale_trial_ids",
+):  # fmt: skip
+    setattr(Database, name, patient(getattr(Database, name)))
 
-    An Optuna trial is a ticket for one `trial` of the search: queued by whoever finds that there is none, taken by one
-    `machine`, and ended with the trial's `line` of trials.jsonl. A ticket that failed without a line has been given
-    up, by the machine that stopped, or by another when that one was silent for too long; then there is none for this
-    trial, and it is queued again. Where two machines queue the same trial at once, the first ticket holds.
-    """
 
-    def __init__(self, url, name, search, machine, grace):
-        """`machine`: what the others are to call this one; `grace`: seconds after which a silent one is dead.
+def without_password(url: str) -> str:
+    """A URL as it may be shown."""
+    return re.sub(r"(//[^:/@]*:)[^@]*@", r"\1***@", url)
 
-        UsageError where the storage holds another search of this name, RunError where it cannot be reached.
-        """
-        import optuna
 
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self.state, self.taken_over = optuna.trial.TrialState, optuna.exceptions.UpdateFinishedTrialError
-        self.url, self.search, self.machine, self.grace = url, search, machine, grace
-        self.distributions = {parameter.name: optuna_distribution(parameter) for parameter in search.space}
-        self.planned = planned_configurations(search) if search.method != "bayes" else []
-        self.total = search.seeds * (len(self.planned) or min(search.count, search.size))
-        self.mine = {}  # trial: the ticket that this machine has taken
-        self.heard = {}  # number of a running ticket: its last sign of life, and when it was first seen here
-        # What may differ from machine to machine is left out.
-        wanted = {key: value for key, value in as_json(search).items() if key not in ("count", "threads")}
+def open_storage(directory: Path, url: str | None, grace: int) -> optuna.storages.BaseStorage:
+    """The storage of the study in `directory`, or at `url`. UsageError, RunError."""
+    if not url:
+        journal = directory / "study.journal"
+        return Journal(JournalFileBackend(str(journal), JournalLock(journal)))
+    from sqlalchemy import exc
+
+    # A network that is gone must not hold up a machine for as long as the system would wait.
+    arguments = {"connect_timeout": 10, "tcp_user_timeout": 30_000} if url.startswith("postgresql") else {}
+    engine = {"pool_pre_ping": True, "connect_args": arguments}
+    heart = {"heartbeat_interval": max(1, grace // 8), "grace_period": grace}
+    for attempt in itertools.count():
         try:
-            storage = open_storage(url)
-            with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
-                optuna.create_study(storage=storage, study_name=name, direction=METRICS[search.metric])
-            self.study = optuna.load_study(storage=storage, study_name=name)
-            if "search" not in self.study.user_attrs:
-                self.study.set_user_attr("search", wanted)
-            found = self.study.user_attrs["search"]
-        except failures() as error:
-            raise self.error(error) from error
-        other = [key for key in wanted if found.get(key) != wanted[key]]
-        if other:
-            raise UsageError(f"{shown_url(url)} holds another search {name}: its {other[0]} is {found.get(other[0])}")
-        self.closing = threading.Event()
-        self.thread = threading.Thread(target=self.beat, daemon=True)
-        self.thread.start()
+            return Database(url, engine, **heart, heartbeat_stale_trial_callback=queue_again)
+        except (exc.ArgumentError, ImportError) as error:
+            raise UsageError(f"--storage {without_password(url)}: {error.__cause__ or error}") from error
+        except exc.SQLAlchemyError as error:
+            # Another machine may make the tables at this moment.
+            if attempt == 60 or not re.search("already exists|duplicate|unique", str(error), re.IGNORECASE):
+                reason = str(error.__cause__ or error).splitlines()[0]
+                raise RunError(f"--storage {without_password(url)}: {reason}") from error
+            time.sleep(1)
 
-    def error(self, error):
-        reason = (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
-        return RunError(f"--storage {shown_url(self.url)}: {reason}; the same command goes on from here")
 
-    def beat(self):
-        while not self.closing.wait(BEAT):
-            for ticket in list(self.mine.values()):
-                # Taken over by another machine, or the storage is away: the main thread will meet the same.
-                with contextlib.suppress(*failures()):
-                    ticket.set_user_attr("beat", time.time())
+def number_of(trial: FrozenTrial | Trial) -> int:
+    """The number of a trial of the search. Where it is run again, Optuna has several trials for it."""
+    return trial.user_attrs.get("trial", trial.number)
 
-    def tickets(self):
-        """{trial: the ticket that holds} and {trial: the last one that a machine has given up}."""
-        holding, given_up = {}, {}
-        for ticket in sorted(self.study.get_trials(deepcopy=False), key=lambda ticket: ticket.number):
-            known = ticket.user_attrs
-            if "trial" not in known:
-                continue
-            if ticket.state == self.state.FAIL and "line" not in known:
-                if "machine" in known:
-                    given_up[known["trial"]] = ticket
-                continue
-            before = holding.get(known["trial"])
-            if before is None or known["attempt"] > before.user_attrs["attempt"]:
-                holding[known["trial"]] = ticket
-        return holding, given_up
 
-    def queue(self, trial, params, attempt=1):
-        self.study.enqueue_trial(params, user_attrs={"trial": trial, "attempt": attempt})
+def latest(study: optuna.Study) -> dict[int, FrozenTrial]:
+    """The last attempt at each trial of the search."""
+    trials = study.get_trials(deepcopy=False)
+    return {number_of(trial): trial for trial in trials if "superfluous" not in trial.user_attrs}
 
-    def one_waits(self):
-        """Whether a trial waits to be taken, where need be the first for which there is no ticket, which is queued."""
-        holding, given_up = self.tickets()
-        if any(ticket.state == self.state.WAITING for ticket in holding.values()):
-            return True
-        for trial in sorted({*range(self.total), *given_up}):
-            again, held = given_up.get(trial), holding.get(trial)
-            if again and (not held or again.user_attrs["attempt"] > held.user_attrs["attempt"]):
-                self.queue(trial, again.params, again.user_attrs["attempt"])
-                return True
-            if not held:
-                index = trial // self.search.seeds
-                self.queue(trial, self.planned[index] if index < len(self.planned) else {})
-                return True
-        return False
 
-    @persistent
-    def give_up_silent(self):
-        """Give up the tickets of machines that have not been heard of for too long."""
-        now = time.monotonic()
-        own = {ticket.number for ticket in self.mine.values()}
-        for ticket in self.tickets()[0].values():
-            if ticket.state != self.state.RUNNING or ticket.number in own:
-                continue
-            sign = ticket.user_attrs.get("beat")
-            last, since = self.heard.setdefault(ticket.number, (sign, now))
-            if last != sign:
-                self.heard[ticket.number] = sign, now
-            elif now - since > self.grace:
-                line = ticket.user_attrs.get("line")  # it died between the last two things that `end` does
-                self.close_ticket(ticket.number, line["metric"] if line and line["status"] == "finished" else None)
+def lines(study: optuna.Study, machine: str) -> list[dict]:
+    """The lines of trials.jsonl: what the trials gave, in the order in which they ended. `run` is a directory beside
+    that file, with the machine before it where that is not this one."""
+    found = []
+    for trial in sorted(latest(study).values(), key=lambda trial: trial.datetime_complete or datetime.max):
+        if trial.state.is_finished():
+            line = trial.user_attrs.get("line") or new_line(trial, {}, "it ended without a result")
+            where = trial.user_attrs.get("worker", [machine])[0]
+            found.append(line if where == machine else {**line, "run": f"{where}/{line['run']}"})
+    return found
 
-    @persistent
-    def claim(self):
-        """(trial, params) of a trial that is this machine's from now on, or None where there is none to be had."""
-        while self.one_waits():
-            tickets = len(self.study.get_trials(deepcopy=False))
-            self.study.sampler = make_sampler(self.search, f"{self.machine} {tickets}")
-            try:
-                ticket = self.study.ask(self.distributions)
-                trial, (holding, given_up) = ticket.user_attrs.get("trial"), self.tickets()
-                if trial not in holding or holding[trial].number != ticket.number:
-                    self.close_ticket(ticket.number)  # there is another for this trial
-                    continue
-                params = params_of(self.search.space, ticket)
-                if self.search.method == "bayes":
-                    known = [
-                        params_of(self.search.space, other) for other in (*holding.values(), *given_up.values())
-                        if other.user_attrs["trial"] != trial and "machine" in other.user_attrs
-                    ]  # fmt: skip
-                    another = draw_another(self.search, known) if params in known else None
-                    if another:
-                        self.close_ticket(ticket.number)
-                        self.queue(trial, another)
-                        continue
-                ticket.set_user_attr("machine", self.machine)
-                self.mine[trial] = ticket
-                return trial, params
-            except self.taken_over:
-                continue  # it took so long that this machine was taken for dead
-        return None
 
-    @persistent
-    def end(self, trial, line, value):
-        """Tell all machines how a trial of this one has ended, if it was not taken over by another.
+def new_line(trial: FrozenTrial | Trial, params: dict, error: str | None = None) -> dict:
+    """The line of a trial that has no result."""
+    return {
+        "trial": number_of(trial), "run": f"trial-{number_of(trial):04}", "status": "failed", "val_loss": None,
+        "val_acc": None, "epochs": 0, "seconds": 0.0, "params": params, "error": error,
+    }  # fmt: skip
 
-        `value`: the metric, or what a Bayesian search is to take for it; None for a trial that failed.
-        """
-        with contextlib.suppress(self.taken_over):
-            self.mine[trial].set_user_attr("line", line)
-        self.close_ticket(self.mine[trial].number, value)
-        del self.mine[trial]
 
-    def close_ticket(self, number, value=None):
-        state = self.state.FAIL if value is None else self.state.COMPLETE
-        with contextlib.suppress(self.taken_over):  # by another machine, at the same moment
-            self.study.tell(number, value, state, skip_if_finished=True)
+def write_lines(study: optuna.Study, directory: Path, machine: str) -> list[dict]:
+    """Write trials.jsonl where it does not have all the lines; return them."""
+    ended, path = lines(study, machine), directory / "trials.jsonl"
+    content = "".join(f"{json.dumps(line)}\n" for line in ended).encode()
+    if not path.exists() or path.read_bytes() != content:
+        common.write_atomically(path, content)
+    return ended
 
-    @persistent
-    def ended(self):
-        """{trial: (machine, line)} of what has ended anywhere."""
-        return {
-            trial: (ticket.user_attrs["machine"], ticket.user_attrs["line"])
-            for trial, ticket in self.tickets()[0].items() if ticket.state.is_finished()
-        }  # fmt: skip
 
-    @persistent
-    def retry_failed(self):
-        for trial, ticket in self.tickets()[0].items():
-            if ticket.state.is_finished() and ticket.user_attrs["line"]["status"] == "failed":
-                self.queue(trial, ticket.params, ticket.user_attrs["attempt"] + 1)
+def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Queue a trial that has ended once more, with the parameters that it had."""
+    study.add_trial(optuna.create_trial(
+        state=TrialState.WAITING, params=trial.params, distributions=trial.distributions,
+        user_attrs={"trial": number_of(trial)}, system_attrs=trial.system_attrs,
+    ))  # fmt: skip
 
-    def close(self):
-        """Give up what this machine has taken and not ended."""
-        self.closing.set()
-        self.thread.join(BEAT)
+
+def set_waiting(study: optuna.Study, trial: FrozenTrial) -> None:
+    """Let a trial wait again whose process has gone. It keeps its parameters and what it has reported."""
+    study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+
+
+def give_back(study: optuna.Study, machine: str) -> None:
+    """Let the trials of this machine wait that it was running when it stopped; of a study in a file all of them."""
+    for trial in study.get_trials(deepcopy=False):
+        owner = trial.user_attrs.get("worker", [""])[0]
+        if trial.state == TrialState.RUNNING and owner == machine:
+            set_waiting(study, trial)
+
+
+class Proposer(optuna.samplers.RandomSampler):
+    """Proposes what follows from the seed, the number of the trial and the results so far, and nothing twice. A trial
+    that was pruned counts as far as it came, one that diverged as the worst."""
+
+    def __init__(self, search: Search):
+        super().__init__()
+        self.search = search
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict:
+        """The whole space."""
+        return self.search.distributions
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict) -> dict:
+        """The parameters of `trial`; {} where it has them already."""
+        search = self.search
+        if search.method != "bayes" or trial.params.keys() == search_space.keys():
+            return {}
+        others = [other for number, other in sorted(latest(study).items()) if number != number_of(trial)]
+        others = [other for other in others if other.params.keys() == search_space.keys()]
+        results = {other.number: other.user_attrs.get("line", {}) for other in others}
+        values = [line[search.metric] for line in results.values() if line.get("status") in ("finished", "pruned")]
+        # A Gaussian process with few random trials before it finds better points sooner; its cost grows with the cube
+        # of the trials, and past some two hundred the tree-structured estimator takes over.
+        seed = common.random_seed(search.seed, "proposals", number_of(trial)) % 2**32
+        gaussian = functools.partial(optuna.samplers.GPSampler, n_startup_trials=5)
+        sampler = (gaussian if len(values) <= 200 else optuna.samplers.TPESampler)(seed=seed)
+        told = optuna.create_study(sampler=sampler, direction=METRICS[search.metric])
+        for other in others:
+            value, status = results[other.number].get(search.metric), results[other.number].get("status")
+            if status == "diverged" and values:
+                value = max(values) if search.metric == "val_loss" else min(values)
+            if value is not None or other.state == TrialState.RUNNING:
+                state = TrialState.RUNNING if value is None else TrialState.COMPLETE
+                given = {"params": other.params, "distributions": other.distributions}
+                told.add_trial(optuna.create_trial(state=state, value=value, **given))
+        return search.propose(told, [search.params(other.params) for other in others])
+
+
+class Bands(optuna.pruners.BasePruner):
+    """W&B's early_terminate: a trial that reaches a band goes on if it is among the best of all that have reached it,
+    one in eta, rounded up. What counts is the best that each had reported by then."""
+
+    def __init__(self, search: Search):
+        rule = search.early_terminate
+        # At its last epoch a trial has finished.
+        self.bands = [band for band in bands(rule) if band < (search.epochs or math.inf)] if rule else []
+        self.eta = rule.get("eta", 3) if rule else 3
+        self.sign = 1 if search.metric == "val_loss" else -1
+
+    def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
+        """Whether `trial` is to end after its last report."""
+        band = trial.last_step
+        if band not in self.bands:
+            return False
+
+        def best(reports):
+            return min(self.sign * value for epoch, value in reports.items() if epoch <= band)
+
+        reached = [other.intermediate_values for other in latest(study).values()]
+        ranked = sorted(best(reports) for reports in reached if band in reports)
+        return best(trial.intermediate_values) > ranked[math.ceil(len(ranked) / self.eta) - 1]
+
+
+# ------------------------ A trial ------------------------
+class TrialFailed(Exception):
+    """A trial has ended without a result; the message is its error."""
+
+
+# The statuses of a run that has ended, and what they are in a sweep.
+ENDED = {"finished": "finished", "stopped_early": "finished", "diverged": "diverged", "pruned": "pruned"}
+
+
+class Objective:
+    """What Optuna calls for each trial: parameters -> command line -> main(argv, on_epoch) -> value."""
+
+    def __init__(self, search: Search, directory: Path, machine: str, *more_flags: str):
+        self.search, self.directory, self.machine, self.more_flags = search, directory, machine, more_flags
+        self.main = load_script(find_script(search.script)).main
+
+    def __call__(self, trial: Trial) -> float:
+        """Run a trial. Its line of trials.jsonl becomes an attribute of it. TrialPruned, TrialFailed, Interrupted."""
+        search = self.search
+        trial.set_user_attr("worker", [self.machine, os.getpid()])
+        params = {parameter.name: parameter.suggest(trial) for parameter in search.parameters}
+        self.check_alone(trial, params)
+        line = new_line(trial, params)
         try:
-            while self.mine:
-                self.close_ticket(self.mine.popitem()[1].number)
-        except failures() as error:
-            raise self.error(error) from error
-
-
-# ---------------------------------------------------------------------------------------------------
-# Workers
-# ---------------------------------------------------------------------------------------------------
-
-
-def work(connection, script, threads, log, directory):
-    """A worker process: run main(argv) for each argv that comes, and answer with (record, None) or (None, error)."""
-    os.chdir(directory)
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    tasks = queue.SimpleQueue()
-
-    def listen():
-        # In a thread of its own, so that a worker whose parent was killed ends at once, in the middle of a trial.
-        argv = ()
-        while argv is not None:
-            try:
-                argv = connection.recv()
-            except (EOFError, OSError):
-                os._exit(1)
-            tasks.put(argv)
-
-    threading.Thread(target=listen, daemon=True).start()
-    torch.set_num_threads(threads)
-    common.loaded_images = {}
-    main = load_script(script).main
-    while (argv := tasks.get()) is not None:
-        try:
-            record = json.loads(json.dumps(main(argv), default=str))
-            connection.send((record, None))
+            records = []
+            for seed in range(search.seed, search.seed + search.seeds):
+                name = line["run"] if search.seeds == 1 else f"{line['run']}-seed-{seed}"
+                records.append(self.train(trial, params, seed, self.directory / name, records))
+                if ENDED[records[-1]["status"]] != "finished":
+                    break
+            line.update(self.outcome(records))
+        except UpdateFinishedTrialError:
+            raise  # this machine was silent for so long that another has taken the trial over
+        except StorageInternalError as error:
+            raise SystemExit(f"the database is away: {error}") from error  # and the trial stays as it is
         except SystemExit as error:
-            connection.send((None, f"the script ended with exit status {error.code}; see {log.name}"))
+            line["error"] = f"the script ended with exit status {error.code}"
         except Exception as error:
-            traceback.print_exc()
-            connection.send((None, f"{type(error).__name__}: {error}"))
+            record = read_record(self.directory / line["run"])
+            if type(error) is Exception and record and self.more_flags:  # so W&B's agent stops a run
+                line.update(self.outcome([{**record, "status": "pruned", "error": None}]))
+            else:
+                line["error"] = f"{type(error).__name__}: {error}"[:1000]
+                if not isinstance(error, UsageError | RunError | TrialFailed):
+                    traceback.print_exc()
+        trial.set_user_attr("line", line)
+        if line["status"] == "finished":
+            return line[search.metric]
+        raise TrialPruned if line["status"] == "pruned" else TrialFailed(line["error"])
+
+    def check_alone(self, trial: Trial, params: dict) -> None:
+        """TrialFailed where the same trial was queued twice, or another was proposed the same at the same moment."""
+        for other in trial.study.get_trials(deepcopy=False):
+            if other.number == trial.number or "superfluous" in other.user_attrs:
+                continue
+            same = number_of(other) == number_of(trial)
+            whole = self.search.distributions.keys() == other.params.keys()
+            twin = not same and whole and params == self.search.params(other.params)
+            if twin or (same and other.number < trial.number and other.state != TrialState.FAIL):
+                trial.set_user_attr("superfluous", True)
+                if twin:
+                    trial.study.enqueue_trial({}, user_attrs={"trial": number_of(trial)})
+                raise TrialFailed("superfluous")
+
+    def train(self, trial: Trial, params: dict, seed: int, directory: Path, before: list[dict]) -> dict:
+        """The record of one run, from the start or from where it was interrupted. Its epochs are reported to Optuna
+        after those of the runs `before`. What `main` raises, TrialFailed, Interrupted."""
+        record = read_record(directory)
+        if record.get("status") in ENDED:  # the sweep was killed before it could take note
+            return {**record, "directory": directory}
+        reported = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
+        epochs = sum(other["epochs"] for other in before)
+
+        def report(row):
+            step = epochs + row["epoch"]
+            if step < max(reported, default=0):
+                return False  # it was judged before it was interrupted
+            if step not in reported:
+                trial.report(row[self.search.metric], step)
+            return bool(self.search.early_terminate) and trial.should_prune()
+
+        if record and (directory / "last.pt").exists():
+            argv = ["--resume", str(directory), "--quiet", *self.more_flags]
+            rows = common.read_log(directory) if (directory / "log.jsonl").exists() else []
+            if any(map(report, rows)):  # an epoch was saved, but not reported
+                return {**record, "status": "pruned", "directory": directory}
+        else:
+            if directory.exists():  # it was killed before it could be continued
+                shutil.rmtree(directory)
+            argv = [*trial_words(self.search, params, seed), "--no-test", "--quiet", *self.more_flags]
+            argv += ["--runs-dir", str(directory.parent), "--run-name", directory.name]
+        record = self.main(argv, report)
+        if not isinstance(record, dict) or record.get("status") not in (*ENDED, "interrupted"):
+            raise TrialFailed(f"main(argv, on_epoch) returned no record with a status of {', '.join(ENDED)}")
+        if record["status"] == "interrupted":
+            raise common.Interrupted(record.get("error") or "SIGTERM")
+        metric = (record.get("best") or {}).get(self.search.metric)
+        if record["status"] != "diverged" and not (isinstance(metric, int | float) and math.isfinite(metric)):
+            raise TrialFailed(f"its record has no best {self.search.metric} that is a number")
+        return {"epochs": 0, "seconds": 0.0, "best": None, "error": None, **record, "directory": directory}
+
+    def outcome(self, records: list[dict]) -> dict:
+        """What the runs of a trial, one for each seed, mean for its line."""
+        bests = [record["best"] or {} for record in records]
+        outcome = {
+            "status": ENDED[records[-1]["status"]], "error": records[-1]["error"],
+            "epochs": max(record["epochs"] for record in records),
+            "seconds": sum(record["seconds"] for record in records),
+        }  # fmt: skip
+        for name in METRICS:
+            values = [best.get(name) for best in bests]
+            outcome[name] = statistics.fmean(values) if None not in values else None
+        if len(records) > 1 and outcome["status"] == "finished":
+            outcome["std"] = statistics.stdev(best[self.search.metric] for best in bests)
+            outcome["run"] = min(records, key=lambda record: self.search.loss(record["best"]))["directory"].name
+        return outcome
 
 
-@contextlib.contextmanager
-def interrupts_held():
-    """Hold SIGINT back. A process started meanwhile never gets it: Ctrl-C is for the parent, which passes it on."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def read_record(directory: Path) -> dict:
+    """run.json of a trial, {} where there is none."""
+    return common.read_json(directory / "run.json") if (directory / "run.json").exists() else {}
+
+
+# ------------------------ Workers ------------------------
+def open_study(storage: optuna.storages.BaseStorage, name: str, search: Search) -> optuna.Study:
+    """The study of this name, with the sampler and the pruner of the search."""
+    return optuna.load_study(study_name=name, storage=storage, sampler=Proposer(search), pruner=Bands(search))
+
+
+def work(connection, search: Search, directory: Path, machine: str, url: str | None, grace: int, name: str) -> None:
+    """A worker process: run trials while any waits. It keeps torch and the images from one to the next."""
+
+    def stop(signum, frame):
+        raise common.Interrupted("SIGTERM")
+
+    def end_with_parent():
+        with contextlib.suppress(EOFError, OSError):
+            connection.recv()
+        os._exit(1)
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which passes it on
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    tqdm.set_lock(threading.RLock())  # its own, for many processes, outlives one that is killed
+    alive = open(directory / ".workers.lock", "a")  # noqa: SIM115 (as long as this process lives)
+    if common.fcntl:
+        common.fcntl.flock(alive, common.fcntl.LOCK_SH)
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-# What workers find imported, where they are forked; optimisers import the second when the first of them is made.
-PRELOADED = ["torch", "torch._dynamo"]
+        with open(directory / "workers.log", "a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        torch.set_num_threads(search.threads)
+        common.loaded_images = {}
+        study = open_study(open_storage(directory, url, grace), name, search)
+        objective = Objective(search, directory, machine)
+        while True:
+            with contextlib.suppress(UpdateFinishedTrialError):  # another machine has taken the trial over
+                study.optimize(objective, n_trials=1, catch=Exception)
+            connection.send("a trial has ended")
+    except (NothingWaits, common.Interrupted):
+        os._exit(0)
 
 
 class Workers:
-    """Processes that keep torch and the data between trials; one that dies is replaced."""
+    """Processes that take trials from the study: {process: our end of its pipe}."""
 
-    def __init__(self, jobs, search, directory):
-        # Workers are forked from a process that has imported torch and done nothing else, where the system can fork.
-        known = multiprocessing.get_all_start_methods()
-        self.context = multiprocessing.get_context("forkserver" if "forkserver" in known else "spawn")
-        if "forkserver" in known:
-            self.context.set_forkserver_preload(PRELOADED)
-        self.search, self.directory = search, directory
-        self.slots = [None] * jobs  # (process, connection)
-        self.busy = {}  # slot: trial
+    def __init__(self, *arguments):
+        # They are forked from a process that has imported torch and done nothing else, where the system can fork.
+        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+        self.context, self.arguments, self.running = multiprocessing.get_context(method), arguments, {}
+        if method == "forkserver":
+            self.context.set_forkserver_preload(["torch", "torch._dynamo", "optuna"])
 
-    def idle(self):
-        return [slot for slot in range(len(self.slots)) if slot not in self.busy]
+    def start(self) -> None:
+        """One more."""
+        mine, theirs = self.context.Pipe()
+        process = self.context.Process(target=work, args=(theirs, *self.arguments))
+        # A process that is started while SIGINT is blocked never gets it.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+        self.running[process] = mine
 
-    def submit(self, trial, argv):
-        """Give a trial to an idle worker."""
-        slot = self.idle()[0]
-        if not self.slots[slot] or not self.slots[slot][0].is_alive():
-            mine, theirs = self.context.Pipe()
-            log = (self.directory / f"worker-{slot}.log").absolute()
-            arguments = (theirs, self.search.script, self.search.threads, log, os.getcwd())
-            process = self.context.Process(target=work, args=arguments)
-            with interrupts_held():
-                process.start()
-            theirs.close()
-            self.slots[slot] = process, mine
-        self.busy[slot] = trial
-        with contextlib.suppress(BrokenPipeError):  # it has just died: `wait` will say so
-            self.slots[slot][1].send(argv)
+    def wait(self, seconds: float) -> list[multiprocessing.Process]:
+        """Wait until one says that a trial has ended, or ends itself; the processes that have ended."""
+        ends = [*self.running.values(), *(process.sentinel for process in self.running)]
+        if not ends:
+            time.sleep(seconds)
+        for ready in multiprocessing.connection.wait(ends, seconds):
+            if ready in self.running.values():
+                with contextlib.suppress(EOFError, OSError):
+                    ready.recv()
+        ended = [process for process in self.running if not process.is_alive()]
+        for process in ended:
+            self.running.pop(process).close()
+        return ended
 
-    def wait(self, seconds):
-        """Wait for the next workers to answer or die: [(trial, record or None, error or None)]; None: for ever."""
-        connections = {self.slots[slot][1]: slot for slot in self.busy}
-        answers = []
-        for connection in multiprocessing.connection.wait(list(connections), seconds):
-            slot = connections[connection]
-            trial = self.busy.pop(slot)
-            try:
-                answers.append((trial, *connection.recv()))
-            except (EOFError, OSError):
-                process = self.slots[slot][0]
-                process.join()
-                answers.append((trial, None, f"its process died (exit code {process.exitcode})"))
-        return answers
-
-    def signal(self, number):
-        for slot in self.busy:
+    def signal(self, number: int) -> None:
+        """Send all of them a signal."""
+        for process in self.running:
             with contextlib.suppress(ProcessLookupError):
-                os.kill(self.slots[slot][0].pid, number)
-
-    def close(self):
-        for process, connection in filter(None, self.slots):
-            with contextlib.suppress(OSError):
-                connection.send(None)
-            process.join(5)
-            if process.is_alive():
-                process.kill()
-            connection.close()
+                os.kill(process.pid, number)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Running the trials
-# ---------------------------------------------------------------------------------------------------
+def run_trials(
+    study: optuna.Study, search: Search, directory: Path, machine: str, args: argparse.Namespace
+) -> str | None:
+    """Run what waits in the study, --jobs trials at a time, until all trials have ended, on whatever machine.
 
-
-def best_row(log, epochs):
-    """The row of the best epoch among the first `epochs`: that of the lowest validation loss, as in training."""
-    return min(log[:epochs], key=lambda row: row["val_loss"])
-
-
-class Conductor:
-    """Says which trial comes next, and takes note of what each gave."""
-
-    def __init__(self, sweep, rungs, retry_failed, announce, shared=None):
-        """`announce(line)` is told of every trial that ends; `shared`: the SharedSearch to take trials from."""
-        self.sweep, self.search, self.rungs, self.announce = sweep, sweep.search, rungs, announce
-        self.shared = shared
-        self.running = {}  # trial: the epoch that it goes to, None for the end
-        self.closed = set(sweep.ended)
-        self.bayes, self.configurations, self.diverged_first = None, {}, []
-        if shared:
-            if retry_failed:
-                shared.retry_failed()
-            return
-        if retry_failed:
-            failed = {trial for trial, line in sweep.ended.items() if line["status"] == "failed"}
-            self.closed = set(range(self.search.count * self.search.seeds)) - failed
-        if self.search.method == "bayes":
-            self.configurations = self.configurations_on_disk()
-            self.bayes = BayesianProposer(self.search, len(self.configurations))
-            for index in list(self.configurations):
-                self.tell(index)
-        else:
-            self.configurations = dict(enumerate(planned_configurations(self.search)))
-
-    def configurations_on_disk(self):
-        """What has been proposed so far: the ended trials, and those that a stop has interrupted."""
-        known = {}
-        for path in sorted(self.sweep.directory.glob("trial-*/run.json")):
-            trial = int(path.parent.name.removeprefix("trial-"))
-            arguments = self.sweep.record(trial)["args"]
-            known[trial // self.search.seeds] = {p.name: arguments[p.name] for p in self.search.space}
-        return known | {index: params for index, params, _, _ in self.sweep.configurations()}
-
-    def race(self):
-        """Successive halving: {trial: epoch that it may go to, or None for the end}, of those still in the race.
-
-        Where all that are left have reached a rung, the best of them go on and the others end. It follows from the
-        logs alone, so that a sweep continued decides as one that was never stopped. (K. Jamieson and A. Talwalkar,
-        "Non-stochastic best arm identification and hyperparameter optimization", 2016.)
-        """
-        field = list(self.configurations)
-        logs = {trial: self.sweep.log(trial) for trial in field}
-        for rung in self.rungs:
-            field = [trial for trial in field if trial not in self.closed or len(logs[trial]) >= rung]
-            behind = [trial for trial in field if len(logs[trial]) < rung]
-            if behind or any(trial in field for trial, goal in self.running.items() if goal == rung):
-                return dict.fromkeys(behind, rung)
-            best = {trial: best_row(logs[trial], rung) for trial in field}
-            field.sort(key=lambda trial: self.search.sign * best[trial][self.search.metric])
-            kept = math.ceil(len(field) / self.search.eta)
-            for trial in field[kept:]:
-                if trial not in self.closed:
-                    self.end_pruned(trial, logs[trial], best[trial])
-            field = field[:kept]
-        return dict.fromkeys(field)
-
-    def pass_bands(self):
-        """The rule of W&B's early_terminate: {trial: epoch that it may go to}, of those that have not ended.
-
-        A trial that reaches a band is compared with all that have reached it by then, and ends where it is not among
-        the best of them, one in eta. Nobody waits for the others, so what ends depends on the order.
-        """
-        open_to, sign, metric = {}, self.search.sign, self.search.metric
-        logs = {trial: self.sweep.log(trial) for trial in self.configurations}
-        for trial, log in logs.items():
-            if trial in self.closed or trial in self.running:
-                continue
-            if len(log) in self.search.bands:
-                reached = [rows for rows in logs.values() if len(rows) >= len(log)]
-                values = sorted(sign * best_row(rows, len(log))[metric] for rows in reached)
-                best = best_row(log, len(log))
-                if sign * best[metric] > values[math.ceil(len(values) / self.search.eta) - 1]:
-                    self.end_pruned(trial, log, best)
-                    continue
-            open_to[trial] = next((band for band in self.search.bands if band > len(log)), None)
-        return open_to
-
-    def end_pruned(self, trial, log, best):
-        seconds = sum(row.get("seconds", 0.0) for row in log)
-        self.end(trial, "pruned", {"best": best, "epochs": len(log), "seconds": seconds})
-
-    def next_shared_trial(self):
-        """As `next_trial`, of a search that is shared, after a look at what the other machines have done."""
-        self.shared.give_up_silent()
-        self.hear()
-        while taken := self.shared.claim():
-            trial, params = taken
-            self.configurations[trial // self.search.seeds] = params
-            line = self.sweep.ended.get(trial)
-            if line and line["status"] != "failed" and line["params"] == params and self.sweep.is_here(line):
-                self.tell_others(line)  # it ended here, when the storage could not be reached
-                continue
-            self.running[trial] = None
-            return trial, None
-        return None
-
-    def hear(self):
-        """Take note of what the other machines have ended."""
-        known = self.sweep.ended
-        for trial, (machine, line) in self.shared.ended().items():
-            before, there = known.get(trial), {**line, "run": f"{machine}/{line['run']}"}
-            if before not in (line, there):
-                self.configurations[trial // self.search.seeds] = line["params"]
-                self.announce(self.sweep.add(there))
-
-    def tell_others(self, line):
-        value = {"finished": line["metric"], "diverged": self.sweep.worst()}.get(line["status"])
-        self.shared.end(line["trial"], line, value)
-
-    def all_ended(self):
-        """Whether all trials have ended, wherever they ran."""
-        planned = min(self.search.count, len(self.configurations)) * self.search.seeds
-        return set(range(self.shared.total if self.shared else planned)) <= set(self.sweep.ended)
-
-    def next_trial(self):
-        """(trial, epoch to stop after or None), or None where nothing can start now."""
-        if self.shared:
-            return self.next_shared_trial()
-        if self.search.bands:
-            open_to = self.pass_bands()
-        else:
-            open_to = self.race() if self.rungs else dict.fromkeys(range(self.search.count * self.search.seeds))
-        for trial, rung in sorted(open_to.items()):
-            if trial in self.closed or trial in self.running:
-                continue
-            record = self.sweep.record(trial)
-            if record.get("status") == "diverged":  # the sweep was killed before it could take note
-                self.end(trial, "diverged", record, record["error"])
-            elif self.params(trial) is None:
-                return None
-            else:
-                self.running[trial] = rung
-                return trial, rung
-        return None
-
-    def params(self, trial):
-        """The parameters of a trial, proposed if need be, or None where the space holds no more."""
-        index = trial // self.search.seeds
-        if index not in self.configurations and self.bayes:
-            params = self.bayes.propose(list(self.configurations.values()))
-            if params is not None:
-                self.configurations[index] = params
-        return self.configurations.get(index)
-
-    def argv(self, trial, rung):
-        """The command line of a trial: from the start, or from where it was interrupted."""
-        directory = self.sweep.trial_directory(trial)
-        params, record = self.params(trial), self.sweep.record(trial)
-        goes_on = record and (directory / "last.pt").exists()
-        if goes_on and self.shared and self.search.method == "bayes":  # another may have been proposed in its place
-            goes_on = params.items() <= record["args"].items()
-        if goes_on:
-            return [f"--resume={directory}", "--quiet", *([f"--stop-after={rung}"] if rung else [])]
-        if directory.exists():  # killed before it could be continued
-            shutil.rmtree(directory)
-        words = trial_words(self.search, params, self.sweep.seed(trial))
-        return [*words, *told_beside(directory, rung)]
-
-    def take(self, trial, record, error):
-        """Take note of what a worker answered: a trial that was interrupted has not ended."""
-        del self.running[trial]
-        known = {"finished": "finished", "stopped_early": "finished", "diverged": "diverged", "interrupted": None}
-        if not error:
-            status = record.get("status") if isinstance(record, dict) else None
-            metric = (record.get("best") or {}).get(self.search.metric) if status in known else None
-            if status not in known:
-                error = f"main(argv) gave no record of a run with a status of {', '.join(known)}"
-            elif known[status] == "finished" and not (isinstance(metric, int | float) and math.isfinite(metric)):
-                error = f"its record has no best {self.search.metric} that is a number"
-        if error:
-            self.end(trial, "failed", self.sweep.record(trial), error)
-        elif known[status]:
-            self.end(trial, known[status], record, record.get("error"))
-
-    def end(self, trial, status, record, error=None):
-        line = self.sweep.append(trial, self.params(trial), status, record, error)
-        self.closed.add(trial)
-        if self.shared:
-            self.tell_others(line)
-        if self.bayes:
-            self.tell(trial // self.search.seeds)
-        self.announce(line)
-
-    def tell(self, index):
-        """Tell the Bayesian search what a configuration gave, once all its trials have ended."""
-        rows = {row[0]: row for row in self.sweep.configurations()}
-        if index not in rows or len(rows[index][2]) < self.search.seeds:
-            return
-        _, params, lines, value = rows[index]
-        # One that diverged counts as the worst so far, so that the search keeps away from there.
-        if any(line["status"] == "diverged" for line in lines):
-            value = self.sweep.worst()
-            self.diverged_first += [index] if value is None else []
-        self.bayes.tell(params, value)
-        if value is not None:  # now there is a worst
-            waiting, self.diverged_first = self.diverged_first, []
-            for earlier in waiting:
-                self.tell(earlier)
-
-
-def how_to_go_on(sweep):
-    storage = " --storage ..." if sweep.search.shared else ""
-    return shlex.join(["python", common.shown(__file__), "--resume", common.shown(sweep.directory)]) + storage
-
-
-def run_trials(sweep, rungs, args, shared):
-    """Run what is left of a sweep, --jobs trials at a time; of a shared one, what no other machine runs.
-
-    Returns the name of the signal that stopped it or None, and whether all its trials have ended. RunError after
-    --max-failures failed trials in a row.
+    Returns the name of the signal that stopped it, or None. RunError after --max-failures failed trials in a row.
     """
-    search, stopped, failed = sweep.search, [], []
+    stopped, lost, failing, first_seen = [], 0, [], {}
 
     def stop(number, frame):
-        if stopped:
-            workers.signal(signal.SIGKILL)
-            raise KeyboardInterrupt
+        workers.signal(signal.SIGKILL if stopped else signal.SIGTERM)
         stopped.append(signal.Signals(number).name)
-        workers.signal(signal.SIGTERM)
 
-    def announce(line):
-        if sweep.is_here(line):
-            failed.append(line) if line["status"] == "failed" else failed.clear()
-        best = sweep.ranked()
-        bar.update()
-        bar.set_postfix({f"best {search.metric}": f"{best[0][3]:.4f}" if best else "-"})
-        if bar.disable:
-            common.say(line_as_text(line, search), args.quiet)
-
-    workers = Workers(args.jobs, search, sweep.directory)
-    total, ended = search.count * search.seeds, len(sweep.ended)
-    bar = tqdm(total=total, desc="trials", unit="trial", initial=ended, leave=False, disable=args.quiet or None)
+    workers = Workers(search, directory, machine, args.storage, args.grace, study.study_name)
+    told = {line["trial"] for line in lines(study, machine)}
+    before, bar = len(told), TrialBar(search, len(latest(study)), args.quiet)
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        conductor = Conductor(sweep, rungs, args.retry_failed, announce, shared)
         while True:
-            while not stopped and len(failed) < args.max_failures and workers.idle():
-                chosen = conductor.next_trial()
-                if chosen is None or stopped:
-                    break
-                workers.submit(chosen[0], conductor.argv(*chosen))
-                if stopped:  # while it was being submitted
+            # Write down what has ended, here or on another machine.
+            trials, ended = latest(study).values(), write_lines(study, directory, machine)
+            for line in ended:
+                if line["trial"] not in told and bar.disable:
+                    common.say(line_as_text(line, search), args.quiet)
+                told.add(line["trial"])
+            running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+            here = [trial for trial in running if trial.user_attrs.get("worker", [""])[0] == machine]
+            bar.show(len(ended), len(trials), here, ended)
+
+            # Start workers for what waits, or stop.
+            if not failing:
+                failed = list(itertools.takewhile(lambda line: line["status"] == "failed", reversed(ended[before:])))
+                if len(failed) >= args.max_failures or lost >= args.max_failures:
+                    failing = failed or [{"trial": "-", "error": "the workers die before they take one"}]
                     workers.signal(signal.SIGTERM)
-            if not workers.busy:
-                # The others' trials may have to be run again here.
-                if stopped or len(failed) >= args.max_failures or not shared or conductor.all_ended():
+            if stopped or failing or all(trial.state.is_finished() for trial in trials):
+                if not workers.running:
                     break
-                time.sleep(POLL)
-                continue
-            for trial, record, error in workers.wait(POLL if shared else None):
-                if stopped and error:
-                    continue  # it ended because it was told to; a continued sweep takes it up again
-                if isinstance(record, dict) and record.get("status") == "interrupted" and record.get("error"):
-                    if stopped:
-                        continue
-                    error = f"its process was ended by {record['error']}"
-                conductor.take(trial, record, error)
+            else:
+                waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+                while len(workers.running) < min(args.jobs, waiting + len(here)):
+                    workers.start()
+            if args.storage:
+                take_over(study, running, first_seen, args.grace)
+
+            # A trial whose process has died waits again. It ends where it has died before and has come no further.
+            for process in workers.wait(1):
+                if process.exitcode == 0 or stopped or failing:
+                    continue
+                mine = [trial for trial in latest(study).values() if trial.state == TrialState.RUNNING
+                        and trial.user_attrs.get("worker") == [machine, process.pid]]  # fmt: skip
+                lost = 0 if mine else lost + 1
+                for trial in mine:
+                    epochs, storage = trial.last_step or 0, study._storage
+                    if trial.user_attrs.get("died_after") != epochs:
+                        storage.set_trial_user_attr(trial._trial_id, "died_after", epochs)
+                        set_waiting(study, trial)
+                    else:
+                        error = f"its process died twice (exit code {process.exitcode})"
+                        params = search.params(trial.params) if trial.params.keys() == search.space.keys() else {}
+                        storage.set_trial_user_attr(trial._trial_id, "line", new_line(trial, params, error))
+                        study.tell(trial.number, state=TrialState.FAIL)
+        give_back(study, machine)
     finally:
-        workers.close()
+        workers.signal(signal.SIGKILL)
         bar.close()
         for number, handler in previous.items():
             signal.signal(number, handler)
-        if shared:
-            shared.close()
-    if len(failed) >= args.max_failures:
+    if failing:
         raise RunError(
-            f"{len(failed)} trials in a row failed, the last, {failed[-1]['run']}, with: {failed[-1]['error']}; when "
-            f"that is mended: {how_to_go_on(sweep)}, with --retry-failed for the failed ones"
+            f"{args.max_failures} trials in a row failed, the last, trial {failing[0]['trial']}, with: "
+            f"{failing[0]['error']}; see {common.shown(directory / 'workers.log')}; when that is mended: "
+            f"{how_to_go_on(directory, args)}, with --retry-failed for the failed ones"
         )
-    return stopped[0] if stopped else None, conductor.all_ended()
+    return stopped[0] if stopped else None
 
 
-# ---------------------------------------------------------------------------------------------------
-# Weights & Biases as the engine
-# ---------------------------------------------------------------------------------------------------
+def take_over(study: optuna.Study, running: list[FrozenTrial], first_seen: dict, grace: int) -> None:
+    """Queue the trials again of machines that have died. Optuna hears of them by their heartbeats, but not of one that
+    died before the first; such a trial has not got as far as to name its worker."""
+    optuna.storages.fail_stale_trials(study)
+    for trial in running:
+        since = first_seen.setdefault(trial.number, time.monotonic())
+        if "worker" not in trial.user_attrs and time.monotonic() - since > grace:
+            with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # by another machine, at the same moment
+                study.tell(trial.number, state=TrialState.FAIL)
+                queue_again(study, trial)
 
 
-def choose_engine(args, search):
-    """`local` or `wandb`, as --engine says; of `auto` it is printed which, and why. UsageError."""
-    engine = "wandb" if search.sweep_id else args.engine
-    if search.shared:
-        if not importlib.util.find_spec("optuna"):
-            raise UsageError("--storage needs Optuna: pip install optuna")
-        return "local"
-    if engine == "auto" and search.method == "bayes":
+class TrialBar(tqdm):
+    """A bar over the trials, which also moves while they run."""
+
+    def __init__(self, search: Search, total: int, quiet: bool):
+        form = "{desc} |{bar}| {elapsed}<{remaining}{postfix}"
+        super().__init__(total=total, bar_format=form, smoothing=0, leave=False, disable=quiet or None)
+        self.search, self.known = search, False
+
+    def show(self, ended: int, total: int, running: list[FrozenTrial], lines: list[dict]) -> None:
+        """So many of `total` trials have ended, with these lines, and these are running here."""
+        epochs = [trial.last_step or 0 for trial in running]
+        self.n = ended + (sum(epochs) / self.search.epochs if self.search.epochs else 0)
+        if not self.known:  # the time left follows from what is done in this session
+            self.initial, self.known = self.n, True
+        self.set_description_str(f"{ended} of {total} trials", refresh=False)
+        parts = [f"epoch {' and '.join(map(str, epochs))} of {self.search.epochs or '?'}"] if epochs else []
+        finished = [line for line in lines if line["status"] == "finished"]
+        if finished:
+            best = min(finished, key=self.search.loss)
+            parts.append(f"best {as_text(self.search.metric, best[self.search.metric])}")
+        self.set_postfix_str(", ".join(parts))
+
+
+def how_to_go_on(directory: Path, args: argparse.Namespace) -> str:
+    """The command that continues a sweep."""
+    storage = ["--storage", without_password(args.storage)] if args.storage else []
+    return shlex.join(["python", common.shown(__file__), "--resume", common.shown(directory), *storage])
+
+
+def as_text(name: str, value) -> str:
+    """A value for the screen, with accuracies as percentages."""
+    if isinstance(value, float):
+        return f"{value:{ {'val_acc': '.2%', 'val_loss': '.4f', 'std': '.4f', 'seconds': '.1f'}.get(name, '.4g') }}"
+    return "-" if value is None else str(value)
+
+
+def line_as_text(line: dict, search: Search) -> str:
+    """A line of trials.jsonl for the screen."""
+    params = " ".join(f"{name}={value}" for name, value in line["params"].items())
+    end = (
+        f"{line['status']} after {line['epochs']} epochs  {search.metric} {as_text(search.metric, line[search.metric])}"
+    )
+    return f"trial {line['trial']}  {end}  {params}  {line['error'] or ''}".rstrip()
+
+
+# ------------------------ Weights & Biases as the engine ------------------------
+def choose_engine(args: argparse.Namespace, search: Search) -> str:
+    """`local` or `wandb`, as --engine says; of `auto` it is printed which, and why. UsageError, RunError."""
+    engine = "wandb" if args.sweep_id else args.engine
+    if engine == "auto" and search.method == "bayes" and not args.storage:
         online = os.environ.get("WANDB_MODE", "online") == "online"
         key = online and importlib.util.find_spec("wandb") and common.has_wandb_key(quiet=True)
         engine = "wandb" if key else "local"
         reason = "an API key is configured" if key else "no API key is configured" if online else "W&B is not online"
         common.say(f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)", args.quiet)
     if engine == "wandb":
-        common.check_wandb(argparse.Namespace(wandb="online", quiet=args.quiet))
-        return engine
-    if search.method == "bayes" and not importlib.util.find_spec("optuna"):
-        raise UsageError("--method bayes needs Optuna: pip install optuna")
-    return "local"
+        reach_wandb(args)
+        if args.storage or search.seeds > 1:
+            raise UsageError("--storage and --seeds go with --engine local")
+    return "wandb" if engine == "wandb" else "local"
 
 
-def reach_wandb():
-    """RunError where W&B's server does not answer soon: its own client would try for minutes."""
+def reach_wandb(args: argparse.Namespace) -> None:
+    """UsageError without a key, RunError where W&B's server does not answer soon: its client would try for minutes."""
+    common.check_wandb(argparse.Namespace(wandb="online", quiet=args.quiet))
     import wandb
 
     address = wandb.setup().settings.base_url
@@ -1524,86 +1133,60 @@ def reach_wandb():
         raise RunError(f"W&B's server {address} cannot be reached ({error}); --engine local does without") from error
 
 
-def wandb_parameter(parameter):
-    """A Parameter in the schema of W&B's sweeps."""
-    if parameter.values:
-        return {"values": list(parameter.values)}
-    bounds = {"min": parameter.low, "max": parameter.high}
-    if parameter.log:
-        step = {"distribution": "q_log_uniform_values", "q": parameter.step}
-        return bounds | (step if parameter.step else {"distribution": "log_uniform_values"})
-    if not parameter.step:
-        return bounds | {"distribution": "uniform"}
-    if isinstance(parameter.step, int) and parameter.step == 1:
-        return bounds | {"distribution": "int_uniform"}
-    return bounds | {"distribution": "q_uniform", "q": parameter.step}
+def wandb_config(args: argparse.Namespace) -> dict:
+    """The configuration of the sweep --sweep-id. UsageError, RunError."""
+    reach_wandb(args)
+    import wandb
 
-
-def observed_space(lines):
-    """The parameters of a sweep that others have set up, as far as its trials show them."""
-    space = []
-    for name in dict.fromkeys(name for line in lines for name in line["params"]):
-        values = sorted(
-            {line["params"][name] for line in lines if name in line["params"]}, key=lambda v: (str(type(v)), v)
+    try:
+        return (
+            wandb.Api().sweep(args.sweep_id if "/" in args.sweep_id else f"{args.wandb_project}/{args.sweep_id}").config
         )
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        if numbers and len(values) > 6:
-            low, high = min(values), max(values)
-            space.append(Parameter(name, (), low, high, log=0 < low <= high / 100))
-        else:
-            space.append(Parameter(name, tuple(values)))
-    return space
+    except (ValueError, wandb.errors.Error) as error:
+        raise UsageError(str(error)) from error
 
 
-def run_wandb(sweep, args):
-    """Run the trials that a W&B sweep gives out, here in this process; each is written to trials.jsonl as well.
+def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argparse.Namespace) -> str | None:
+    """Run the trials that a W&B sweep gives out, in this process; each becomes a trial of the study as well.
 
-    Returns as `run_trials` does. W&B's agent returns nothing and hides what failed, so each outcome is looked at here.
+    Returns the name of the signal that stopped it, or None. RunError where all trials failed.
     """
     import wandb
     import yaml
 
-    search, stopped = sweep.search, []
-    main = load_script(search.script).main
+    stopped, project = [], args.wandb_project
     common.loaded_images = {}
-    os.environ.setdefault("WANDB_DIR", str(sweep.directory))
-    reach_wandb()
-    joined = not search.space
-    if not search.sweep_id:
+    os.environ.setdefault("WANDB_DIR", str(directory))
+    for trial in study.get_trials(deepcopy=False):  # interrupted; W&B gives no trial out twice
+        if not trial.state.is_finished():
+            study._storage.set_trial_user_attr(trial._trial_id, "superfluous", True)
+            study.tell(trial.number, state=TrialState.FAIL)
+    sweep_id = args.sweep_id or study.user_attrs.get("sweep_id")
+    if not sweep_id:
+        # The best so far is what W&B is to compare: `fit` logs it.
         config = {
-            "program": search.script, "method": search.method, "run_cap": search.count,
-            "metric": {"name": search.metric, "goal": METRICS[search.metric]},
-            "parameters": {parameter.name: wandb_parameter(parameter) for parameter in search.space},
+            "program": search.script, "method": search.method, "run_cap": search.count, "parameters": search.space,
+            "metric": {"name": f"best_{search.metric}", "goal": METRICS[search.metric]},
+            "command": ["${env}", "${interpreter}", "${program}", *search.flags, "${args}"],
         }  # fmt: skip
-        search.sweep_id = wandb.sweep(config, project=args.wandb_project)
-        sweep.write_search()
-    common.say(f"W&B sweep {search.sweep_id}; another machine joins with --sweep-id {search.sweep_id}", args.quiet)
+        if search.early_terminate:
+            config["early_terminate"] = search.early_terminate
+        sweep_id = wandb.sweep(config, project=project)
+    study.set_user_attr("sweep_id", sweep_id)
+    common.say(f"W&B sweep {sweep_id}; another machine joins with --sweep-id {sweep_id}", args.quiet)
+    flags = "--wandb", "online", "--wandb-project", project
+    objective = Objective(replace(search, early_terminate=None), directory, "", *flags)
 
     def trial():
-        known = [int(path.name.removeprefix("trial-")) for path in sweep.directory.glob("trial-*")]
-        number = max([*known, *sweep.ended], default=-1) + 1
-        directory = sweep.trial_directory(number)
         # The agent leaves the parameters of the run in this file.
         content = yaml.safe_load(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]).read_text())
         params = {name: entry["value"] for name, entry in content.items() if isinstance(entry, dict)}
-        words = [*trial_words(search, params, search.seed), *told_beside(directory, None)]
-        status, error, record = "failed", None, {}
+        study.enqueue_trial(params, user_attrs={"trial": len(study.get_trials(deepcopy=False))})
         try:
-            record = main([*words, "--wandb", "online", "--wandb-project", args.wandb_project])
-            status = {"finished": "finished", "stopped_early": "finished"}.get(record["status"], "diverged")
-            error = record["error"]
-        except SystemExit as failure:
-            error = f"the script ended with exit status {failure.code}"
-            raise RunError(error) from failure
-        except Exception as failure:
-            # The agent stops a run by raising a bare Exception in its thread.
-            told = type(failure) is Exception and not failure.args
-            status, error = ("pruned", None) if told else ("failed", f"{type(failure).__name__}: {failure}")
-            raise
+            study.optimize(objective, n_trials=1)
         finally:
             if not stopped:
-                line = sweep.append(number, params, status, record or sweep.record(number), error)
-                common.say(line_as_text(line, search), args.quiet)
+                common.say(line_as_text(write_lines(study, directory, "")[-1], search), args.quiet)
 
     def stop(number, frame):
         stopped.append(signal.Signals(number).name)
@@ -1611,372 +1194,311 @@ def run_wandb(sweep, args):
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        left = max(0, search.count - len(sweep.ended))
+        left = max(0, search.count - len(latest(study)))
         if left:
-            wandb.agent(search.sweep_id, function=trial, project=args.wandb_project, count=left)
+            wandb.agent(sweep_id, function=trial, project=project, count=left)
     except KeyboardInterrupt:
         pass
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    if joined:
-        search.space = observed_space(sweep.lines)
-        sweep.write_search()
-    if sweep.lines and not any(line["status"] in ("finished", "pruned") for line in sweep.lines):
-        raise RunError(f"all {len(sweep.lines)} trials failed, the last with: {sweep.lines[-1]['error']}")
-    return stopped[0] if stopped else None, bool(sweep.lines) and not stopped
+    ended = write_lines(study, directory, "")
+    if ended and all(line["status"] == "failed" for line in ended):
+        raise RunError(f"all {len(ended)} trials failed, the last with: {ended[-1]['error']}")
+    return stopped[0] if stopped else None
 
 
-def line_as_text(line, search):
-    value = "-" if line["metric"] is None else f"{line['metric']:.4f}"
-    params = " ".join(f"{name}={value}" for name, value in line["params"].items())
-    error = f"  {line['error']}" if line["error"] else ""
-    return f"{line['run']}  {line['status']} after {line['epochs']} epochs  {search.metric} {value}  {params}{error}"
+# ------------------------ The report ------------------------
+def report(study: optuna.Study, search: Search, directory: Path, machine: str, complete: bool, quiet: bool) -> dict:
+    """Print and write the leaderboard, the pictures and the best configuration; test the winner of a complete sweep."""
+
+    def place(line):
+        rank = {"finished": 0, "pruned": 1}.get(line["status"], 2)
+        survived = -line["epochs"] if rank == 1 else 0
+        return rank, survived, search.loss(line) if line[search.metric] is not None else math.inf
+
+    # Best first; then the pruned ones, by the epochs that they survived; then those without a result.
+    ended = sorted(write_lines(study, directory, machine), key=place)
+    result = {"directory": str(directory), "trials": ended, "best": None}
+    if not ended:
+        return result
+    columns = ["trial", "run", "status", "val_loss", "val_acc", *["std"] * (search.seeds > 1), "epochs", "seconds"]
+    names = {name: name if name not in columns else f"--{name}" for name in search.space}
+    rows = []
+    for line in ended:
+        params = {names[name]: line["params"].get(name) for name in names}
+        rows.append({column: line.get(column) for column in columns} | params)
+    cells = [[as_text(name, value) for name, value in row.items()] for row in rows]
+    common.say("\n".join(evaluate.as_table("><<" + ">" * (len(rows[0]) - 3), list(rows[0]), cells)), quiet)
+    common.write_atomically(directory / "leaderboard.csv", f"{evaluate.as_csv(rows)}\n".encode())
+    for name, picture in draw_sweep(study, search, ended, directory).items():
+        common.write_atomically(directory / f"{name}.png", picture)
+    winner, link = ended[0], directory / "best"
+    link.unlink(missing_ok=True)
+    if winner["status"] != "finished":
+        return result
+    text = as_text(search.metric, winner[search.metric])
+    command = as_command(search, winner["params"], search.seed)
+    common.say(f"best: {winner['run']}, {search.metric} {text}\n  {command}", quiet)
+    if (directory / winner["run"]).is_dir():
+        link.symlink_to(winner["run"])
+        if complete and (link / "best.pt").exists():
+            test_winner(directory, winner["run"], quiet)
+    return {**result, "best": winner}
 
 
-def dry_run(search, quiet):
-    """Print the command line of each trial; of a Bayesian search the space, since each trial follows from the last."""
-    if search.method == "bayes":
-        common.say(f"{search.count} trials of {search.script}, proposed one after the other from", quiet)
-        for parameter in search.space:
-            steps = f" in steps of {parameter.step}" if parameter.step else ""
-            scale = ", logarithmic" if parameter.log else ""
-            text = ", ".join(map(str, parameter.values)) or f"{parameter.low} to {parameter.high}{steps}{scale}"
-            common.say(f"  {parameter.name}: {text}", quiet)
-        return
-    for index, params in enumerate(planned_configurations(search)):
-        for repeat in range(search.seeds):
-            words = trial_words(search, params, search.seed + repeat)
-            common.say(f"trial {index * search.seeds + repeat:4}  {as_command(search, words)}", quiet)
+def test_winner(directory: Path, run: str, quiet: bool) -> None:
+    """Test the weights of the winner's best epoch, and say for which trials the test set has been read."""
+    metrics = {path.parent.name: common.read_json(path) for path in sorted(directory.glob("trial-*/metrics.json"))}
+    before = [name for name, content in metrics.items() if content["split"] == "test"]
+    if run not in before:
+        evaluate.main([str(directory / run), "--quiet"])
+    content = common.read_json(directory / run / "metrics.json")
+    accuracy = content["tta"]["accuracy"] if content.get("tta") else content["accuracy"]
+    others = ", ".join(name for name in before if name != run)
+    often = f"which was read before, for {others}" if others else "read once, for this trial alone"
+    common.say(f"  accuracy {accuracy:.2%} on the test set, {often}", quiet)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Pictures
-# ---------------------------------------------------------------------------------------------------
+def draw_sweep(study: optuna.Study, search: Search, ended: list[dict], directory: Path) -> dict:
+    """The pictures of a sweep, {name: PNG}: Optuna's, but for parallel coordinates, curves and a grid of two."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as optunas
+
+    shown = [line for line in ended if line["status"] in ("finished", "pruned")]
+    finished = [line for line in shown if line["status"] == "finished"]
+    varied = [name for name in search.space if len({str(line["params"][name]) for line in finished}) > 1]
+    pictures = {"curves": evaluate.render(draw_curves(search, ended, directory))}
+    if shown:
+        pictures["parallel"] = evaluate.render(draw_parallel(search, shown))
+    if shown and search.method == "grid" and len(search.space) == 2:
+        pictures["grid"] = evaluate.render(draw_grid(search, shown))
+    drawings = {"timeline": lambda: optunas.plot_timeline(study)}
+    if finished:
+        drawings["history"] = lambda: optunas.plot_optimization_history(study, target_name=search.metric)
+    if varied:
+        drawings["slices"] = lambda: optunas.plot_slice(study, varied, target_name=search.metric)
+    if len(varied) > 1 and len(finished) >= 8:
+        # PED-ANOVA (S. Watanabe et al., 2023), the best quarter against all: the default tenth is a trial or two.
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25, region_quantile=1.0)
+        drawings["importance"] = lambda: optunas.plot_param_importances(study, evaluator=evaluator, params=varied)
+    for name, draw in drawings.items():
+        # They set a style, and write powers of ten.
+        with matplotlib.rc_context({"text.parse_math": True, "savefig.bbox": "tight"}):
+            draw()
+            pictures[name] = evaluate.render(pyplot.gcf())
+            pyplot.close()
+    return pictures
 
 
-def draw_sweep(sweep):
-    """The pictures of a sweep as {name: figure}; those that need results are left out where there are none."""
-    lines = [line for line in sweep.ended.values() if line["status"] in ("finished", "pruned")]
-    figures = {"history": draw_history(sweep), "curves": draw_trial_curves(sweep)}
-    if lines:
-        figures["parallel"] = draw_parallel(sweep, lines)
-        figures["slices"] = draw_slices(sweep, lines)
-    shares = parameter_importance(sweep, lines)
-    if shares:
-        figures["importance"] = draw_importance(sweep, shares)
-    return figures
-
-
-def best_first(sweep, lines):
-    return sorted(lines, key=lambda line: sweep.search.sign * line["metric"])
-
-
-def sweep_title(sweep, what):
-    return f"{sweep.directory.name}\n{what}"
-
-
-def place_on_axis(parameter, value):
-    """Where a value of a parameter lies on its axis, from 0 to 1."""
-    if parameter.values:
-        return parameter.values.index(value) / max(1, len(parameter.values) - 1)
-    low, high, value = (math.log(x) if parameter.log else x for x in (parameter.low, parameter.high, value))
-    return (value - low) / (high - low)
-
-
-def axis_ticks(parameter):
-    """(place, label) of the ticks of a parameter: all values, or some between the bounds, as the scale is divided."""
-    if parameter.values:
-        return [(place_on_axis(parameter, value), str(value)) for value in parameter.values]
-    if parameter.log:
-        exponents = range(
-            math.ceil(math.log10(parameter.low) - 1e-9), math.floor(math.log10(parameter.high) + 1e-9) + 1
-        )
-        marks = {parameter.low, parameter.high, *(10.0**exponent for exponent in exponents)}
-    else:
-        marks = {parameter.low + share * (parameter.high - parameter.low) / 4 for share in range(5)}
-    return [(place_on_axis(parameter, mark), f"{mark:.3g}") for mark in sorted(marks)]
-
-
-def draw_parallel(sweep, lines):
+def draw_parallel(search: Search, shown: list[dict]):
     """Parallel coordinates: a line a trial, through its parameters to its metric, which gives the colour."""
     import matplotlib
-    from matplotlib.colors import Normalize
 
-    search, ordered = sweep.search, best_first(sweep, lines)
-    values = [line["metric"] for line in lines]
-    low, high = min(values), max(values)
-    scale = Normalize(low, high if high > low else low + 1)
-    colours = matplotlib.colormaps["viridis" if search.sign < 0 else "viridis_r"]
-    figure = new_figure(3 + 2 * len(search.space), 5.5, sweep_title(sweep, f"{len(lines)} trials; the best is thick"))
-    axis = figure.subplots()
-    for line in reversed(ordered):
-        places = [place_on_axis(parameter, line["params"][parameter.name]) for parameter in search.space]
-        look = {"linewidth": 4, "zorder": 3} if line is ordered[0] else {"linewidth": 1.2, "alpha": 0.8}
-        axis.plot([*places, scale(line["metric"])], color=colours(scale(line["metric"])), **look)
-    for index, parameter in enumerate(search.space):
+    values, last = [line[search.metric] for line in shown], len(search.space)
+    scale = matplotlib.colors.Normalize(min(values), max(values) if max(values) > min(values) else min(values) + 1)
+    colours = matplotlib.colormaps["viridis" if search.metric == "val_acc" else "viridis_r"]
+    figure = evaluate.new_figure(3 + 2 * last, 5.5, f"{len(shown)} trials; the best is thick")
+    axis, places = figure.subplots(), {line["trial"]: [] for line in shown}
+    for index, parameter in enumerate(search.parameters):
+        ticks, height = scale_of(parameter.distribution)
         axis.axvline(index, color="black", linewidth=1)
-        for place, label in axis_ticks(parameter):
+        for tick in ticks:
             box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
-            axis.annotate(label, (index, place), (4, 0), textcoords="offset points", va="center", fontsize=9, bbox=box)
-    last = len(search.space)
-    names = [f"{p.name} (log)" if p.log else p.name for p in search.space]
-    axis.set(
-        xticks=range(last + 1), xticklabels=[*names, search.metric], yticks=[], xlim=(-0.15, last), ylim=(-0.05, 1.05)
-    )
-    for side in ("top", "bottom", "left", "right"):
-        axis.spines[side].set_visible(False)
+            text = f"{tick:.3g}" if isinstance(tick, float) else str(tick)
+            axis.annotate(text, (index, height(tick)), (4, 0), textcoords="offset points", va="center", bbox=box)
+        for line in shown:
+            places[line["trial"]].append(height(line["params"][parameter.name]))
+    for line in reversed(shown):
+        look = {"linewidth": 4, "zorder": 2.5} if line is shown[0] else {"linewidth": 1, "alpha": 0.7}
+        end = scale(line[search.metric])
+        axis.plot([*places[line["trial"]], end], color=colours(end), **look)
+    names = [f"{p.name} (log)" if getattr(p.distribution, "log", False) else p.name for p in search.parameters]
+    axis.set(xticks=range(last + 1), xticklabels=[*names, search.metric], yticks=[], xlim=(-0.15, last))
+    axis.spines[:].set_visible(False)
     figure.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=axis, label=search.metric, pad=0)
     return figure
 
 
-def parameter_importance(sweep, lines):
-    """Share of each parameter in what sets good trials apart, by PED-ANOVA; {} where there is too little to say.
-
-    S. Watanabe et al., "PED-ANOVA: efficiently quantifying hyperparameter importance in arbitrary subspaces" (2023).
-    """
-    varied = [p for p in sweep.search.space if len({str(line["params"][p.name]) for line in lines}) > 1]
-    if len(varied) < 2 or len(lines) < 8 or not importlib.util.find_spec("optuna"):
-        return {}
-    import optuna
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction=METRICS[sweep.search.metric])
-    distributions = {p.name: optuna_distribution(p) for p in varied}
-    for line in lines:
-        params = {p.name: line["params"][p.name] for p in varied}
-        study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=line["metric"]))
-    # The quarter of the best against all: the default tenth is a trial or two of a small search.
-    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25, region_quantile=1.0)
-    return optuna.importance.get_param_importances(study, evaluator=evaluator)
+def scale_of(d: BaseDistribution) -> tuple[list, Callable]:
+    """The ticks of an axis for the values of a distribution, and a function from a value to its place, 0 to 1."""
+    if isinstance(d, CategoricalDistribution):
+        return d.choices, lambda value: d.choices.index(value) / max(1, len(d.choices) - 1)
+    low, high, quarters = float(d.low), float(d.high), (0, 0.25, 0.5, 0.75, 1)
+    if d.log:
+        return [low * (high / low) ** q for q in quarters], lambda value: math.log(value / low) / math.log(high / low)
+    return [low + (high - low) * q for q in quarters], lambda value: (value - low) / ((high - low) or 1)
 
 
-def draw_importance(sweep, shares):
-    rows = sorted(shares.items(), key=lambda row: row[1])
-    figure = new_figure(7, 1.8 + 0.45 * len(rows), sweep_title(sweep, "importance of each parameter (PED-ANOVA)"))
+def draw_grid(search: Search, shown: list[dict]):
+    """A grid of two parameters as a heatmap."""
+    down, across = (parameter.values() for parameter in search.parameters)
+    cells = torch.full((len(down), len(across)), math.nan)
+    figure = evaluate.new_figure(2.5 + len(across), 2 + 0.7 * len(down), search.metric)
     axis = figure.subplots()
-    bars = axis.barh([name for name, _ in rows], [share for _, share in rows], color=BLUE)
-    axis.bar_label(bars, [f" {share:.0%}" for _, share in rows])
-    axis.set(xlabel="share", xlim=(0, 1.1))
-    percent_axis(axis.xaxis)
-    return figure
-
-
-def draw_history(sweep):
-    """The metric of every trial in the order in which they ended, and the best so far."""
-    search = sweep.search
-    figure = new_figure(8, 4.5, sweep_title(sweep, "trial by trial"))
-    axis = figure.subplots()
-    lines = [(place, line) for place, line in enumerate(sweep.ended.values(), 1)]
-    for status, marker, colour in (("finished", "o", BLUE), ("pruned", "x", "grey")):
-        shown = [(place, line["metric"]) for place, line in lines if line["status"] == status]
-        if shown:
-            axis.plot(*zip(*shown, strict=True), marker, color=colour, label=status)
-    best, steps = None, []
-    for place, line in lines:
-        if line["status"] == "finished" and (best is None or search.sign * line["metric"] < search.sign * best):
-            best = line["metric"]
-        if best is not None:
-            steps.append((place, best))
-    if steps:
-        axis.step(*zip(*steps, strict=True), where="post", color=ORANGE, label="best so far")
-    for place, line in lines:
-        if line["status"] in ("failed", "diverged"):
-            axis.axvline(place, color="black", linestyle=":", alpha=0.5)
-            where = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "rotation": 90, "va": "top"}
-            axis.annotate(line["status"], (place, 1), (2, -4), fontsize=8, **where)
-    axis.set(xlabel="trials ended", ylabel=search.metric)
-    axis.grid(alpha=0.3)
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend()
-    return figure
-
-
-def draw_slices(sweep, lines):
-    """The metric against each parameter; a grid of two as a heatmap."""
-    search = sweep.search
-    if search.method == "grid" and len(search.space) == 2:
-        return draw_grid_of_two(sweep)
-    columns = min(3, len(search.space))
-    rows = math.ceil(len(search.space) / columns)
-    figure = new_figure(4 * columns + 0.5, 3.4 * rows + 0.6, sweep_title(sweep, "the metric against each parameter"))
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
-    winner = best_first(sweep, lines)[0]
-    for axis, parameter in zip(axes, search.space, strict=False):
-        for line in lines:
-            place = place_on_axis(parameter, line["params"][parameter.name])
-            marker = "x" if line["status"] == "pruned" else "o"
-            axis.plot(place, line["metric"], marker, color="grey" if marker == "x" else BLUE, alpha=0.7)
-        best = place_on_axis(parameter, winner["params"][parameter.name])
-        axis.plot(best, winner["metric"], "*", color=ORANGE, markersize=14)
-        places, labels = zip(*axis_ticks(parameter), strict=True)
-        axis.set(xlabel=f"{parameter.name} (log)" if parameter.log else parameter.name, xlim=(-0.08, 1.08))
-        axis.set_xticks(places, labels)
-        axis.grid(alpha=0.3)
-    for axis in axes[len(search.space) :]:
-        axis.set_axis_off()
-    for axis in axes[::columns]:
-        axis.set_ylabel(search.metric)
-    return figure
-
-
-def draw_grid_of_two(sweep):
-    down, across = sweep.search.space
-    cells = torch.full((len(down.grid()), len(across.grid())), math.nan)
-    for _, params, shown, mean in sweep.configurations():
-        value = shown[0]["metric"] if mean is None else mean
-        if value is not None:
-            cells[down.grid().index(params[down.name]), across.grid().index(params[across.name])] = value
-    figure = new_figure(2.5 + cells.shape[1], 2 + 0.7 * cells.shape[0], sweep_title(sweep, sweep.search.metric))
-    axis = figure.subplots()
-    shown = axis.imshow(
-        cells.numpy(), cmap=colormap("viridis" if sweep.search.sign < 0 else "viridis_r"), aspect="auto"
-    )
-    figure.colorbar(shown, ax=axis, label=sweep.search.metric)
-    for row, column in (~cells.isnan()).nonzero().tolist():
+    for line in shown:
+        (row, column), value = line["params"].values(), line[search.metric]
+        row, column = down.index(row), across.index(column)
+        cells[row, column] = value
         box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 2}
-        axis.text(column, row, f"{cells[row, column]:.4f}", ha="center", va="center", bbox=box)
-    axis.set_xticks(range(cells.shape[1]), map(str, across.grid()))
-    axis.set_yticks(range(cells.shape[0]), map(str, down.grid()))
-    axis.set(xlabel=across.name, ylabel=down.name)
+        axis.text(column, row, as_text(search.metric, value), ha="center", va="center", bbox=box)
+    colours = evaluate.colormap("viridis" if search.metric == "val_acc" else "viridis_r")
+    figure.colorbar(axis.imshow(cells.numpy(), cmap=colours, aspect="auto"), ax=axis, label=search.metric)
+    axis.set_xticks(range(len(across)), map(str, across))
+    axis.set_yticks(range(len(down)), map(str, down))
+    axis.set(ylabel=search.parameters[0].name, xlabel=search.parameters[1].name)
     return figure
 
 
-def draw_trial_curves(sweep):
+def draw_curves(search: Search, ended: list[dict], directory: Path):
     """Validation loss and accuracy of all trials, epoch by epoch; the end of a pruned or diverged one is marked."""
-    figure = new_figure(11, 4.4, sweep_title(sweep, "all trials; the best in colour"))
-    axes = curves_axes(figure)
-    lines = sweep.ended
-    best = best_first(sweep, [line for line in lines.values() if line["status"] == "finished"])
-    for trial, line in lines.items():
-        history = sweep.log(trial) if sweep.is_here(line) else []
-        if not history:
-            continue
+    figure = evaluate.new_figure(11, 4.4, "all trials; the best in colour")
+    axes = evaluate.curves_axes(figure)
+    for index, line in enumerate(ended):
+        path = directory / line["run"] / "log.jsonl"
+        history = common.read_log(path.parent) if path.exists() else []  # it may be on another machine
         look = {"color": "silver", "linewidth": 1}
-        if best and line is best[0]:
-            look = {"color": ORANGE, "linewidth": 2.5, "zorder": 3, "label": line["run"]}
-        for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
+        if index == 0 and line["status"] == "finished":
+            look = {"color": evaluate.ORANGE, "linewidth": 2.5, "zorder": 3}
+            figure.suptitle(f"all trials; {line['run']}, the best, in colour")
+        for axis, name in zip(axes, METRICS, strict=True):
             axis.plot([row["epoch"] for row in history], [row[name] for row in history], **look)
-            if line["status"] != "finished":
+            if line["status"] != "finished" and history:
                 axis.plot(history[-1]["epoch"], history[-1][name], "x", color="black", markersize=5)
-    if axes[0].get_legend_handles_labels()[1]:  # the best may have run on another machine
-        axes[0].legend()
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------
-# The report
-# ---------------------------------------------------------------------------------------------------
-
-
-def leaderboard(sweep):
-    """A row for each configuration, best first, then those without a result, each parameter in a column of its own."""
-    search = sweep.search
-    place = {row[0]: number for number, row in enumerate(sweep.ranked())}
-    rows = []
-    for _, params, lines, mean in sorted(sweep.configurations(), key=lambda row: place.get(row[0], math.inf)):
-        values = [line["metric"] for line in lines if line["metric"] is not None]
-        accuracies = [line["val_acc"] for line in lines if line["val_acc"] is not None]
-        rows.append({
-            "trial": " ".join(str(line["trial"]) for line in lines),
-            search.metric: mean if mean is not None or not values else statistics.fmean(values),
-            "std": statistics.stdev(values) if len(values) > 1 else None,
-            "accuracy": statistics.fmean(accuracies) if accuracies else None,
-            "epochs": max(line["epochs"] for line in lines), "seconds": sum(line["seconds"] for line in lines),
-            "status": " ".join(sorted({line["status"] for line in lines})),
-        })  # fmt: skip
-        for name, value in params.items():
-            rows[-1][name if name not in rows[-1] else f"--{name}"] = value
-        if search.seeds == 1:
-            del rows[-1]["std"]
-    return rows
-
-
-def best_trial(sweep):
-    """The line of the best trial of the best configuration, or None."""
-    ranked = sweep.ranked()
-    if not ranked:
-        return None
-    return min(ranked[0][2], key=lambda line: sweep.search.sign * line["metric"])
-
-
-def report(sweep, quiet=False, complete=True):
-    """Print the table, best first, and the best configuration as a command line; write leaderboard.csv, `best`, and
-    the pictures. Where the sweep is complete, the test set is read, once, for the winner alone."""
-    say = functools.partial(common.say, quiet=quiet)
-    search, rows = sweep.search, leaderboard(sweep)
-    if not rows:
-        say(f"{common.shown(sweep.directory)}: no trial has ended yet")
-        return {"directory": str(sweep.directory), "trials": []}
-
-    def text(value):
-        if isinstance(value, float):
-            return f"{value:.4g}" if abs(value) < 1000 else f"{value:.0f}"
-        return "-" if value is None else str(value)
-
-    cells = [[text(value) for value in row.values()] for row in rows]
-    say("\n".join(evaluate.as_table("<" + ">" * (len(rows[0]) - 1), list(rows[0]), cells)))
-    common.write_atomically(sweep.directory / "leaderboard.csv", f"{evaluate.as_csv(rows)}\n".encode())
-    for file, figure in draw_sweep(sweep).items():
-        common.write_atomically(sweep.directory / f"{file}.png", evaluate.render(figure))
-    winner = best_trial(sweep)
-    if winner:
-        command = as_command(search, trial_words(search, winner["params"], winner["seed"]))
-        say(f"best: {winner['run']}, {search.metric} {winner['metric']:.4f}\n  {command}")
-    link = sweep.directory / "best"
-    if not winner or not sweep.is_here(winner):
-        link.unlink(missing_ok=True)
-    else:
-        temporary = link.with_name(f".best.{os.getpid()}.tmp")
-        temporary.symlink_to(winner["run"])
-        temporary.replace(link)
-        if complete and search.script in OWN_SCRIPTS:
-            directory = sweep.directory / winner["run"]
-            path = directory / "metrics.json"
-            if not path.exists() or common.read_json(path)["split"] != "test":
-                evaluate.main([str(directory), "--quiet"])
-            accuracy = common.read_json(path)["accuracy"]
-            say(f"  test accuracy {accuracy:.2%}, read once and for this trial alone")
-    return {"directory": str(sweep.directory), "trials": sweep.lines, "best": winner}
-
-
-def main(argv=None):
-    """Run, continue or report a search; return its directory, the lines of trials.jsonl and that of the best trial."""
+# ------------------------ Main ------------------------
+def main(argv: list[str] | None = None) -> dict:
+    """Run or continue a search, and report; return its directory, the lines of trials.jsonl and that of the best."""
     argv = sys.argv[1:] if argv is None else list(argv)
     cut = argv.index("--") if "--" in argv else len(argv)
     parser = build_parser()
     args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
-    if args.report:
-        return report(Sweep.open(args.report), args.quiet, complete=False)
-    search, directory = choose_search(args, flags, parser.parse_args([]))
-    rungs = check_trials(search, configurations_to_check(search))
-    if args.dry_run:
-        dry_run(search, args.quiet)
-        return {}
-    engine = choose_engine(args, search)
-    shared = None
-    if search.shared:
-        place = (directory or args.runs_dir / args.name).resolve()
-        machine = f"{socket.gethostname()}:{place}"
-        shared = SharedSearch(args.storage, place.name, search, machine, args.grace or 60)
-    is_new, own_name = directory is None, f"sweep-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-    directory = directory or args.runs_dir / (args.name or own_name)
+    if args.resume:
+        may_change = {"resume", "count", "jobs", "threads", "max_failures", "retry_failed", "quiet", "storage", "grace"}
+        defaults = vars(parser.parse_args([]))
+        given = [name for name in defaults.keys() - may_change if getattr(args, name) != defaults[name]]
+        if given or flags:
+            what = f"--{given[0].replace('_', '-')}" if given else "the flags after --"
+            raise UsageError(f"--resume takes the search from the directory: leave out {what}")
+        search, directory, engine = None, args.resume, None
+    else:
+        search = search_from(args, flags)
+        if args.storage and not args.name:
+            raise UsageError("--storage needs --name NAME: the machines find the search by it")
+        own_name = f"sweep-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+        directory = args.runs_dir / (args.name or own_name)
+        if args.dry_run:
+            dry_run(search, args.quiet)
+            return {}
+        engine = choose_engine(args, search)
+    check_directory(directory, args)
+    machine = f"{socket.gethostname()}:{directory}" if args.storage else ""
+    storage = open_storage(directory, args.storage, args.grace) if args.storage else None
     directory.mkdir(parents=True, exist_ok=True)
     with common.locked(directory / ".lock"):
-        if is_new and (directory / "sweep.json").exists():  # another process has made it at the same moment
-            raise UsageError(f"--name {args.name}: {common.shown(directory)} exists already")
-        sweep = Sweep(directory, search)
-        sweep.write_search()
-        if engine == "wandb":
-            stopped, complete = run_wandb(sweep, args)
-        else:
-            stopped, complete = run_trials(sweep, rungs, args, shared)
-        result = report(sweep, args.quiet, complete)
-    common.say(f"{common.shown(directory)}: {len(sweep.ended)} trials have ended", args.quiet)
-    if complete and not sweep.ranked():
-        raise RunError(f"{common.shown(directory)}: no trial finished; the errors are in {common.shown(sweep.path)}")
+        with common.locked(directory / ".workers.lock", wait=True):
+            pass  # the workers of a sweep that was killed have ended
+        storage = storage or open_storage(directory, None, args.grace)
+        study, search = open_search(storage, directory, search, args)
+        try:
+            if engine == "wandb" or "sweep_id" in study.user_attrs:
+                stopped = run_wandb(study, search, directory, args)
+                complete = not stopped
+            else:
+                queue(study, search, machine, args)
+                stopped = run_trials(study, search, directory, machine, args)
+                complete = all(trial.state.is_finished() for trial in latest(study).values())
+            result = report(study, search, directory, machine, complete, args.quiet)
+        except StorageInternalError as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            go_on = how_to_go_on(directory, args)
+            raise RunError(f"--storage {without_password(args.storage)}: {reason}; go on with: {go_on}") from error
+    common.say(f"{common.shown(directory)}: {len(result['trials'])} trials have ended", args.quiet)
+    if complete and not result["best"]:
+        where = common.shown(directory / "trials.jsonl")
+        raise RunError(f"{common.shown(directory)}: no trial finished; the errors are in {where}")
     status = "interrupted" if stopped else "finished"
-    return {**result, "status": status, "error": stopped, "go_on": how_to_go_on(sweep)}
+    return {**result, "status": status, "error": stopped, "go_on": how_to_go_on(directory, args)}
+
+
+def check_directory(directory: Path, args: argparse.Namespace) -> None:
+    """UsageError where `directory` is not one for this sweep."""
+    shown = common.shown(directory)
+    if args.resume and not directory.is_dir():
+        raise UsageError(f"--resume {shown}: there is no such directory")
+    if (directory / "sweep.json").exists():
+        raise UsageError(f"{shown} is a sweep of the first version, which this one cannot continue")
+    if not args.storage and not (directory / "study.journal").exists():
+        if args.resume:
+            raise UsageError(f"--resume {shown}: it has no study.journal; for a shared sweep give its --storage again")
+        if any(directory.glob("[!.]*")):
+            raise UsageError(f"--name {args.name}: {shown} exists and is not a sweep of one machine")
+
+
+def open_search(
+    storage, directory: Path, search: Search | None, args: argparse.Namespace
+) -> tuple[optuna.Study, Search]:
+    """The study in `storage`, made where it is not there, and the Search that it holds. UsageError where that is not
+    the one that is asked for."""
+    shown, names = common.shown(directory), optuna.get_all_study_names(storage)
+    name = directory.name if args.storage else next(iter(names), directory.name)
+    if search:
+        with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
+            if name not in names and any(directory.glob("trial-*")):
+                raise UsageError(f"{shown} has trials of another search; take another --name")
+            optuna.create_study(storage=storage, study_name=name, direction=METRICS[search.metric])
+    elif name not in names:
+        raise UsageError(f"--resume {shown}: there is no search {name} in its storage")
+    study = optuna.load_study(study_name=name, storage=storage)
+    if search and "search" not in study.user_attrs:
+        study.set_user_attr("search", asdict(search))
+    before = study.user_attrs["search"]
+    for key, value in asdict(search).items() if search else ():
+        if key not in ("count", "threads") and value != before[key]:
+            raise UsageError(f"{shown} is another search: its {key} is {before[key]}; take another --name")
+    stored = Search(**before)
+    stored.count = min(max(stored.count, search.count if search else args.count or 0), stored.size())
+    if args.threads or args.storage:
+        stored.threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
+    study.set_user_attr("search", asdict(stored))
+    return open_study(storage, name, stored), stored
+
+
+def queue(study: optuna.Study, search: Search, machine: str, args: argparse.Namespace) -> None:
+    """Let what was interrupted here wait again, and queue the trials that are not in the study: all of a new one."""
+    give_back(study, machine)
+    if "queued" not in study.user_attrs and "maker" in study.user_attrs:
+        deadline = time.monotonic() + args.grace
+        while "queued" not in study.user_attrs and study.user_attrs["maker"] != machine and time.monotonic() < deadline:
+            time.sleep(1)  # the machine that made the study is at it
+    if "maker" not in study.user_attrs:
+        study.set_user_attr("maker", machine)
+    known = latest(study)
+    for number, params in enumerate(search.configurations()):
+        if number not in known:
+            study.enqueue_trial(params, user_attrs={"trial": number})
+    study.set_user_attr("queued", True)
+    if args.retry_failed:
+        for trial in latest(study).values():
+            if trial.state == TrialState.FAIL and trial.user_attrs.get("line", {}).get("status") != "diverged":
+                queue_again(study, trial)
+
+
+def dry_run(search: Search, quiet: bool) -> None:
+    """Print the command line of each trial; of a Bayesian search the space, since each trial follows from the last."""
+    if search.method == "bayes":
+        common.say(f"{search.count} trials of {search.script}, proposed one after the other from", quiet)
+        for name, content in search.space.items():
+            common.say(f"  {name}: {', '.join(f'{key} {value}' for key, value in content.items())}", quiet)
+        return
+    for number, params in enumerate(search.configurations()):
+        for seed in range(search.seed, search.seed + search.seeds):
+            common.say(f"trial {number:4}  {as_command(search, params, seed)}", quiet)
 
 
 if __name__ == "__main__":

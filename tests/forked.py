@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import importlib
 import io
 import itertools
 import multiprocessing
@@ -61,7 +62,10 @@ def as_a_program(script, argv, before, each_epoch, out, err):
     sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(descriptor, "w"), write_through=True) for descriptor in (1, 2))
     sys.argv = [f"{script}.py", *argv]
     exec(before, globals())
-    main = functools.partial(sys.modules[script].main, on_epoch=lambda row: exec(each_epoch, globals()))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # what a sweep has started before has it blocked
+    main = importlib.import_module(script).main
+    if script != "sweep":
+        main = functools.partial(main, on_epoch=lambda row: exec(each_epoch, globals()))
     sys.exit(common.command_line(main))
 
 

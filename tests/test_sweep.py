@@ -1,107 +1,112 @@
-"""Searches: running, resuming, pruning, failures, many machines, and the report."""
+"""Searches: the space, running, killing, pruning, failures, many machines, and the report."""
 
-import itertools
+import collections
+import contextlib
 import json
-import multiprocessing
 import os
+import random
 import shutil
 import signal
 import socket
+import string
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import common
 import sweep
-import train_mnist
 
 import pytest
+import yaml
+from forked import Forked
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-# A script of the user's own, with a metric that follows from its parameters, and ways to fail. It leaves what a sweep
-# reads of a run, and takes so little time that what is tested is the sweep. A trial waits for as long as there is a
-# file hold-<its name> or hold-all beside the sweep's directory.
+# A script of the user's own: a metric that follows from its parameters, and ways to fail. It takes so little time that
+# what is tested is the sweep. Before each epoch it waits while there is a file hold-<its name> or hold-all beside the
+# sweep's directory.
 TOY = """
 import argparse, json, os, pathlib, signal, time
 import common
 
 def parse_arguments(argv):
     parser = common.ArgumentParser(prog="toy.py")
-    for name, kind in ("x", float), ("k", int), ("seed", int), ("stop-after", int), ("run-name", str), ("fail", str):
-        parser.add_argument(f"--{name}", type=kind, default={"x": 0.0, "k": 1}.get(name))
+    for name, kind, default in (("x", float, 0.0), ("lr", float, 0.1), ("k", int, 1), ("seed", int, 0),
+                                ("epochs", int, 8), ("run-name", str, ""), ("fail", str, "")):
+        parser.add_argument(f"--{name}", type=kind, default=default)
     for name in ("--resume", "--runs-dir"):
         parser.add_argument(name, type=pathlib.Path)
-    for name in ("--no-test", "--quiet"):
-        parser.add_argument(name, action="store_true")
-    parser.set_defaults(epochs=8)
+    for name in ("--test", "--quiet", "--flip"):
+        parser.add_argument(name, action=argparse.BooleanOptionalAction)
     return parser.parse_args(argv)
 
-def main(argv):
-    args = parse_arguments(argv)
+def main(argv, on_epoch=None):
+    args, rows = parse_arguments(argv), []
+    directory = args.resume or args.runs_dir / args.run_name
     if args.resume:
-        directory, rows = args.resume, common.read_log(args.resume)
-        old = common.read_json(directory / "run.json")["args"]
-        args = argparse.Namespace(**{**old, "stop_after": args.stop_after})
-    else:
-        directory, rows = args.runs_dir / args.run_name, []
-        directory.mkdir()
-        (directory / "last.pt").touch()
-    if args.fail == "all" or args.fail == "raise" and args.k == 2:
-        raise ValueError(f"k is {args.k}")
-    if args.fail == "die" and args.k == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    while any((directory.parent.parent / f"hold-{name}").exists() for name in ("all", directory.name)):
-        time.sleep(0.01)
-    before = len(rows)
-    for epoch in range(before + 1, min(args.epochs, args.stop_after or args.epochs) + 1):
-        loss = (args.x - 0.3) ** 2 + args.k / 10 + 1 / epoch + args.seed / 1000
+        rows, old = common.read_log(directory), common.read_json(directory / "run.json")["args"]
+        vars(args).update(old)
+    directory.mkdir(exist_ok=True)
+    before, status, error = len(rows), "finished", None
+    for epoch in range(before + 1, args.epochs + 1):
+        record = {"args": {key: getattr(args, key) for key in ("x", "k", "lr", "epochs", "seed", "fail")}}
+        (directory / "run.json").write_text(json.dumps(record))
+        while any((directory.parent.parent / f"hold-{name}").exists() for name in ("all", directory.name)):
+            time.sleep(0.01)
+        if args.fail == "all" or args.fail == "raise" and args.k == 2:
+            raise ValueError(f"k is {args.k}")
+        if args.k == 2 and (args.fail == "die" or args.fail == "die once" and before == 0 and epoch == 3):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if args.fail == "diverge" and args.x > 0.5:
+            status, error = "diverged", "the loss became nan"
+            break
+        spike = 1 if args.k == 1 and epoch == 4 else 0
+        loss = (args.x - 0.3) ** 2 + args.k / 10 + 1 / epoch + args.seed / 1000 + spike
         rows.append({"epoch": epoch, "val_loss": loss, "val_acc": 1 / (1 + loss), "went_on_from": before})
-    record = {"args": {key: getattr(args, key) for key in ("x", "k", "epochs", "seed", "fail")}, "epochs": len(rows),
-              "status": "finished" if len(rows) == args.epochs else "interrupted", "best": rows[-1], "error": None}
-    if args.fail == "diverge" and args.k == 2:
-        record.update(status="diverged", best=None, error="the loss became nan")
-    (directory / "log.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+        (directory / "log.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+        (directory / "last.pt").touch()
+        if on_epoch(rows[-1]):
+            status = "pruned"
+            break
+    best = min(rows, key=lambda row: row["val_loss"]) if rows else None
+    record |= {"status": status, "error": error, "best": best, "epochs": len(rows), "seconds": 0.1}
     (directory / "run.json").write_text(json.dumps(record))
     return record
 """
 GRID = ["--method", "grid", "--param", "x=0.1,0.2,0.3", "--param", "k=1,2"]
+BAYES = ["--method", "bayes", "--param", "x=0.0..1.0", "--param", "k=1,2,3"]
 
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_for_the_next_test(monkeypatch):
-    monkeypatch.setattr(sys, "path", [*sys.path])  # a sweep adds the place of its script
+    monkeypatch.setattr("sys.path", [*os.sys.path])  # a sweep adds the place of its script
     monkeypatch.setenv("WANDB_MODE", "offline")  # whatever account this user has
-    yield
-    for process in multiprocessing.active_children():
-        process.kill()
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "draw_sweep", lambda sweep: {})  # the pictures are another test's
+    monkeypatch.setattr(sweep, "draw_sweep", lambda *arguments: {})  # the pictures are another test's
     (tmp_path / "toy.py").write_text(TOY)
     return ["--script", "toy.py", "--runs-dir", "runs", "--quiet", "--name", "s"]
 
 
-def ended(directory="runs", name="s"):
-    """The lines of trials.jsonl of a sweep, which come in no certain order."""
-    return {line["trial"]: line for line in lines(directory, name)}
-
-
 def lines(directory="runs", name="s"):
-    return sweep.read_lines(Path(directory, name, "trials.jsonl"))
+    """The lines of trials.jsonl, by trial."""
+    rows = [json.loads(line) for line in Path(directory, name, "trials.jsonl").read_text().splitlines()]
+    assert len({row["trial"] for row in rows}) == len(rows)
+    return dict(sorted((row["trial"], row) for row in rows))
 
 
 def results(name):
-    """What the trials of a sweep gave, in their order."""
-    rows = sorted(lines(name=name), key=lambda row: row["trial"])
-    return [[row[key] for key in ("trial", "params", "status", "metric", "epochs")] for row in rows]
+    """What the trials of a sweep gave."""
+    keys = ("params", "status", "val_loss", "val_acc", "epochs", "error")
+    return {trial: [row[key] for key in keys] for trial, row in lines(name=name).items()}
 
 
 def until(condition):
     """Wait for it, some minutes at most."""
-    end = time.monotonic() + 600
+    end = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
@@ -116,45 +121,75 @@ def hold(*runs_dirs, trial="all"):
     return files
 
 
-def program(argv, prepare, name):
-    for descriptor, path in ((1, f"{name}.out"), (2, f"{name}.err")):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), descriptor)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    sweep.draw_sweep, sys.argv = lambda sweep: {}, ["sweep.py", *argv]
-    if prepare:
-        prepare()
-    sys.exit(common.command_line(sweep.main))
+UNDRAWN = "import sweep; sweep.draw_sweep = lambda *arguments: {}; sweep.PATIENCE = 300"
 
 
-def start(*argv, prepare=None, name="sweep"):
-    """sweep.py with these arguments in a process forked from one that has imported torch; it prints into `name`.out
-    and .err, and draws nothing."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(sweep.PRELOADED)
-    process = context.Process(target=program, args=(argv, prepare, name))
-    process.start()
-    return process
+def start(*argv, name="sweep"):
+    """sweep.py in a process of its own, which prints into `name`.out and .err, and draws nothing."""
+    return Forked("sweep", *argv, before=UNDRAWN, out=f"{name}.out", err=f"{name}.err")
 
 
-def killed_with_its_first_trial_ended():
-    """Have this process die when the line of the first trial is on the disk: the second that it writes there."""
-    writes, fsync = itertools.count(1), os.fsync
-    os.fsync = lambda file: (fsync(file), next(writes) == 2 and os.kill(os.getpid(), signal.SIGKILL))
+def refused(capsys, *argv):
+    """The one line with which a search is refused before anything is made."""
+    try:
+        sweep.main(["--runs-dir", "refused", *argv])
+        raise AssertionError("it was not refused")
+    except common.UsageError as error:
+        text = " ".join(str(error).split())  # as the program prints it
+    except SystemExit as error:
+        text = capsys.readouterr().err.strip()
+        assert error.code == 2
+    assert len(text.splitlines()) == 1 and not Path("refused").exists()
+    return text
 
 
-# ---------------- Which trials ----------------
+# ---------------- The space ----------------
 
 
-def test_a_random_search_follows_from_its_seed_repeats_nothing_and_ends_where_the_space_does(capsys):
-    def planned(*argv):
-        sweep.main(["--method", "random", "--dry-run", *argv])
-        return [line.split("python ")[1] for line in capsys.readouterr().out.splitlines()]
+def planned(capsys, *argv):
+    """The parameters of the trials that a search would run."""
+    sweep.main([*argv, "--dry-run"])
+    found = [line.split("toy.py ")[1].split(" --seed")[0] for line in capsys.readouterr().out.splitlines()]
+    return [dict((word.lstrip("-") + "=").split("=")[:2] for word in line.split()) for line in found]
 
-    whole = planned()
-    assert whole == planned() != planned("--seed", "1")
-    assert len(set(whole)) == 20 and planned("--count", "5") == whole[:5]
-    small = planned("--param", "l1=1,2,3", "--count", "10")
-    assert sorted(line.split("--l1=")[1][0] for line in small) == ["1", "2", "3"]
+
+def values(capsys, entry, count=1, method="random"):
+    """Values that are drawn for the parameter x, with this entry in a W&B config."""
+    config = {"program": "toy.py", "method": method, "parameters": {"x": entry}, "run_cap": count}
+    Path("sweep.json").write_text(json.dumps(config))
+    return [float(params["x"]) for params in planned(capsys, "--config", "sweep.json")]
+
+
+def test_every_distribution_draws_in_its_range_on_its_steps_and_as_it_should(toy, capsys):
+    steps = {"min": 0, "max": 0.3, "q": 0.1, "distribution": "q_uniform"}
+    assert values(capsys, steps, 99, "grid") == [0, 0.1, 0.2, 0.3] == sorted(values(capsys, steps, 9))
+    assert values(capsys, {"min": 1, "max": 60, "q": 8, "distribution": "q_uniform"}, 99, "grid") == [*range(8, 57, 8)]
+    assert values(capsys, {"value": "1e-4"}) == [1e-4] and sorted(values(capsys, {"values": [1, "2e-3"]}, 2)) == [
+        2e-3,
+        1,
+    ]
+    assert sorted(values(capsys, {"min": 3, "max": 6}, 9)) == [3, 4, 5, 6]
+    log = {"min": "1e-4", "max": 0.1, "distribution": "log_uniform_values"}
+    for entry in (log, {"min": -9.2103, "max": -2.3026, "distribution": "log_uniform"}):
+        drawn = values(capsys, entry, 300)
+        assert min(drawn) >= 1e-4 and max(drawn) <= 0.1 and abs(sum(value < 1e-3 for value in drawn) - 100) < 30
+    drawn = values(capsys, {"min": 8, "max": 256, "q": 8, "distribution": "q_log_uniform_values"}, 25)
+    assert all(value % 8 == 0 for value in drawn) and len(set(drawn)) == 25 and min(drawn) == 8
+    flat = values(capsys, {"min": 0, "max": 1.0}, 300)
+    assert min(flat) >= 0 and max(flat) <= 1 and abs(sum(value < 0.5 for value in flat) - 150) < 40
+
+
+def test_parameters_of_the_command_line(toy, capsys):
+    argv = ["--method", "random", "--script", "toy.py", "--count", "40"]
+    for parameter in ("x=0.0..0.5", "k=int:4..64", "lr=log:1e-4..1e-1", "flip=true,false"):
+        argv += ["--param", parameter]
+    found = planned(capsys, *argv)
+    assert found == planned(capsys, *argv) != planned(capsys, *argv, "--seed", "1")
+    assert planned(capsys, *argv, "--count", "5") == found[:5] and len({str(params) for params in found}) == 40
+    assert all(0 <= float(p["x"]) <= 0.5 and 4 <= int(p["k"]) <= 64 and 1e-4 <= float(p["lr"]) <= 0.1 for p in found)
+    assert {"flip" in params for params in found} == {"no-flip" in params for params in found} == {True, False}
+    small = planned(capsys, "--method", "random", "--script", "toy.py", "--param", "k=1,2,3")
+    assert sorted(params["k"] for params in small) == ["1", "2", "3"]
 
 
 def test_the_tutorials_searches_are_the_defaults(capsys):
@@ -163,15 +198,137 @@ def test_the_tutorials_searches_are_the_defaults(capsys):
     assert len(printed) == 8 and "--c1=48 --c2=96 --l1=256" in printed[0] and "--c1=96 --c2=192 --l1=512" in printed[7]
     assert all("--epochs 10 --lr 0.001 --batch-size 512 --tolerance 3" in line for line in printed)
     sweep.main(["--method", "bayes", "--dry-run"])
-    assert "lr: 0.0001 to 0.1, logarithmic" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "log_uniform_values, min 0.0001, max 0.1" in printed and "values [32, 64, 128, 256]" in printed
 
 
-def test_a_script_is_loaded_as_it_is_imported_and_takes_no_other_modules_place(tmp_path, capsys):
-    (tmp_path / "train_mnist.py").write_text("def main(argv): ...")
-    for script in (common.HERE / "train_mnist.py", tmp_path / "train_mnist.py"):
-        sweep.main(["--method", "grid", "--param", "lr=0.1", "--script", str(script), "--dry-run", "--", "--epochs=3"])
-        assert f"python {script} --epochs=3 --lr=0.1" in capsys.readouterr().out
-        assert sys.modules["train_mnist"] is train_mnist
+CONFIG = """
+program: train_cifar.py
+method: random
+name: from-a-file
+metric: {name: val_acc, goal: maximize}
+run_cap: 4
+command: ["${env}", "${interpreter}", "${program}", "--epochs", 3, "${args}"]
+parameters:
+  lr: {distribution: log_uniform_values, min: 1e-4, max: 1e-1}
+  model: {value: confignet}
+  width:
+    parameters:
+      c1: {values: [24, 48]}
+      c2: {min: 48, max: 96}
+"""
+
+
+def test_a_file_in_wandbs_schema_works_unchanged(capsys):
+    Path("sweep.yaml").write_text(CONFIG)
+    sweep.main(["--config", "sweep.yaml", "--dry-run"])
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == 4
+    for line in printed:
+        assert all(text in line for text in ("train_cifar.py --epochs 3 --lr=", "--model=confignet --c1=", "--c2="))
+
+
+WRONG_CONFIGS = {
+    ("method: random", "method: anneal"): "anneal is not supported",
+    ("run_cap: 4", "run_cups: 4"): "unknown key run_cups", ("run_cap: 4", "run_cap: 0"): "run_cap must be a",
+    ("program: train_cifar.py", "program: gone.py"): "gone.py: there is no such Python file",
+    ("log_uniform_values", "inv_log_uniform"): "the distribution inv_log_uniform is not supported",
+    ("{value: confignet}", "{distribution: normal, mu: 0, sigma: 1}"): "the distribution normal",
+    ("name: val_acc", "name: f1"): "metric f1", ("goal: maximize", "goal: minimize"): "goal minimize",
+    ("{name: val_acc, goal: maximize}", "{goal: maximize}"): "a name and a goal", ("min: 48", "min: 480"): "not below",
+    ("${env}", "${args_json}"): "args_json} is not supported", ("c1:", "lr:"): "lr is there twice",
+    ("[24, 48]", "[]"): "values must be a list", ("values: [24, 48]", "value: [24"): "sweep.yaml: it cannot be read",
+    ("c1:", "seed:"): "--seed is set by the sweep", ("--epochs", "--run-name"): "--run-name is set by the sweep",
+    ("run_cap: 4", "early_terminate: {type: median}"): "the only type is hyperband",
+    ("run_cap: 4", "early_terminate: {type: hyperband}"): "min_iter, or max_iter with s",
+    ("run_cap: 4", "early_terminate: {type: hyperband, min_iter: 0}"): "min_iter: 0 is not supported",
+    ("run_cap: 4", "early_terminate: {type: hyperband, min_iter: 1, strict: 1}"): "strict: 1 is not supported",
+    ("min: 48", "mon: 48"): "has min max, not", ("c1:", "depth:"): "--depth", ("from-a-file", "a/b"): "slashes",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", WRONG_CONFIGS)
+def test_a_config_that_is_wrong_is_refused_in_one_line(change, capsys):
+    assert change[0] in CONFIG
+    Path("sweep.yaml").write_text(CONFIG.replace(*change))
+    assert WRONG_CONFIGS[change] in refused(capsys, "--config", "sweep.yaml")
+
+
+WRONG_SEARCHES = {
+    "": "--method", "--method grid --param lr=0.1..0.2": "needs a list of values",
+    "--method random --param c1": "NAME=VALUE", "--method random --param =3": "NAME=VALUE",
+    "--method random --param c1=48,48": "48 is there twice", "--method random --param c1=48,": "a value is empty",
+    "--method random --param lr=0.1..0.01": "not below", "--method random --param lr=log:0..1": "above 0",
+    "--method random --param lr=log:1,2": "LOW..HIGH", "--method random --param l1=int:1.5..3": "whole numbers",
+    "--method random --param lr=a..b": "finite numbers", "--method random --param lr=1..2..3": "two numbers",
+    "--method random --param lr=nan..1": "finite", "--method random --param lr=1e-4 --param lr=1": "there twice",
+    "--method random --param label_smoothing=0.0..0.2": "choose by --metric val_acc",
+    "--method random --param val_size=0.1,0.2": "choose by --metric val_acc",
+    "--method grid --script train_mnist.py": "needs its own search", "--method grid --prune --seeds 2": "pruning and",
+    "--method grid --prune -- --epochs=2": "at least --eta 3",
+    "--method grid --prune --param epochs=5,10": "one number of epochs",
+    "--method grid --script notes.txt --param c1=1": "no such Python file",
+    "--method grid --storage sqlite:///x": "--storage needs --name",
+    "--method grid --storage nothing://u:secret@h/d --name s": "Can't load plugin",
+    "--method random --metric f1": "val_loss, val_acc", "--method grid --param c9=1,2": "--c9",
+    "--method grid --param c1=48,-3": "--c1", "--method bayes --param d1=0.5..2": "--d1",
+    "--method random -- --no-test": "--no-test is set by the sweep",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("argv", WRONG_SEARCHES)
+def test_a_search_that_is_wrong_is_refused(argv, capsys):
+    text = refused(capsys, *argv.split())
+    assert WRONG_SEARCHES[argv].replace("'", "") in text.replace("'", "") and "secret" not in text
+
+
+def test_a_script_that_cannot_be_used_and_data_that_are_missing_are_one_line(capsys, monkeypatch):
+    argv = ["--method", "grid", "--param", "k=1", "--script", "mine.py"]
+    for content, expected in {
+        "def main(:": "mine.py, line 1: SyntaxError", "x = 1\ny = x.z\n": "mine.py, line 2: AttributeError",
+        "def run(): ...": "no function main(argv, on_epoch=None)",
+    }.items():  # fmt: skip
+        Path("mine.py").write_text(content)
+        sweep.load_script.cache_clear()
+        assert expected in refused(capsys, *argv)
+    monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:1/"])
+    with pytest.raises(common.UsageError, match="could not be downloaded"):
+        sweep.main(["--method", "random", "--runs-dir", "refused", "--", "--data-dir", "none"])
+    assert not Path("refused").exists()
+
+
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
+numbers = st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False, width=32)
+kinds = st.sampled_from([*sweep.DISTRIBUTIONS, "beta"])
+entries = st.fixed_dictionaries({}, optional={
+    "min": numbers, "max": numbers, "q": numbers, "distribution": kinds, "value": scalars,
+    "values": st.lists(scalars, max_size=4),
+})  # fmt: skip
+configs = st.fixed_dictionaries(
+    {"parameters": st.dictionaries(st.text(string.ascii_letters, min_size=1), entries | trees, max_size=2) | trees},
+    optional={"method": st.sampled_from(["grid", "bayes", "random"]) | scalars, "metric": trees, "run_cap": scalars,
+              "early_terminate": trees, "name": scalars, "command": trees, "program": st.just("any.py") | scalars},
+)  # fmt: skip
+as_yaml = (configs | trees).map(yaml.safe_dump) | st.text("-:[]{}!&*#|>?%@`\"',. \n0123456789abeinotux_", max_size=60)
+parameters = st.text(max_size=30) | st.from_regex(r"[a-z]+=(int:|log:)?[-+.0-9e,]+(\.\.)?[-+.0-9e]*", fullmatch=True)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(as_yaml.map(str.encode) | st.binary(max_size=200), parameters, kinds, entries)
+def test_whatever_is_written_is_understood_or_refused_in_one_line(content, parameter, kind, entry):
+    Path("any.py").write_text("def main(argv): ...")
+    Path("sweep.yaml").write_bytes(content)
+    Path("entry.json").write_text(json.dumps({"parameters": {"x": {**entry, "distribution": kind}}}))
+    for argv in (["--config", "sweep.yaml"], [f"--param={parameter}"], ["--config", "entry.json"]):
+        with contextlib.suppress(common.UsageError):
+            sweep.main(["--method", "random", "--script", "any.py", "--count", "2", "--dry-run", "--quiet", *argv])
+
+
+@pytest.mark.parametrize("text", ["2001-99-99", "!!bool x", "!!timestamp x", "0x_", "[" * 5000, "a: &a [*a]"])
+def test_what_yaml_itself_stumbles_over(text, capsys):
+    Path("sweep.yaml").write_text(text)
+    assert refused(capsys, "--config", "sweep.yaml")
 
 
 # ---------------- Running ----------------
@@ -180,172 +337,199 @@ def test_a_script_is_loaded_as_it_is_imported_and_takes_no_other_modules_place(t
 def test_a_grid_runs_every_combination_once_whatever_the_number_of_jobs(toy):
     for jobs in ("1", "2"):
         sweep.main([*toy[:-1], jobs, *GRID, "--jobs", jobs])
-        assert [(row["status"], row["epochs"]) for row in lines(name=jobs)] == [("finished", 8)] * 6
-    assert results("1") == results("2") and len({str(row["params"]) for row in lines(name="2")}) == 6
+    assert results("1") == results("2") and list(lines(name="2")) == [*range(6)]
+    assert len({str(row["params"]) for row in lines(name="2").values()}) == 6
+    assert {(row["status"], row["epochs"]) for row in lines(name="2").values()} == {("finished", 8)}
     best = json.loads(Path("runs/2/best/run.json").read_text())
     assert (best["args"]["x"], best["args"]["k"]) == (0.3, 1)
 
 
+def test_the_metric_decides_and_orders_the_leaderboard(toy, capsys):
+    result = sweep.main([*[word for word in toy if word != "--quiet"], *GRID, "--metric", "val_acc"])
+    printed, best = capsys.readouterr().out, result["best"]
+    assert best["params"] == {"x": 0.3, "k": 1} and best["val_acc"] == max(row["val_acc"] for row in lines().values())
+    assert f"best: trial-0004, val_acc {best['val_acc']:.2%}" in printed and "toy.py --x=0.3 --k=1 --seed 42" in printed
+    board = Path("runs/s/leaderboard.csv").read_text().splitlines()
+    assert board[0] == "trial,run,status,val_loss,val_acc,epochs,seconds,x,k" and board[1].startswith("4,trial-0004,")
+    accuracies = [float(row.split(",")[4]) for row in board[1:]]
+    assert accuracies == sorted(accuracies, reverse=True) and len(accuracies) == 6
+
+
 def test_a_trial_that_fails_is_recorded_and_does_not_end_the_sweep(toy):
-    for way, error in (("raise", "ValueError: k is 2"), ("die", "its process died (exit code -9)")):
+    for way, error in (("raise", "ValueError: k is 2"), ("die", "its process died twice (exit code -9)")):
         name = [*toy[:-1], way]
         sweep.main([*name, *GRID, "--jobs", "2", "--max-failures", "9", "--", "--fail", way])
-        rows = ended(name=way)
+        rows = lines(name=way)
         assert [rows[trial]["status"] for trial in range(6)] == ["finished", "failed"] * 3
         assert {row["error"] for row in rows.values()} == {None, error}
     # Nothing is left to do. With --retry-failed the failed ones run once more, and only those.
-    sweep.main([*name, *GRID, "--max-failures", "9", "--", "--fail", way])
-    assert len(lines(name="die")) == 6
-    sweep.main(["--resume", "runs/die", "--retry-failed", "--max-failures", "9", "--quiet"])
-    assert sorted(row["trial"] for row in lines(name="die")[6:]) == [1, 3, 5]
+    before = Path("runs/raise/trials.jsonl").read_bytes()
+    sweep.main(["--resume", "runs/raise", "--quiet"])
+    assert Path("runs/raise/trials.jsonl").read_bytes() == before
+    Path("toy.py").write_text(TOY.replace('args.fail == "raise"', "False"))
+    sweep.main(["--resume", "runs/raise", "--retry-failed", "--quiet"])
+    assert {row["status"] for row in lines(name="raise").values()} == {"finished"}
+    assert [row["params"]["k"] for row in lines(name="raise").values()] == [1, 2] * 3
+    kept = {line for line in before.decode().splitlines() if '"failed"' not in line}
+    assert len(kept) == 3 and kept < set(Path("runs/raise/trials.jsonl").read_text().splitlines())
+
+
+def test_a_trial_whose_process_dies_goes_on_from_where_it_was(toy):
+    sweep.main([*toy, *GRID, "--", "--fail", "die once"])
+    assert {(row["status"], row["epochs"]) for row in lines().values()} == {("finished", 8)}
+    went_on = [row["went_on_from"] for row in common.read_log(Path("runs/s/trial-0001"))]
+    assert went_on == [0, 0, 2, 2, 2, 2, 2, 2]
 
 
 def test_a_sweep_stops_after_so_many_failures_in_a_row(toy):
     with pytest.raises(common.RunError, match=r"3 trials in a row failed.*ValueError: k is 1.*--resume runs/s"):
         sweep.main([*toy, *GRID, "--", "--fail", "all"])
-    assert len(lines()) == 3
+    assert 3 <= len(lines()) < 6
 
 
-def test_pruning_continues_the_best_from_where_they_were_and_says_where_the_others_ended(toy):
-    space = ["--param", "x=0.1,0.3,0.5,0.7,0.9", "--param", "k=1,2"]
+def test_the_bands_end_what_is_not_among_the_best_by_its_best(toy):
+    space = ["--param", "x=0.3,0.5,0.4,0.35", "--param", "k=1"]
     sweep.main([*toy, "--method", "grid", *space, "--prune", "--eta", "2"])
-    rows = ended().values()
-    # Ten trials at epoch 1, the best five at 2, three at 4, two at 8: by x nearest to 0.3, and k 1 before 2.
-    assert sorted(row["epochs"] for row in rows) == [1] * 5 + [2] * 2 + [4] + [8] * 2
-    finished = sorted((row["params"]["x"], row["params"]["k"]) for row in rows if row["status"] == "finished")
-    assert finished == [(0.1, 1), (0.3, 1)] or finished == [(0.3, 1), (0.5, 1)]
-    assert {row["status"] for row in rows if row["epochs"] < 8} == {"pruned"}
-    log = common.read_log(Path("runs/s/trial-0002"))
-    assert [row["went_on_from"] for row in log] == [0, 1, 2, 2, 4, 4, 4, 4]
-
-
-def test_the_band_rule_of_a_wandb_config_ends_what_is_not_among_the_best_at_a_band(toy, tmp_path):
     config = {"program": "toy.py", "method": "grid", "parameters": {"x": {"values": [0.3, 0.5, 0.4, 0.35]}}}
-    for name, bands in (("s", {"min_iter": 2}), ("t", {"max_iter": 8, "s": 2})):  # 2, 4, 8, ... and 2, 4
-        config["early_terminate"] = {"type": "hyperband", "eta": 2, **bands}
-        (tmp_path / "sweep.json").write_text(json.dumps(config))
-        sweep.main(["--config", "sweep.json", *toy[2:-1], name])
-        rows = {row["params"]["x"]: (row["status"], row["epochs"]) for row in lines(name=name)}
-        # The first at a band has nobody to fear; 0.4 is second of three at epoch 2, of whom two go on, and of two at 4.
-        assert rows == {0.3: ("finished", 8), 0.5: ("pruned", 2), 0.4: ("pruned", 4), 0.35: ("finished", 8)}
+    config["early_terminate"] = {"type": "hyperband", "eta": 2, "min_iter": 2}
+    Path("sweep.json").write_text(json.dumps(config))
+    sweep.main(["--config", "sweep.json", *toy[2:-1], "config"])
+    found = {name: {row["params"]["x"]: (row["status"], row["epochs"]) for row in lines(name=name).values()}
+             for name in ("s", "config")}  # fmt: skip
+    # The first has nobody to fear. 0.5 is the worse of two at the first band. 0.4 is second of three there, of whom two
+    # go on, and of two at the next band. 0.35 is second of two at the last band of --prune.
+    assert found["s"] == {0.3: ("finished", 8), 0.5: ("pruned", 1), 0.4: ("pruned", 2), 0.35: ("pruned", 4)}
+    assert found["config"] == {0.3: ("finished", 8), 0.5: ("pruned", 2), 0.4: ("pruned", 4), 0.35: ("finished", 8)}
+    board = [row.split(",")[:3] for row in Path("runs/s/leaderboard.csv").read_text().splitlines()[1:]]
+    assert [row[0] for row in board] == ["0", "3", "2", "1"]  # the pruned ones by the epochs that they survived
+    # What counts is the best so far: at the band the loss of k = 1 is higher than before, and than the others'.
+    config["early_terminate"] = {"type": "hyperband", "eta": 2, "min_iter": 4}
+    config["parameters"] = {"x": {"values": [0.9, 0.3]}, "k": {"values": [3, 1]}}
+    Path("sweep.json").write_text(json.dumps(config))
+    sweep.main(["--config", "sweep.json", *toy[2:-1], "best"])
+    assert [row["epochs"] for row in lines(name="best").values()] == [8, 8, 8, 8]
 
 
 def test_several_seeds_are_averaged(toy):
     sweep.main([*toy, "--method", "grid", "--param", "k=1,2", "--seeds", "3"])
-    assert [(row["params"]["k"], row["seed"]) for row in lines()] == [(k, s) for k in (1, 2) for s in (42, 43, 44)]
     heading, *rows = (line.split(",") for line in Path("runs/s/leaderboard.csv").read_text().splitlines())
     first, second = (dict(zip(heading, row, strict=True)) for row in rows)
     assert (first["k"], second["k"]) == ("1", "2") and float(first["std"]) == pytest.approx(0.001)
     assert float(first["val_loss"]) == pytest.approx(0.09 + 0.1 + 1 / 8 + 0.043)
+    runs = sorted(path.name for path in Path("runs/s").glob("trial-*"))
+    assert runs == [f"trial-000{trial}-seed-{seed}" for trial in (0, 1) for seed in (42, 43, 44)]
+    assert Path("runs/s/best").readlink() == Path("trial-0000-seed-42")
 
 
-def test_what_a_script_gives_that_is_no_record_is_a_failed_trial(toy, tmp_path):
-    (tmp_path / "odd.py").write_text("import other\ndef main(argv):\n    return other.ANSWERS[int(argv[0][-1])]\n")
+def test_what_a_script_gives_that_is_no_record_is_a_failed_trial(toy):
+    Path("odd.py").write_text("import other\ndef main(argv, on_epoch):\n    return other.ANSWERS[int(argv[0][-1])]\n")
     answers = [None, {"status": "failed"}, {"status": "finished", "best": None, "epochs": 1}]
     answers.append({"status": "finished", "best": {"val_loss": float("nan")}, "epochs": 1})
-    (tmp_path / "other.py").write_text(f"from math import nan\nANSWERS = {answers!r}")
+    Path("other.py").write_text(f"from math import nan\nANSWERS = {answers!r}")
     with pytest.raises(common.RunError, match="no trial finished"):
         sweep.main(["--script", "odd.py", *toy[2:], "--method", "grid", "--param", "k=0,1,2,3", "--max-failures", "9"])
-    assert {row["status"] for row in lines()} == {"failed"}
-    assert [row["error"][:20] for row in lines()] == ["main(argv) gave no r"] * 2 + ["its record has no be"] * 2
+    errors = [row["error"] for row in lines().values()]
+    assert all("returned no record" in error for error in errors[:2]) and all("no best" in e for e in errors[2:])
 
 
-def test_a_trial_that_diverged_counts_as_the_worst(toy, monkeypatch):
-    told, tell = [], sweep.BayesianProposer.tell
+def test_a_bayesian_search_learns_and_follows_from_its_seed(toy):
+    sweep.main([*toy, *BAYES, "--count", "6"])
+    sweep.main(["--resume", "runs/s", "--count", "12", "--quiet"])
+    sweep.main([*toy[:-1], "twin", *BAYES, "--count", "12", "--metric", "val_acc"])
+    sweep.main([*toy[:-1], "other", *BAYES, "--count", "2", "--seed", "1"])
+    rows = lines()
+    assert list(rows) == [*range(12)] and len({str(row["params"]) for row in rows.values()}) == 12
+    # The accuracy falls as the loss rises: minimising one and maximising the other finds the same.
+    for name in ("s", "twin"):
+        assert min(row["val_loss"] for row in lines(name=name).values()) < 0.2251 + 0.043
+    assert lines(name="other")[0]["params"] != rows[0]["params"] == lines(name="twin")[0]["params"]
 
-    def recorded(self, params, value):
-        told.append((params["k"], value))
-        tell(self, params, value)
 
-    monkeypatch.setattr(sweep.BayesianProposer, "tell", recorded)
-    space = ["--method", "bayes", "--param", "x=0.0..1.0", "--param", "k=1,2", "--count", "8"]
-    sweep.main([*space, *toy, "--", "--fail", "diverge"])
-    worst, early = None, 0
-    for row in lines():
-        if row["status"] == "diverged":
-            expected = [(2, worst)]
-            early += worst is None
-        else:
-            worst = max(worst or 0, row["metric"])
-            expected = [(1, row["metric"])] + [(2, worst)] * early
-            early = 0
-        assert [told.pop(0) for _ in expected] == expected
-    assert {row["status"] for row in lines()} == {"finished", "diverged"} and not told
+def test_a_logarithmic_range_is_searched_logarithmically_and_divergence_avoided(toy):
+    log = ["--method", "bayes", "--param", "lr=log:1e-6..1e-1", "--count", "5"]
+    sweep.main([*toy, *log])
+    assert sum(row["params"]["lr"] < 1e-3 for row in lines().values()) >= 2
+    sweep.main([*toy[:-1], "diverge", *BAYES, "--count", "14", "--", "--fail", "diverge"])
+    statuses = [row["status"] for row in lines(name="diverge").values()]
+    assert set(statuses) == {"finished", "diverged"} and statuses[5:].count("diverged") <= 4
+    assert {row["error"] for row in lines(name="diverge").values()} == {None, "the loss became nan"}
 
 
 def test_a_small_space_is_searched_to_its_end(toy):
-    sweep.main([*toy, "--method", "bayes", "--param", "k=1,2,3", "--param", "x=0.1,0.2", "--count", "9"])
-    assert len({json.dumps(row["params"]) for row in lines()}) == len(lines()) == 6
+    sweep.main([*toy, "--method", "bayes", "--param", "k=1,2,3", "--param", "x=0.1,0.2", "--count", "9", "--jobs", "2"])
+    assert len({json.dumps(row["params"]) for row in lines().values()}) == len(lines()) == 6
 
 
-def test_a_bayesian_search_learns_is_seeded_and_continues_from_its_lines(toy):
-    space = ["--method", "bayes", "--param", "x=0.0..1.0", "--param", "k=1,2,3"]
-    sweep.main([*toy, *space, "--count", "6"])
-    sweep.main(["--resume", "runs/s", "--count", "12", "--quiet"])
-    rows = lines()
-    sweep.main([*toy[:-1], "twin", *space, "--count", "6"])
-    assert [row["params"] for row in lines(name="twin")] == [row["params"] for row in rows[:6]]
-    assert [row["trial"] for row in rows] == list(range(12))
-    assert len({json.dumps(row["params"]) for row in rows}) == 12
-    assert min(row["metric"] for row in rows) < 0.2251 + 0.043
-    with pytest.raises(common.UsageError, match="leave out --param"):
-        sweep.main(["--resume", "runs/s", "--param", "x=1,2"])
-    with pytest.raises(common.UsageError, match="another search: its method is bayes"):
-        sweep.main([*toy, *GRID])
+def test_the_threads_of_the_trials_and_of_those_that_follow(few_images):
+    Path("few.py").write_text(
+        "import forked, train_mnist\nfrom train_mnist import *\ntrain_mnist.synthetic = forked.few_digits\n"
+    )
+    flags = ["--dataset=synthetic", "--epochs=1", "--model=dense"]
+    argv = ["--method", "random", "--script", "few.py", "--param", "lr=log:0.001..0.1", "--count", "1", "--quiet"]
+    sweep.main([*argv, "--threads", "2", "--runs-dir", "runs", "--name", "s", "--", *flags])
+    sweep.main(["--resume", "runs/s", "--count", "2", "--jobs", "2", "--quiet"])
+    assert [common.read_record(Path(f"runs/s/trial-000{n}"))["threads"] for n in (0, 1)] == [2, 2]
 
 
-REAL = ["--method", "grid", "--script", "few.py", "--param", "lr=0.001,0.003", "--param", "l1=8,16", "--quiet"]
-REAL += ["--jobs", "2", "--threads", "1", "--runs-dir", "runs"]
-REAL_FLAGS = ["--", "--dataset", "synthetic", "--model", "dense", "--epochs", "8"]
-FEW = "import forked, train_mnist\nfrom train_mnist import *\ntrain_mnist.synthetic = forked.few_digits\n"
+# ---------------- Interruptions ----------------
 
 
-def test_killed_and_continued_a_sweep_ends_as_an_undisturbed_one(few_images, tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "report", lambda *arguments: {})
-    Path("few.py").write_text(FEW)
-    process = start(*REAL, "--name", "killed", *REAL_FLAGS, prepare=killed_with_its_first_trial_ended)
-    process.join(600)
-    killed = tmp_path / "runs" / "killed"
-    until(lambda: not any(common.is_locked(path) for path in killed.glob("trial-*/.lock")))
-    before = lines(name="killed")
-    assert process.exitcode == -signal.SIGKILL and len(before) == 1
-    with open(killed / "trials.jsonl", "a") as file:
-        file.write('{"trial": 3, "par')
-    sweep.main(["--resume", str(killed), "--jobs", "2", "--quiet"])
-    sweep.main([*REAL, "--name", "undisturbed", *REAL_FLAGS])
-    assert lines(name="killed")[:1] == before and results("killed") == results("undisturbed")
-    assert [trial for trial, *_ in results("killed")] == list(range(4))
+@pytest.mark.parametrize("search", [[*GRID[:-1], "k=1,2,3,4", "--jobs", "2"], [*BAYES, "--count", "9"]], ids="gb")
+def test_killed_again_and_again_a_sweep_ends_as_an_undisturbed_one(toy, search):
+    sweep.main([*toy[:-1], "whole", *search])
+    moments, argv = random.Random(0), [*toy, *search]
+    for _ in range(4):
+        ended = len(lines()) if Path("runs/s/trials.jsonl").exists() else 0
+        process = start(*argv)
+        log = Path("runs/s/trials.jsonl")
+        while process.process.is_alive() and not (log.exists() and len(lines()) > ended):
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0, 0.2))
+        process.process.kill()
+        process.process.join()
+        with open("runs/s/study.journal", "a") as file:
+            file.write('{"op_code": 5, "wor')
+    sweep.main(["--resume", "runs/s", "--quiet"])
+    assert results("s") == results("whole") and list(results("s")) == list(range(len(results("whole"))))
 
 
-def test_a_signal_ends_the_sweep_and_says_how_to_go_on(toy, cli, tmp_path):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_reaches_the_trials_and_the_sweep_says_how_to_go_on(toy, number, status):
     (held,) = hold("runs", trial="trial-0001")
-    process = cli("sweep.py", *GRID, "--script", "toy.py", "--runs-dir", "runs", "--name", "s", start=True)
-    assert process.stdout.readline().startswith("trial-0000  finished")
-    until((tmp_path / "runs" / "s" / "trial-0001").exists)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=600)
-    assert process.returncode == 130 and "sweep.py --resume runs/s" in error and len(error.splitlines()) == 1
-    before = lines()
-    assert [(row["trial"], row["status"]) for row in before] == [(0, "finished")]
+    process = start(*GRID, *toy[:4], "--name", "s")
+    until(Path("runs/s/trial-0001/run.json").exists)
+    until(lambda: Path("sweep.out").read_text().startswith("trial 0  finished"))
+    os.kill(process.process.pid, number)
+    code, error = process.finish()
+    assert code == status and "sweep.py --resume runs/s" in error and len(error.splitlines()) == 1
+    assert list(lines()) == [0]
     held.unlink()
-    with common.locked(tmp_path / "runs" / "s" / ".lock"), pytest.raises(common.RunError, match="in use"):
+    with common.locked(Path("runs/s/.lock")), pytest.raises(common.RunError, match="in use"):
         sweep.main(["--resume", "runs/s", "--quiet"])
     sweep.main(["--resume", "runs/s", "--quiet"])
-    assert lines()[:1] == before and sorted(row["trial"] for row in lines()) == list(range(6))
+    assert list(lines()) == [*range(6)]
 
 
-def test_a_sweep_lies_beside_the_scripts_and_never_over_another(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "HERE", tmp_path / "house")
-    argv = ["--method", "grid", "--param", "k=1", "--script", "toy.py", "--quiet"]
-    sweep.main(argv)
-    (directory,) = (tmp_path / "house" / "runs").glob("sweep-20*")
-    assert (directory / "best" / "run.json").exists()
-    make = Path.mkdir
-    # Another process makes it at the same moment, and has ended.
-    monkeypatch.setattr(Path, "mkdir", lambda path, **how: (make(path, **how), (path / "sweep.json").write_text("{}")))
-    with pytest.raises(common.UsageError, match="exists already"):
-        sweep.main([*argv, "--name", "s"])
-    assert (tmp_path / "house" / "runs" / "s" / "sweep.json").read_text() == "{}"
+def test_a_directory_holds_one_search_and_never_another(toy, capsys):
+    sweep.main([*toy, "--method", "grid", "--param", "k=1"])
+    for argv, expected in (
+        ([*toy, *GRID], "runs/s is another search: its space is"),
+        (["--resume", "runs/s", "--param", "x=1,2"], "leave out --param"),
+        (["--resume", "runs/s", "--", "--x=1"], "leave out the flags after --"),
+        (["--resume", "runs"], "no study.journal"),
+        (["--resume", "none"], "none: there is no such directory"),
+    ):
+        with pytest.raises(common.UsageError, match=expected):
+            sweep.main(argv)
+    for name, content in (("old", "sweep.json"), ("run", "run.json")):
+        Path("runs", name).mkdir()
+        Path("runs", name, content).touch()
+        with pytest.raises(common.UsageError, match="first version" if name == "old" else "is not a sweep"):
+            sweep.main([*toy[:-1], name, *GRID])
+    # A sweep that has moved goes on where it is.
+    shutil.move("runs/s", "moved")
+    sweep.main(["--resume", "moved", "--quiet"])
+    assert lines(".", "moved")[0]["run"] == "trial-0000"
 
 
 # ---------------- Many machines: each is a process with a runs directory of its own ----------------
@@ -353,7 +537,7 @@ def test_a_sweep_lies_beside_the_scripts_and_never_over_another(toy, tmp_path, m
 
 @pytest.fixture(scope="session")
 def postgresql():
-    """The URL of a PostgreSQL server that lives as long as the tests."""
+    """pg_ctl(...) of a PostgreSQL server that lives as long as the tests, and its URL."""
     pytest.importorskip("psycopg")
     places = [*map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"))), os.environ["PATH"]]
     program = shutil.which("pg_ctl", path=os.pathsep.join(places))
@@ -373,166 +557,98 @@ def postgresql():
         command = [program, "-D", directory / "data", "-w", *arguments]
         subprocess.run(command, check=True, user=user, cwd=directory, stdout=subprocess.DEVNULL)
 
+    def begin():
+        pg_ctl("start", "-o", f"-p {port} -k {directory} -c listen_addresses=127.0.0.1", "-l", directory / "log")
+
     pg_ctl("init", "-o", "--auth=trust --username=sweep")
-    pg_ctl("start", "-o", f"-p {port} -k {directory} -c listen_addresses=127.0.0.1", "-l", directory / "log")
-    yield f"postgresql://sweep@127.0.0.1:{port}/postgres"
+    begin()
+    Server = collections.namedtuple("Server", "url stop start")
+    url = f"postgresql://sweep@127.0.0.1:{port}/postgres"
+    yield Server(url, lambda: pg_ctl("stop", "-m", "immediate"), begin)
     pg_ctl("stop", "-m", "immediate")
     shutil.rmtree(directory)
 
 
-def machine(name, storage, *argv):
+def machine(name, url, study, *argv):
     """A process that takes trials from a shared search, as a machine would; its runs directory is `name`."""
-    shared = ["--script", "toy.py", "--name", "s", "--runs-dir", name, "--storage", storage, "--grace", "15"]
+    shared = ["--script", "toy.py", "--name", study, "--runs-dir", name, "--storage", url, "--grace", "5"]
     return start(*argv, *shared, name=name)
 
 
 def test_three_machines_share_a_search_and_the_trial_of_a_dead_one_is_run_by_another(toy, postgresql):
+    # In so small a space machines are proposed the same at once: still, nothing runs twice.
+    study, search = "shared", [*BAYES[:2], *GRID[2:-1], "k=1,2,3,4"]
     held = hold("a", "b", "c")
-    a, b, c = (machine(name, postgresql, *GRID[:-1], "k=1,2,3,4") for name in "abc")
-    until(lambda: all(any(Path(name, "s").glob("trial-*/last.pt")) for name in "abc"))
-    b.kill()
-    b.join(600)
-    (lost,) = (int(path.name[-4:]) for path in Path("b/s").glob("trial-*"))
+    a, b, c = (machine(name, postgresql.url, study, *search) for name in "abc")
+    until(lambda: all(any(Path(name, study).glob("trial-*/run.json")) for name in "abc"))
+    b.process.kill()
+    postgresql.stop()  # and the database is away for a while
     for file in held:
         file.unlink()
+    time.sleep(3)
+    postgresql.start()
     for process, name in ((a, "a"), (c, "c")):
-        process.join(600)
-        assert process.exitcode == 0 and not Path(f"{name}.err").read_text()
-        assert f"{name}/s: 12 trials have ended" in Path(f"{name}.out").read_text()
+        assert (
+            process.finish() == (0, "") and f"{name}/{study}: 12 trials have ended" in Path(f"{name}.out").read_text()
+        )
     for first, other in ("ac", "ca"):
-        rows = ended(first)
-        assert sorted(rows) == list(range(12)) and len({str(row["params"]) for row in rows.values()}) == 12
+        rows = lines(first, study)
+        assert list(rows) == list(range(12)) and len({str(row["params"]) for row in rows.values()}) == 12
         here = {trial for trial, row in rows.items() if row["run"] == f"trial-{trial:04}"}
-        assert here and here == {int(path.name[-4:]) for path in Path(first, "s").glob("trial-*")}
-        assert [rows[trial]["metric"] for trial in range(12)] == [ended(other)[trial]["metric"] for trial in range(12)]
-        assert all(f"/{other}/s/trial-" in rows[trial]["run"] for trial in rows.keys() - here)
-    assert lost in ended("a")
+        assert here and here == {int(path.name[-4:]) for path in Path(first, study).glob("trial-*")}
+        assert {row["status"] for row in rows.values()} == {"finished"}
+        assert all(f"/{other}/{study}/trial-" in rows[trial]["run"] for trial in rows.keys() - here)
+    # A search of that name is there, and is not to be mixed with another.
+    with pytest.raises(common.UsageError, match="is another search"):
+        sweep.main(["--method", "grid", "--param", "x=0.1", *toy[:-1], study, "--storage", postgresql.url])
 
 
-def test_a_machine_that_is_told_to_stop_gives_its_trial_up_and_may_join_again(toy, tmp_path):
-    storage = str(tmp_path / "journal.log")
+def test_a_machine_that_is_told_to_stop_gives_its_trial_up_and_may_join_again(toy, postgresql):
     (held,) = hold("a", trial="trial-0001")
-    process = machine("a", storage, *GRID)
-    until((tmp_path / "a" / "s" / "trial-0001").exists)
-    os.kill(process.pid, signal.SIGINT)
-    process.join(600)
-    assert process.exitcode == 130 and sorted(ended("a")) == [0]
+    process = machine("a", postgresql.url, "told", *GRID)
+    until(Path("a/told/trial-0001/run.json").exists)
+    os.kill(process.process.pid, signal.SIGINT)
+    assert process.finish()[0] == 130 and list(lines("a", "told")) == [0]
     held.unlink()
     # Nobody has to be taken for dead: that would take a week.
-    shared = ["--script", "toy.py", "--quiet", "--name", "s", "--storage", storage, "--grace", "600000"]
-    sweep.main([*GRID, *shared, "--runs-dir", "b"])
-    assert ended("b")[0]["run"].endswith("/a/s/trial-0000") and sorted(ended("b")) == list(range(6))
-    with pytest.raises(common.UsageError, match="shared: give its --storage again"):
-        sweep.main(["--resume", "a/s"])
-    sweep.main(["--resume", "a/s", "--storage", storage, "--quiet"])
-    assert ended("a")[0]["run"] == "trial-0000" and ended("a")[5]["run"].endswith("/b/s/trial-0005")
+    shared = ["--quiet", "--storage", postgresql.url, "--grace", "600000"]
+    sweep.main([*GRID, "--script", "toy.py", "--name", "told", "--runs-dir", "b", *shared])
+    assert lines("b", "told")[0]["run"].endswith("/a/told/trial-0000") and list(lines("b", "told")) == [*range(6)]
+    with pytest.raises(common.UsageError, match="give its --storage again"):
+        sweep.main(["--resume", "a/told"])
+    sweep.main(["--resume", "a/told", *shared])
+    rows = lines("a", "told")
+    assert rows[0]["run"] == "trial-0000" and rows[5]["run"].endswith("/b/told/trial-0005")
 
 
-def test_what_a_machine_brings_that_was_taken_for_dead_does_not_count_twice(toy, tmp_path, monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(sweep, "BEAT", 0.01)
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    search = sweep.Search("toy.py", "grid", [sweep.parse_parameter("k=1,2")], [], "val_loss", 2, 42, 1, False, 3, [],
-                          [], 1, None, True)  # fmt: skip
-    slow, quick = (sweep.SharedSearch(str(tmp_path / "j"), "s", search, name, grace=60) for name in ("slow", "quick"))
-    line = {"trial": 0, "status": "finished", "metric": 0.5, "run": "trial-0000"}
-    assert slow.claim() == (0, {"k": 1})
-    quick.queue(0, {"k": 1})  # as if it had found it missing at the same moment: the first ticket holds
-    quick.give_up_silent()
-    now[0], signs = 100, {None}
-    while len(signs) < 3:  # two beats
-        signs.add(quick.study.get_trials()[0].user_attrs.get("beat"))
-    quick.give_up_silent()
-    assert quick.claim() == (1, {"k": 2}) and quick.claim() is None  # the other gives signs of life
-    slow.closing.set()
-    slow.thread.join()
-    for now[0] in (200, 261):
-        quick.give_up_silent()
-    assert quick.claim() == (0, {"k": 1})
-    slow.end(0, {**line, "metric": 0.1}, 0.1)
-    assert quick.ended() == {}
-    quick.end(0, line, 0.5)
-    assert quick.ended() == slow.ended() == {0: ("quick", line)}
-    quick.close()
-    assert slow.claim() == (1, {"k": 2})  # given up by the one that closed
-    slow.close()
-
-
-def test_a_bayesian_search_is_shared_until_its_space_is_at_an_end(toy, tmp_path):
-    search = ["--method", "bayes", "--param", "x=0.1,0.2,0.3", "--param", "k=1,2", "--count", "9"]
-    held = hold("a", "b")
-    processes = [machine(name, str(tmp_path / "journal.log"), *search) for name in "ab"]
-    until(lambda: all(any(Path(name, "s").glob("trial-*")) for name in "ab"))
-    for file in held:
-        file.unlink()
-    for process, name in zip(processes, "ab", strict=True):
-        process.join(600)
-        assert process.exitcode == 0 and "s: 6 trials have ended" in Path(f"{name}.out").read_text()
-    assert len({str(line["params"]) for line in ended("a").values()}) == 6
-    assert {line["metric"] for line in ended("a").values()} == {line["metric"] for line in ended("b").values()}
-
-
-def test_failed_trials_of_a_shared_search_are_run_again_when_asked_for(toy, tmp_path):
-    arguments = [*GRID, "--script", "toy.py", "--quiet", "--name", "s", "--storage", str(tmp_path / "j"), "--runs-dir"]
-    sweep.main([*arguments, "a", "--", "--fail", "raise"])
-    assert [ended("a")[trial]["status"] for trial in range(6)] == ["finished", "failed"] * 3
-    (tmp_path / "toy.py").write_text(TOY.replace('args.fail == "raise"', "False"))
-    sweep.main([*arguments, "b", "--retry-failed", "--", "--fail", "raise"])
-    assert {line["status"] for line in ended("b").values()} == {"finished"}
-    assert sorted(path.name for path in Path("b/s").glob("trial-*")) == ["trial-0001", "trial-0003", "trial-0005"]
-
-
-def test_a_storage_holds_one_search_of_a_name_and_says_when_nobody_answers(toy, tmp_path, monkeypatch):
-    sweep.main([*GRID, *toy, "--storage", "j"])
-    with pytest.raises(common.UsageError, match="j holds another search s: its space is"):
-        sweep.main(["--method", "grid", "--param", "x=0.1", *toy, "--storage", "j", "--runs-dir", "other"])
-    pytest.importorskip("psycopg")
-    monkeypatch.setattr(sweep, "PAUSES", ())
+def test_a_database_that_does_not_answer_is_one_line_without_the_password(toy):
     with pytest.raises(common.RunError, match=r"postgresql://u:\*\*\*@127.0.0.1:1/d: .*refused"):
-        sweep.main([*GRID, *toy, "--storage", "postgresql://u:secret@127.0.0.1:1/d", "--runs-dir", "other"])
-    assert not (tmp_path / "other").exists()
+        sweep.main([*GRID, *toy, "--storage", "postgresql://u:secret@127.0.0.1:1/d"])
+    assert not Path("runs").exists()
 
 
-# ---------------- trials.jsonl, and the report ----------------
+# ---------------- The report ----------------
 
 
-def test_a_line_is_appended_under_a_lock_and_behind_whole_lines(tmp_path, monkeypatch):
-    path, locked = tmp_path / "trials.jsonl", []
-    monkeypatch.setattr(os, "fsync", lambda file: locked.append(common.is_locked(tmp_path / ".trials.jsonl.lock")))
-    path.write_text('{"torn')
-    first, second = (dict.fromkeys(sweep.TRIAL_KEYS) | {"trial": trial, "params": {}} for trial in (1, 2))
-    for line in (first, second):
-        sweep.append_line(path, line)
-    assert sweep.read_lines(path) == [first, second] and locked == [True, True]
-    for other in ("no json", '{"trial": 1}', "1"):
-        path.write_text(f"{json.dumps(first)}\n{other}\n{json.dumps(second)}\n")
-        with pytest.raises(common.RunError, match="line 2"):
-            sweep.read_lines(path)
-
-
-def test_a_real_search_with_its_report_reads_the_test_set_for_the_winner_alone(tmp_path, monkeypatch, capsys):
+def test_a_real_search_with_its_report_reads_the_test_set_for_the_winner_alone(tmp_path, capsys):
     tiny = ["--dataset", "synthetic", "--limit-train", "300", "--model", "dense", "--epochs", "4"]
     space = ["--param", "lr=log:1e-3..1e-1", "--param", "l1=16,64", "--param", "d1=0.0..0.5"]
-    argv = ["--method", "random", *space, "--count", "9", "--prune", "--jobs", "2", "--name", "s", "--runs-dir", "runs"]
+    argv = ["--method", "random", *space, "--count", "9", "--jobs", "2", "--name", "s", "--runs-dir", "runs"]
     winner = sweep.main([*argv, "--", *tiny])["best"]
-    printed = capsys.readouterr().out
+    printed, directory = capsys.readouterr().out, tmp_path / "runs" / "s"
     assert f"best: {winner['run']}" in printed and f"--lr={winner['params']['lr']}" in printed
-    directory = tmp_path / "runs" / "s"
+    assert "on the test set, read once, for this trial alone" in printed
     assert [path.parent.name for path in directory.glob("trial-*/metrics.json")] == [winner["run"]]
-    for line in lines():
+    for line in lines().values():
         record = common.read_record(directory / line["run"])
         assert record["test"] is None and record["args"]["runs_dir"] == str(directory)
-    expected = {"history", "curves", "parallel", "slices", "importance"}
-    assert {path.stem for path in directory.glob("*.png")} == expected
-    board = (directory / "leaderboard.csv").read_text().splitlines()
-    assert board[0].startswith("trial,val_loss,accuracy,epochs") and len(board) == 10
-    # The report again is the same, and does not read the test set.
-    for path in (*directory.glob("*.png"), directory / "leaderboard.csv", *directory.glob("trial-*/metrics.json")):
-        path.unlink()
-    sweep.main(["--report", str(directory)])
-    again = capsys.readouterr().out
-    assert again in printed and again.splitlines()[0].split()[:2] == ["trial", "val_loss"]
-    assert {path.stem for path in directory.glob("*.png")} == expected and not [*directory.glob("*/metrics.json")]
-    assert (directory / "leaderboard.csv").read_text().splitlines() == board
-    # The workers ended with the sweep: none is left behind.
-    assert not [process for process in multiprocessing.active_children() if process.is_alive()]
+        assert [record["best"][name] for name in ("val_loss", "val_acc")] == [line["val_loss"], line["val_acc"]]
+    pictures = {"history", "curves", "parallel", "slices", "importance", "timeline"}
+    assert {path.stem for path in directory.glob("*.png")} == pictures
+    # Another winner later: the report says that the test set has been read before.
+    shutil.move(directory / winner["run"] / "metrics.json", directory / "trial-0000" / "metrics.json")
+    sweep.main(["--resume", str(directory)])
+    often = "which was read before, for trial-0000" if winner["trial"] else "read once"
+    assert often in capsys.readouterr().out
+    assert sweep.main(["--method", "grid", "--param", "l1=8,16", "--param", "lr=0.1,0.01", *argv[-2:], "--", *tiny])
+    assert (max(Path("runs").glob("sweep-20*")) / "grid.png").exists()

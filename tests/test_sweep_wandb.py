@@ -1,78 +1,109 @@
 """A search that W&B drives: the real package over HTTP, against a stand-in for its server."""
 
-import os
-from functools import partial
+import json
 from pathlib import Path
 
 import common
 import sweep
-import train_mnist
 
-import forked
 import pytest
 import yaml
-from test_sweep import start
+from forked import Forked
 from wandb_server import WandbServer
 
 pytest.importorskip("wandb", reason="wandb is not installed")
 
-SEARCH = ["--method", "random", "--script", "train_mnist.py", "--engine", "wandb", "--count", "4"]
+MINE = """
+import train_mnist
+from train_mnist import parse_arguments
+
+def main(argv, on_epoch=None):
+    if "--lr=0.02" in argv:
+        raise SystemExit(2)
+    return train_mnist.main(argv, on_epoch)
+"""
+SEARCH = ["--method", "random", "--script", "mine.py", "--engine", "wandb", "--count", "4"]
 SEARCH += ["--param", "lr=log:1e-4..1e-1", "--param", "epochs=2,5000"]
+FLAGS = ["--dataset", "synthetic", "--model", "dense"]
+
+# A dummy key and that server, no pictures, and an agent that asks for work more often than it does.
+PREPARE = """
+from wandb.agents.pyagent import Agent
+import sweep
+Agent.HEARTBEAT_SLEEP_SECONDS = 0.2
+sweep.draw_sweep = lambda *arguments: {{}}
+for name in [name for name in os.environ if name.startswith("WANDB")]:
+    del os.environ[name]
+os.environ.update(WANDB_BASE_URL="{url}", WANDB_API_KEY="0" * 40, HOME="{home}", no_proxy="127.0.0.1")
+"""
 
 
-def against(url, home):
-    """Prepare a process with a dummy key and that server, and an agent that asks for work more often than it does."""
-    from wandb.agents.pyagent import Agent
-
-    Agent.HEARTBEAT_SLEEP_SECONDS = 0.2
-    for name in [name for name in os.environ if name.startswith("WANDB")]:
-        del os.environ[name]
-    os.environ.update(WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40, HOME=home, no_proxy="127.0.0.1")
-    train_mnist.synthetic = forked.few_digits
-
-
-def drive(server, home, *argv):
-    """Run sweep.py: its exit status, and the lines on stderr."""
-    argv = [*argv, "--name", "s", "--runs-dir", "runs", "--", "--dataset", "synthetic", "--model", "dense"]
-    process = start(*argv, prepare=partial(against, server.url, str(home)))
-    process.join(600)
-    return process.exitcode, Path("sweep.err").read_text().splitlines()
+def drive(server, *argv):
+    """Run sweep.py: its exit status, the lines on stderr, and the rows of trials.jsonl."""
+    Path("mine.py").write_text(MINE)
+    argv = ["--name", "s", "--runs-dir", "runs", *argv]
+    status, error = Forked("sweep", *argv, before=PREPARE.format(url=server.url, home=Path.cwd())).finish()
+    path = Path("runs/s/trials.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return status, error.splitlines(), rows
 
 
-def test_trials_that_finish_fail_and_are_told_to_stop(tmp_path):
-    given = [(0.001, 2), (-1, 2), (0.01, 2), (0.003, 5000)]
+def test_trials_that_finish_fail_and_are_told_to_stop():
+    given = [(0.001, 2), (0.02, 2), (0.01, 2), (0.003, 5000)]
     server = WandbServer([{"lr": lr, "epochs": epochs} for lr, epochs in given], stop=3)
-    status, error = drive(server, tmp_path, *SEARCH)
+    status, error, rows = drive(server, *SEARCH, "--", *FLAGS)
     assert status == 0, error
-    directory = tmp_path / "runs" / "s"
-    rows = sweep.read_lines(directory / "trials.jsonl")
     assert [row["trial"] for row in rows] == [0, 1, 2, 3]
     assert [row["status"] for row in rows] == ["finished", "failed", "finished", "pruned"]
-    assert [row["params"]["lr"] for row in rows] == [0.001, -1, 0.01, 0.003]
+    assert [row["params"]["lr"] for row in rows] == [0.001, 0.02, 0.01, 0.003]
     assert 0 < rows[3]["epochs"] < 5000
     config = yaml.safe_load(server.sweeps[0])
     assert config["parameters"]["lr"] == {"min": 1e-4, "max": 0.1, "distribution": "log_uniform_values"}
-    assert config["metric"] == {"name": "val_loss", "goal": "minimize"}
+    assert config["command"] == ["${env}", "${interpreter}", "${program}", *FLAGS, "${args}"]
+    # W&B compares the best so far.
+    assert config["metric"] == {"name": "best_val_loss", "goal": "minimize"}
+    logged = common.read_log(Path("runs/s/trial-0000"))
     history = [row for row in server.history["run0"] if "val_loss" in row]
-    logged = common.read_log(directory / "trial-0000")
     assert [row["val_loss"] for row in history] == [row["val_loss"] for row in logged]
+    best = [min(row["val_loss"] for row in logged[: epoch + 1]) for epoch in range(2)]
+    assert [row["best_val_loss"] for row in history] == best
     assert {"UpsertSweep", "CreateAgent", "Heartbeat", "UpsertBucket"} <= set(server.operations)
     server.close()
 
 
-def test_a_sweep_is_joined_and_one_where_all_fail_is_a_failure(tmp_path):
-    server = WandbServer([{"lr": -1}, {"lr": -2}])
-    status, error = drive(server, tmp_path, "--script", "train_mnist.py", "--count", "2", "--sweep-id", "sweep1")
-    assert status == 1 and "all 2 trials failed" in error[-1]
-    assert not server.sweeps
-    assert sweep.Sweep.open(tmp_path / "runs" / "s").search.space == [sweep.Parameter("lr", (-2, -1))]
+def test_a_sweep_is_joined_with_the_script_and_the_flags_of_the_one_who_made_it():
+    config = {
+        "program": "train_mnist.py", "method": "random", "metric": {"name": "best_val_acc", "goal": "maximize"},
+        "command": ["${env}", "${interpreter}", "${program}", *FLAGS, "--epochs", "1", "${args}"],
+        "parameters": {"l1": {"values": [8, 16]}}, "run_cap": 2,
+    }  # fmt: skip
+    server = WandbServer([{"l1": 8}, {"l1": 16}], config=yaml.safe_dump(config))
+    status, error, rows = drive(server, "--sweep-id", "nobody/project/sweep1")
+    assert status == 0, error
+    assert not server.sweeps and [row["params"] for row in rows] == [{"l1": 8}, {"l1": 16}]
+    record = common.read_record(Path("runs/s/trial-0001"))
+    assert (record["args"]["dataset"], record["args"]["l1"], record["epochs"]) == ("synthetic", 16, 1)
+    best = max(rows, key=lambda row: row["val_acc"])
+    assert Path("runs/s/leaderboard.csv").read_text().splitlines()[1].startswith(f"{best['trial']},")
     server.close()
 
 
-def test_without_a_server_there_is_one_clear_line(tmp_path):
+@pytest.mark.parametrize(
+    ("trials", "argv", "expected"),
+    [([{"lr": 0.02, "epochs": 2}] * 2, [*SEARCH[:-5], "2", *SEARCH[-4:]], "trials failed, the last with: the script ended"),
+     ([], ["--sweep-id", "nobody/project/sweep1"], "--sweep-id nobody/project/sweep1: Could not find sweep")],
+)  # fmt: skip
+def test_one_where_all_trials_fail_and_one_that_is_not_there_are_failures(trials, argv, expected):
+    server = WandbServer(trials)
+    status, error, _ = drive(server, *argv, "--", *FLAGS)
+    assert status and expected in error[-1]
+    server.close()
+
+
+def test_without_a_server_there_is_one_clear_line():
     server = WandbServer([])
     server.close()
-    status, (*before, last) = drive(server, tmp_path, *SEARCH)
+    status, (*before, last), _ = drive(server, *SEARCH, "--", *FLAGS)
     assert status == 1 and all(line.startswith("wandb: ") for line in before)
     assert "cannot be reached" in last and "--engine local does without" in last
 
@@ -83,7 +114,15 @@ def test_without_a_server_there_is_one_clear_line(tmp_path):
 def test_auto_says_which_engine_drives_a_bayesian_search_and_why(monkeypatch, capsys, mode, key, drives):
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setattr(common, "has_wandb_key", lambda quiet: key)
-    monkeypatch.setattr(common, "check_wandb", lambda args: None)
-    args = sweep.build_parser().parse_args(["--method", "bayes"])
-    assert sweep.choose_engine(args, sweep.search_from(args, [])) == ("wandb" if drives == "W&B" else "local")
+
+    def stop_at(name):
+        def stop(*arguments):
+            raise common.UsageError(name)
+
+        return stop
+
+    monkeypatch.setattr(sweep, "reach_wandb", stop_at("W&B"))
+    monkeypatch.setattr(sweep, "check_directory", stop_at("local"))
+    with pytest.raises(common.UsageError, match=drives):
+        sweep.main(["--method", "bayes", "--", "--dataset", "synthetic"])
     assert capsys.readouterr().out.startswith(f"engine: {drives}")

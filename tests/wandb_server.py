@@ -1,5 +1,6 @@
 """A stand-in for W&B's server, as far as a sweep and its agents need one: GraphQL and the file stream, on loopback."""
 
+import contextlib
 import http.server
 import json
 import re
@@ -9,11 +10,12 @@ import threading
 class WandbServer:
     """Gives out one run for each entry of `trials` (parameters), then tells the agent to end.
 
-    The run with the number `stop` is told to stop when its first line of history has come.
+    The run with the number `stop` is told to stop when its first line of history has come. `config` is the YAML of the
+    sweep that it knows.
     """
 
-    def __init__(self, trials, stop=None):
-        self.trials, self.stop = trials, stop
+    def __init__(self, trials, stop=None, config=None):
+        self.trials, self.stop, self.config = trials, stop, config
         self.given, self.history, self.exit_codes, self.operations, self.sweeps = 0, {}, {}, [], []
         self.told = False
         stand_in = self
@@ -27,7 +29,8 @@ class WandbServer:
                 self.send_header("Content-Type", "application/json")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                self.wfile.write(body)
+                with contextlib.suppress(ConnectionError):  # whoever asked was killed
+                    self.wfile.write(body)
 
             def do_GET(self):
                 self.answer({})
@@ -37,7 +40,8 @@ class WandbServer:
                 self.answer({})
 
             def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                body = json.loads(body) if body.startswith(b"{") and b"\n{" not in body else {}  # else telemetry
                 if self.path.endswith("file_stream"):
                     stand_in.take_stream(self.path.split("/")[-2], body)
                     body = {}
@@ -68,6 +72,11 @@ class WandbServer:
         if "upsertSweep" in query:
             self.sweeps.append(variables["config"])
             return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+        if "GetSweep" in query:
+            known = {"name": variables["name"], "config": self.config, "state": "RUNNING"}
+            names = ("id", "displayName", "method", "description", "bestLoss", "createdAt", "updatedAt")
+            sweep = {"__typename": "Sweep", "runCount": 0, "runCountExpected": 0, **dict.fromkeys(names, "x"), **known}
+            return {"project": {"sweep": {**sweep, "bestLoss": 0.0} if self.config else None}}
         if "createAgent" in query:
             return {"createAgent": {"agent": {"id": "agent1"}}}
         if "agentHeartbeat" in query:
