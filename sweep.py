@@ -210,7 +210,10 @@ def read_config(config: dict) -> dict:
             elif name in options["parameters"]:
                 raise UsageError(f"the parameter {name} is there twice")
             else:
-                options["parameters"][name] = make_parameter(name, content) and content
+                if isinstance(content, dict):
+                    content = {key: scalar(value) for key, value in content.items()}
+                make_parameter(name, content)
+                options["parameters"][name] = content
 
     walk(config.get("parameters"))
     for key, option, kind in (
@@ -225,7 +228,7 @@ def read_config(config: dict) -> dict:
             common.run_name(options["name"])
         except argparse.ArgumentTypeError as error:
             raise UsageError(f"name: {error}") from None
-    if "early_terminate" in config:
+    if config.get("early_terminate") is not None:
         bands(config["early_terminate"])
         options["early_terminate"] = config["early_terminate"]
     if "metric" in config:
@@ -263,9 +266,9 @@ def bands(rule: dict) -> list[int]:
         if least == 0 or (least and (isinstance(value, bool) or not isinstance(value, int) or value < least)):
             raise UsageError(f"early_terminate: {key}: {value} is not supported")
     eta = rule.get("eta", 3)
-    if "min_iter" in rule and "max_iter" not in rule:
+    if "min_iter" in rule:
         return [rule["min_iter"] * eta**power for power in range(12)]
-    if "max_iter" in rule and "s" in rule and "min_iter" not in rule:
+    if "max_iter" in rule and "s" in rule:
         return sorted({rule["max_iter"] // eta**power for power in range(1, min(rule["s"], 64) + 1)} - {0})
     raise UsageError("early_terminate: give min_iter, or max_iter with s")
 
@@ -307,7 +310,9 @@ class Parameter:
 
 
 def scalar(text):
-    """A value as a user writes it: 3, 1e-4, true, or a word. YAML takes 1e-4, without a point, for a word."""
+    """A value, or a list of them, as a user writes it: 3, 1e-4, true, or a word. YAML takes 1e-4 for a word."""
+    if isinstance(text, list):
+        return [scalar(value) for value in text]
     if isinstance(text, str):
         for kind in (int, float):
             with contextlib.suppress(ValueError):
@@ -331,7 +336,7 @@ def parse_parameter(text: str) -> tuple[str, dict]:
             f"--param {text}: " + ("expected two numbers, LOW..HIGH" if "" not in values else "a value is empty")
         )
     else:
-        content = {"values": [scalar(value) for value in values]}
+        content = {"values": scalar(values)}
     make_parameter(name, content)
     return name, content
 
@@ -352,7 +357,7 @@ def make_parameter(name: str, content: dict) -> Parameter:
 
     if not isinstance(content, dict):
         refuse(f"expected value, values, or min and max, not {content!r}")
-    content = {key: scalar(value) for key, value in content.items()}
+    content = dict(content)
     whole = all(isinstance(content.get(bound), int) for bound in ("min", "max"))
     inferred = "constant" if "value" in content else "categorical" if "values" in content else None
     kind = content.pop("distribution", inferred or ("int_uniform" if whole else "uniform"))
@@ -364,8 +369,8 @@ def make_parameter(name: str, content: dict) -> Parameter:
         refuse(f"{kind} has {DISTRIBUTIONS[kind]}, not {' '.join(map(str, content)) or 'nothing'}")
     if kind in ("constant", "categorical"):
         values = content["values"] if kind == "categorical" else [content["value"]]
-        values = [scalar(value) for value in values] if isinstance(values, list) else []
-        if not values or not all(isinstance(value, bool | int | float | str) for value in values):
+        is_list = isinstance(values, list) and values
+        if not is_list or not all(isinstance(value, bool | int | float | str) for value in values):
             refuse("values must be a list of numbers and words")
         for index, value in enumerate(values):
             if value in values[:index]:

@@ -8,6 +8,7 @@ that of the proposals and of every training, the same for both methods. Results 
 benchmarks/results/bayes_against_random.jsonl.
 """
 
+import json
 import statistics
 import subprocess
 import sys
@@ -18,7 +19,8 @@ from measuring import ROOT, machine, write_result
 
 # isort: split
 import common
-import sweep
+
+from scipy import stats
 
 
 def losses(method, seed, args):
@@ -28,7 +30,7 @@ def losses(method, seed, args):
         search = ["--method", method, "--count", str(args.trials), "--seed", str(seed), "--engine", "local"]
         command = [sys.executable, str(ROOT / "sweep.py"), *search, "--runs-dir", runs, "--name", "s", "--quiet"]
         subprocess.run([*command, "--", *flags, "--data-dir", str(args.data_dir.resolve())], check=True)
-        lines = sweep.read_lines(Path(runs, "s", "trials.jsonl"))
+        lines = map(json.loads, Path(runs, "s", "trials.jsonl").read_text().splitlines())
     return [line["val_loss"] if line["status"] == "finished" else float("inf") for line in lines]
 
 
@@ -55,7 +57,14 @@ def main():
         half = statistics.fmean(min(values[: args.trials // 2]) for values in searches)
         print(f"{method:22}{statistics.fmean(best):10.4f}{statistics.stdev(best):10.4f}{half:12.4f}")
     pairs = list(zip(*found.values(), strict=True))
-    print(f"bayes is better with {sum(min(b) < min(a) for a, b in pairs)} of {len(pairs)} seeds")
+    differences = [min(b) - min(a) for a, b in pairs]
+    test = stats.ttest_1samp(differences, 0)
+    low, high = test.confidence_interval()
+    print(
+        f"bayes - random: {statistics.fmean(differences):.4f}, 95% interval {low:.4f} to {high:.4f} (paired t), ",
+        end="",
+    )
+    print(f"better with {sum(difference < 0 for difference in differences)} of {len(pairs)} seeds")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What does sweep.py add to the training of a trial, and what does it save against a loop of a shell?
 
     python benchmarks/sweep_overhead.py               # some minutes
+    python benchmarks/sweep_overhead.py --beside DIR  # the sweep.py of another checkout too, as `grid beside`
 
 The trial is short: `train_mnist.py --model dense` on 2,000 images, one epoch, without the test. `alone` calls the
 script's main() again and again in one process, the data loaded once; `grid` and `bayes` are `sweep.py --jobs 1` over
@@ -37,7 +38,7 @@ for number, rate in enumerate(rates):
 """
 
 
-def run(name, trials, jobs, data_dir):
+def run(name, trials, jobs, data_dir, root=ROOT):
     """Run so many trials: the seconds in all, and those of each trial but the first."""
     rates = [f"{1e-4 * (1 + number):.4f}" for number in range(trials)]
     flags = [*FLAGS, "--data-dir", str(data_dir)]
@@ -50,7 +51,7 @@ def run(name, trials, jobs, data_dir):
         space = "lr=log:1e-4..1e-2" if name == "bayes" else f"lr={','.join(rates)}"
         search = ["--method", name, "--script", "train_mnist.py", "--param", space, "--jobs", str(jobs)]
         search += ["--count", str(trials), "--engine", "local", "--name", "s", *runs]
-        commands = [[str(ROOT / "sweep.py"), *search, "--", *flags]]
+        commands = [[str(root / "sweep.py"), *search, "--", *flags]]
     began, times = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as here:
         for command in commands:
@@ -67,23 +68,27 @@ def main():
     parser.add_argument("--trials", type=common.number(int, 2), default=16)
     parser.add_argument("--pairs", type=common.number(int, 1), default=3, help="measurements of each")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
+    parser.add_argument("--beside", type=Path, metavar="DIR", help="another checkout of this repository")
     args = parser.parse_args()
     names, where = ["alone", "grid", "bayes", "loop", "sweep"], args.data_dir.resolve()
+    names += ["grid beside", "bayes beside"] if args.beside else []
     a_trial, in_all = {name: [] for name in names}, {name: [] for name in names}
     for pair in range(args.pairs):
         for name in names if pair % 2 == 0 else reversed(names):
-            seconds, times = run("grid" if name == "sweep" else name, args.trials, 2 if name == "sweep" else 1, where)
+            kind, root = name.split()[0], args.beside.resolve() if "beside" in name else ROOT
+            jobs = 2 if name == "sweep" else 1
+            seconds, times = run("grid" if name == "sweep" else kind, args.trials, jobs, where, root)
             in_all[name].append(seconds)
             a_trial[name] += times
             print(f"{name}: {seconds:.1f} s for {args.trials} trials", file=sys.stderr)
     write_result("sweep_overhead", {"trials": args.trials, "seconds_a_trial": a_trial, "seconds_in_all": in_all})
     print(f"{args.trials} trials, {args.pairs} times, {machine()}")
-    print(f"{'':10}{'s a trial':>10}{'overhead':>10}{'s in all':>10}")
+    print(f"{'':14}{'s a trial':>10}{'overhead':>10}{'s in all':>10}")
     alone = statistics.median(a_trial["alone"])
     for name in names:
         whole = f"{statistics.median(in_all[name]):10.1f}"
-        median = statistics.median(a_trial[name]) if name in ("alone", "grid", "bayes") else None
-        print(f"{name:10}" + (f"{median:10.3f}{median - alone:10.3f}" if median else f"{'':20}") + whole)
+        median = statistics.median(a_trial[name]) if name not in ("loop", "sweep") else None
+        print(f"{name:14}" + (f"{median:10.3f}{median - alone:10.3f}" if median else f"{'':20}") + whole)
     ratio = statistics.median(a / b for a, b in zip(in_all["loop"], in_all["sweep"], strict=True))
     print(f"a shell's loop takes {ratio:.1f} times as long as sweep.py --jobs 2")
 

@@ -237,7 +237,7 @@ WRONG_CONFIGS = {
     ("name: val_acc", "name: f1"): "metric f1", ("goal: maximize", "goal: minimize"): "goal minimize",
     ("{name: val_acc, goal: maximize}", "{goal: maximize}"): "a name and a goal", ("min: 48", "min: 480"): "not below",
     ("${env}", "${args_json}"): "args_json} is not supported", ("c1:", "lr:"): "lr is there twice",
-    ("[24, 48]", "[]"): "values must be a list", ("values: [24, 48]", "value: [24"): "sweep.yaml: it cannot be read",
+    ("[24, 48]", "[]"): "values must be a list of", ("values: [24, 48]", "value: [24"): "sweep.yaml: it cannot be read",
     ("c1:", "seed:"): "--seed is set by the sweep", ("--epochs", "--run-name"): "--run-name is set by the sweep",
     ("run_cap: 4", "early_terminate: {type: median}"): "the only type is hyperband",
     ("run_cap: 4", "early_terminate: {type: hyperband}"): "min_iter, or max_iter with s",
