@@ -1168,7 +1168,7 @@ FORMAT = 2  # of run.json and the checkpoints: raised when what is in them chang
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush and rename: a reader sees the old file or the new one, whole."""
+    """Write beside `path`, flush and rename: a reader sees the old file or the new one, whole. RunError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1176,6 +1176,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{shown(path)} cannot be written: {error.strerror}") from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
@@ -1420,7 +1423,9 @@ def open_run(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, va
             status, error = "diverged", f"{reason} in epoch {len(run.history) + 1}"
         except BaseException as exception:
             error = f"{type(exception).__name__}: {exception}"
-            with contextlib.suppress(OSError):  # it may be the disk that has failed: the first error is the one to tell
+            with contextlib.suppress(
+                RunError
+            ):  # it may be the disk that has failed: the first error is the one to tell
                 run.end(status, error)
             raise
         finally:
