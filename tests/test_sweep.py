@@ -441,7 +441,8 @@ def test_a_bayesian_search_learns_and_follows_from_its_seed(toy):
     assert list(rows) == [*range(12)] and len({str(row["params"]) for row in rows.values()}) == 12
     # The accuracy falls as the loss rises: minimising one and maximising the other finds the same.
     for name in ("s", "twin"):
-        assert min(row["val_loss"] for row in lines(name=name).values()) < 0.2251 + 0.043
+        losses = [row["val_loss"] for row in lines(name=name).values()]
+        assert sum(loss < 0.28 for loss in losses[5:]) >= 3
     assert lines(name="other")[0]["params"] != rows[0]["params"] == lines(name="twin")[0]["params"]
 
 
