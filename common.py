@@ -72,7 +72,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description, and ends the help of each flag with its default."""
 
     def _get_help_string(self, action):
-        unset = action.default in (None, False, argparse.SUPPRESS)
+        unset = action.default in (None, False, [], argparse.SUPPRESS)
         return (action.help or "") + ("" if unset else " (%(default)s)")
 
 

@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "48,96 or 0.0..0.5 or int:64..512 or log:1e-4..1e-1; as often as there are parameters"
     flag("--param", action="append", default=[], metavar="NAME=SPEC", help=text)
     flag("--config", type=Path, metavar="FILE", help="the search from a YAML or JSON file in W&B's sweep schema")
-    flag("--metric", choices=tuple(METRICS), help="what decides, of each trial's best epoch (val_loss)")
+    flag("--metric", choices=tuple(METRICS), default="val_loss", help="what decides, of each trial's best epoch")
     flag("--count", type=count, metavar="N", help="trials in all (a grid: all of it; else 20)")
     flag("--seed", type=common.number(int, 0), default=42, metavar="N", help="of the draws, and of every trial")
     flag("--seeds", type=count, default=1, metavar="K", help="run each configuration with K seeds; their mean decides")
@@ -119,22 +119,14 @@ SET_BY_SWEEP = {
 }  # fmt: skip
 
 
-def search_from(args: argparse.Namespace, flags: list[str]) -> "Search":
-    """The Search that the arguments, the --config and the --sweep-id ask for. UsageError."""
-    config = {"parameters": {}, "flags": []}
-    if args.config or args.sweep_id:
-        try:
-            config |= read_config(load_yaml(args.config) if args.config else wandb_config(args))
-        except UsageError as error:
-            raise UsageError(f"{args.config or f'--sweep-id {args.sweep_id}'}: {error}") from error
-    method = args.method or config.get("method")
-    if method not in DEFAULT_SEARCH:
-        raise UsageError(f"method {method} is not supported" if method else "--method grid, random or bayes is needed")
-    default_script, default_space, default_flags = DEFAULT_SEARCH[method]
-    script = args.script or config.get("script", default_script)
-    script = Path(script).name if find_script(script).parent == common.HERE else str(find_script(script))
-    parameters = [*config["parameters"].items(), *map(parse_parameter, args.param)]
-    flags = [*config["flags"], *flags]
+def search_from(args: argparse.Namespace, parameters: list, rule: dict | None, flags: list[str]) -> "Search":
+    """The Search that is asked for: `parameters` as from `parse_parameter`, `rule` as W&B's early_terminate, and
+    `flags` for each trial. UsageError."""
+    if not args.method:
+        raise UsageError("--method grid, random or bayes is needed")
+    default_script, default_space, default_flags = DEFAULT_SEARCH[args.method]
+    path = find_script(args.script or default_script)
+    script = path.name if path.parent == common.HERE else str(path)
     if not parameters:
         if script != default_script:
             raise UsageError(f"--script {script} needs its own search: --param NAME=SPEC or --config FILE")
@@ -145,31 +137,23 @@ def search_from(args: argparse.Namespace, flags: list[str]) -> "Search":
     for word in [*flags, *(f"--{name}" for name in space)]:
         if word.split("=")[0].replace("_", "-") in SET_BY_SWEEP:
             raise UsageError(f"{word} is set by the sweep for every trial; --seed and --seeds of sweep.py choose seeds")
-    metric = args.metric or config.get("metric", "val_loss")
-    if metric not in METRICS:
-        raise UsageError(f"metric {metric} is unknown: it is one of {', '.join(METRICS)}")
     threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
-    rule = config.get("early_terminate")
-    search = Search(script, method, space, flags, metric, 20, args.seed, args.seeds, rule, threads)
+    search = Search(script, args.method, space, flags, args.metric, 20, args.seed, args.seeds, rule, threads)
     for parameter in search.parameters:
         values = parameter.values()
-        if values is None and method == "grid":
+        if values is None and args.method == "grid":
             raise UsageError(f"{parameter.name}: a grid needs a list of values, not a range")
-        changes_loss = metric == "val_loss" and parameter.name in ("label_smoothing", "val_size", "dataset")
+        changes_loss = args.metric == "val_loss" and parameter.name in ("label_smoothing", "val_size", "dataset")
         if changes_loss and (values is None or len(values) > 1):
             raise UsageError(f"{parameter.name} changes what val_loss means: choose by --metric val_acc")
-    search.count = args.count or config.get("count") or (search.size() if method == "grid" else 20)
-    search.count = min(search.count, search.size())
-    if "name" in config and not args.name:
-        args.name = config["name"]
+    search.count = min(search.size(), args.count or (math.inf if args.method == "grid" else 20))
     epochs = check_trials(search)
     search.epochs = search.seeds * max(epochs)
     if args.prune:
         if rule or len(epochs) > 1 or max(epochs) < args.eta:
             why = "the config's early_terminate" if rule else f"--epochs {', '.join(map(str, sorted(epochs)))}"
-            raise UsageError(
-                f"--prune does not go with {why}: it needs one number of epochs, at least --eta {args.eta}"
-            )
+            need = f"it needs one number of epochs, at least --eta {args.eta}"
+            raise UsageError(f"--prune does not go with {why}: {need}")
         search.early_terminate = {"type": "hyperband", "max_iter": max(epochs), "s": 12, "eta": args.eta}
     if search.early_terminate and search.seeds > 1:
         raise UsageError("pruning and --seeds: one at a time")
@@ -192,53 +176,38 @@ CONFIG_KEYS = {
 }  # fmt: skip
 
 
-def read_config(config: dict) -> dict:
-    """What a configuration in the schema of W&B's sweeps asks for. UsageError."""
+def read_config(config: dict) -> tuple[list[str], list[tuple[str, dict]]]:
+    """A configuration in the schema of W&B's sweeps as flags of this script, and its parameters. UsageError."""
     if not isinstance(config, dict):
         raise UsageError("expected keys and values, as in W&B's sweep configuration")
     for key in config.keys() - CONFIG_KEYS:
         raise UsageError(f"unknown key {key} (known: {', '.join(sorted(CONFIG_KEYS))})")
-    options = {"parameters": {}, "flags": flags_of_command(config.get("command", []))}
+    flags = {"method": "--method", "run_cap": "--count", "name": "--name", "program": "--script"}
+    argv = [f"{flag}={config[key]}" for key, flag in flags.items() if key in config]
+    if "metric" in config:
+        metric = config["metric"]
+        if not isinstance(metric, dict) or metric.keys() - {"name", "goal"} or "name" not in metric:
+            raise UsageError("metric has a name and a goal, and nothing else here")
+        name = str(metric["name"]).removeprefix("best_")  # the best epoch decides in any case
+        if metric.get("goal", METRICS.get(name)) != METRICS.get(name):
+            raise UsageError(f"metric {name} is not known with the goal {metric['goal']}")
+        argv.append(f"--metric={name}")
+    found = []
 
     def walk(parameters):
         if not isinstance(parameters, dict) or not parameters:
             raise UsageError("parameters must have at least one entry")
         for name, content in parameters.items():
-            name = str(name).replace("-", "_")
             if isinstance(content, dict) and "parameters" in content:
                 walk(content["parameters"])  # a group: W&B nests its parameters, a flag is known by its own name
-            elif name in options["parameters"]:
-                raise UsageError(f"the parameter {name} is there twice")
             else:
                 if isinstance(content, dict):
                     content = {key: scalar(value) for key, value in content.items()}
-                make_parameter(name, content)
-                options["parameters"][name] = content
+                make_parameter(str(name), content)
+                found.append((str(name).replace("-", "_"), content))
 
     walk(config.get("parameters"))
-    for key, option, kind in (
-        ("method", "method", str), ("run_cap", "count", int), ("name", "name", str), ("program", "script", str),
-    ):  # fmt: skip
-        if key in config:
-            if not isinstance(config[key], kind) or isinstance(config[key], bool) or config[key] in (0, ""):
-                raise UsageError(f"{key} must be {'a whole number above 0' if kind is int else 'a word'}")
-            options[option] = config[key]
-    if "name" in options:
-        try:
-            common.run_name(options["name"])
-        except argparse.ArgumentTypeError as error:
-            raise UsageError(f"name: {error}") from None
-    if config.get("early_terminate") is not None:
-        bands(config["early_terminate"])
-        options["early_terminate"] = config["early_terminate"]
-    if "metric" in config:
-        metric = config["metric"]
-        if not isinstance(metric, dict) or metric.keys() - {"name", "goal"} or "name" not in metric:
-            raise UsageError("metric has a name and a goal, and nothing else here")
-        name = options["metric"] = str(metric["name"]).removeprefix("best_")  # the best epoch decides in any case
-        if metric.get("goal", METRICS.get(name)) != METRICS.get(name):
-            raise UsageError(f"metric {name} is not known with the goal {metric['goal']}")
-    return options
+    return argv, found
 
 
 def flags_of_command(command: list) -> list[str]:
@@ -257,13 +226,15 @@ def flags_of_command(command: list) -> list[str]:
     return words
 
 
-def bands(rule: dict) -> list[int]:
-    """The epochs at which W&B's early_terminate compares the trials. UsageError."""
+def bands(rule: dict | None) -> list[int]:
+    """The epochs at which W&B's early_terminate compares the trials; none without a rule. UsageError."""
+    if rule is None:
+        return []
     if not isinstance(rule, dict) or rule.get("type") != "hyperband":
         raise UsageError("early_terminate: the only type is hyperband")
     for key, value in rule.items():
-        least = {"type": None, "min_iter": 1, "max_iter": 1, "s": 1, "eta": 2}.get(key, 0)
-        if least == 0 or (least and (isinstance(value, bool) or not isinstance(value, int) or value < least)):
+        least = {"type": "", "min_iter": 1, "max_iter": 1, "s": 1, "eta": 2}.get(key)
+        if least is None or (key != "type" and (type(value) is not int or value < least)):
             raise UsageError(f"early_terminate: {key}: {value} is not supported")
     eta = rule.get("eta", 3)
     if "min_iter" in rule:
@@ -746,10 +717,9 @@ class Bands(optuna.pruners.BasePruner):
     one in eta, rounded up. What counts is the best that each had reported by then."""
 
     def __init__(self, search: Search):
-        rule = search.early_terminate
         # At its last epoch a trial has finished.
-        self.bands = [band for band in bands(rule) if band < (search.epochs or math.inf)] if rule else []
-        self.eta = rule.get("eta", 3) if rule else 3
+        self.bands = [band for band in bands(search.early_terminate) if band < (search.epochs or math.inf)]
+        self.eta = (search.early_terminate or {}).get("eta", 3)
         self.sign = 1 if search.metric == "val_loss" else -1
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
@@ -1392,7 +1362,18 @@ def main(argv: list[str] | None = None) -> dict:
             raise UsageError(f"--resume takes the search from the directory: leave out {what}")
         search, directory, engine = None, args.resume, None
     else:
-        search = search_from(args, flags)
+        parameters, rule = [], None
+        if args.config or args.sweep_id:
+            try:
+                config = load_yaml(args.config) if args.config else wandb_config(args)
+                from_config, parameters = read_config(config)
+                flags = [*flags_of_command(config.get("command", [])), *flags]
+                rule = config.get("early_terminate")
+                bands(rule)
+            except UsageError as error:
+                raise UsageError(f"{args.config or f'--sweep-id {args.sweep_id}'}: {error}") from error
+            args = parser.parse_args([*from_config, *argv[:cut]])
+        search = search_from(args, [*parameters, *map(parse_parameter, args.param)], rule, flags)
         if args.storage and not args.name:
             raise UsageError("--storage needs --name NAME: the machines find the search by it")
         own_name = f"sweep-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
