@@ -1071,10 +1071,9 @@ def as_text(name: str, value) -> str:
 def line_as_text(line: dict, search: Search) -> str:
     """A line of trials.jsonl for the screen."""
     params = " ".join(f"{name}={value}" for name, value in line["params"].items())
-    end = (
-        f"{line['status']} after {line['epochs']} epochs  {search.metric} {as_text(search.metric, line[search.metric])}"
-    )
-    return f"trial {line['trial']}  {end}  {params}  {line['error'] or ''}".rstrip()
+    end = f"{line['status']} after {line['epochs']} epoch{'s' * (line['epochs'] != 1)}"
+    value = f"{search.metric} {as_text(search.metric, line[search.metric])}"
+    return f"trial {line['trial']}  {end}  {value}  {params}  {line['error'] or ''}".rstrip()
 
 
 # ------------------------ Weights & Biases as the engine ------------------------
