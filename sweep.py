@@ -472,26 +472,29 @@ def load_script(path: Path):
 
 def check_trials(search: Search) -> set[int]:
     """The numbers of epochs of the trials, {0} where they are not known. Ends with the script's own message where it
-    refuses a trial. UsageError where the data are missing."""
-    module, epochs, loaded = load_script(find_script(search.script)), set(), set()
+    refuses a trial."""
+    module, configurations = load_script(find_script(search.script)), search.configurations()
     if not hasattr(module, "parse_arguments"):
         return {0}
-    configurations = search.configurations()
     if search.method == "bayes":  # its corners
         ends = {p.name: p.values() or [p.distribution.low, p.distribution.high] for p in search.parameters}
         first = {name: values[0] for name, values in ends.items()}
         configurations = [{**first, name: value} for name, values in ends.items() for value in values]
-    for params in configurations:
-        args = module.parse_arguments([*trial_words(search, params, search.seed), "--no-test", "--quiet"])
-        epochs.add(getattr(args, "epochs", 0))
-        data = getattr(args, "dataset", None), getattr(args, "data_dir", None)
-        if data[0] in common.TORCHVISION and data not in loaded:
-            loaded.add(data)
+    words = ([*trial_words(search, params, search.seed), "--no-test", "--quiet"] for params in configurations)
+    return {getattr(module.parse_arguments(argv), "epochs", 0) for argv in words}
+
+
+def check_data(search: Search) -> None:
+    """UsageError where the trials would lack their data; once, and not trial by trial."""
+    module = load_script(find_script(search.script))
+    for name in next((p.values() for p in search.parameters if p.name == "dataset"), [None]):
+        if hasattr(module, "parse_arguments") and hasattr(module, "synthetic"):
+            args = module.parse_arguments(trial_words(search, {"dataset": name} if name else {}, search.seed))
             try:
-                common.load_images(args, "train", module.synthetic)
+                if args.dataset in common.TORCHVISION:
+                    common.load_images(args, "train", module.synthetic)
             except RunError as error:
                 raise UsageError(str(error)) from error
-    return epochs
 
 
 def trial_words(search: Search, params: dict, seed: int) -> list[str]:
@@ -1384,6 +1387,8 @@ def main(argv: list[str] | None = None) -> dict:
     check_directory(directory, args)
     machine = f"{socket.gethostname()}:{directory}" if args.storage else ""
     storage = open_storage(directory, args.storage, args.grace) if args.storage else None
+    if search:
+        check_data(search)
     directory.mkdir(parents=True, exist_ok=True)
     with common.locked(directory / ".lock"):
         with common.locked(directory / ".workers.lock", wait=True):
