@@ -760,7 +760,8 @@ class Objective:
         search = self.search
         trial.set_user_attr("worker", [self.machine, os.getpid()])
         params = {parameter.name: parameter.suggest(trial) for parameter in search.parameters}
-        self.check_alone(trial, params)
+        if not self.more_flags:  # W&B may give out the same twice
+            self.check_alone(trial, params)
         line = new_line(trial, params)
         try:
             records = []
@@ -895,7 +896,7 @@ def work(connection, search: Search, directory: Path, machine: str, url: str | N
         study = open_study(open_storage(directory, url, grace), name, search)
         objective = Objective(search, directory, machine)
         while True:
-            with contextlib.suppress(UpdateFinishedTrialError):  # another machine has taken the trial over
+            with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another machine has taken it over
                 study.optimize(objective, n_trials=1, catch=Exception)
             connection.send("a trial has ended")
     except (NothingWaits, common.Interrupted):
