@@ -285,10 +285,7 @@ def command_line(main: Callable) -> int:
             print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
         return status
 
-    def terminate(signum, frame):
-        raise Interrupted("SIGTERM")
-
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, interrupt)
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
@@ -1262,21 +1259,22 @@ def is_locked(path: Path) -> bool:
         return True
 
 
+def interrupt(signum, frame) -> None:
+    """Raise Interrupted: a handler of signals."""
+    raise Interrupted(signal.Signals(signum).name)
+
+
 @contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-    """Raise Interrupted where SIGINT or SIGTERM comes."""
-
-    def interrupt(signum, frame):
-        raise Interrupted(signal.Signals(signum).name)
-
+def interruptible(handler: Callable = interrupt) -> Iterator[None]:
+    """Let `handler` answer SIGINT and SIGTERM."""
     # Python lets only the main thread set handlers; in another thread whoever started it does the stopping.
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 class Run:

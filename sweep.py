@@ -7,7 +7,7 @@
     python sweep.py --resume runs/mine                               # go on where the search was stopped
 
 A parameter is a flag of the training script; flags after -- go to every trial. A trial never reads the test set.
-A search is a study of Optuna: the file study.journal or, with --storage, a database that many machines share.
+Optuna keeps the search: in the file study.journal, or with --storage in a database that many machines share.
 """
 
 import argparse
@@ -79,24 +79,35 @@ def build_parser() -> argparse.ArgumentParser:
     text = "48,96 or 0.0..0.5 or int:64..512 or log:1e-4..1e-1; as often as there are parameters"
     flag("--param", action="append", default=[], metavar="NAME=SPEC", help=text)
     flag("--config", type=Path, metavar="FILE", help="the search from a YAML or JSON file in W&B's sweep schema")
-    flag("--metric", choices=tuple(METRICS), default="val_loss", help="what decides, of each trial's best epoch")
-    flag("--count", type=count, metavar="N", help="trials in all (a grid: all of it; else 20)")
-    flag("--seed", type=common.number(int, 0), default=42, metavar="N", help="of the draws, and of every trial")
+    flag("--metric", choices=tuple(METRICS), default="val_loss", help="compares the trials, each in its best epoch")
+    flag("--count", type=count, metavar="N", help="trials in all (a grid: every combination; else 20)")
+    flag(
+        "--seed",
+        type=common.number(int, 0),
+        default=42,
+        metavar="N",
+        help="of the parameters that are drawn, and of every training",
+    )
     flag("--seeds", type=count, default=1, metavar="K", help="run each configuration with K seeds; their mean decides")
-    text = "after 1/eta, 1/eta^2, ... of its epochs, end a trial that is not among the best"
+    text = "stop bad trials early: after a ninth and a third of their epochs only the best third goes on (see --eta)"
     flag("--prune", **switch, help=text)
-    flag("--eta", type=common.number(int, 2), default=3, metavar="N", help="with --prune: one of so many goes on")
+    flag("--eta", type=common.number(int, 2), default=3, metavar="N", help="with --prune: one trial in N goes on")
 
     flag = parser.add_argument_group("running it").add_argument
     flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
-    flag("--threads", type=count, metavar="N", help="of each trial; other numbers round differently (cores / --jobs)")
+    flag(
+        "--threads",
+        type=count,
+        metavar="N",
+        help="CPU threads of a trial (cores / --jobs); another number changes the last digits",
+    )
     flag("--max-failures", type=count, default=3, metavar="N", help="stop after so many failed trials in a row")
     runs = common.HERE / "runs"
     flag("--runs-dir", type=common.absolute_path, default=runs, metavar="DIR", help="where the sweep's directory is")
     flag("--name", type=common.run_name, metavar="NAME", help="of the sweep; one that exists is continued")
     text = "continue the sweep in this directory, or make its report anew; no other flag is needed"
     flag("--resume", type=common.absolute_path, metavar="SWEEP", help=text)
-    flag("--retry-failed", **switch, help="run the failed trials again too")
+    flag("--retry-failed", **switch, help="also run the trials again that failed")
     flag("--dry-run", **switch, help="print the trials, run none")
     flag("--quiet", **switch, help="print only errors")
 
@@ -104,7 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag(
         "--storage", metavar="URL", help="share the search --name with other machines: postgresql://user@host/database"
     )
-    text = "with --storage: the trial of a machine that is silent for so long is run by another"
+    text = "with --storage: a machine that is silent for so long is taken for dead, and another runs its trial"
     flag("--grace", type=common.number(int, 5), default=120, metavar="SECONDS", help=text)
     text = "auto: W&B for bayes where an API key is configured"
     flag("--engine", choices=("auto", "local", "wandb"), default="auto", help=text)
@@ -117,6 +128,36 @@ def build_parser() -> argparse.ArgumentParser:
 SET_BY_SWEEP = {
     "--runs-dir", "--run-name", "--resume", "--stop-after", "--quiet", "--no-quiet", "--test", "--no-test", "--seed",
 }  # fmt: skip
+
+
+def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, "Search | None"]:
+    """The flags, and the Search that they ask for; None with --resume, where the study holds it. UsageError."""
+    cut = argv.index("--") if "--" in argv else len(argv)
+    parser = build_parser()
+    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
+    if args.resume:
+        may_change = {"resume", "count", "jobs", "threads", "max_failures", "retry_failed", "quiet", "storage", "grace"}
+        defaults = vars(parser.parse_args([]))
+        given = [name for name in defaults.keys() - may_change if getattr(args, name) != defaults[name]]
+        if given or flags:
+            what = f"--{given[0].replace('_', '-')}" if given else "the flags after --"
+            raise UsageError(f"--resume takes the search from the directory: leave out {what}")
+        return args, None
+    parameters, rule = [], None
+    if args.config or args.sweep_id:
+        try:
+            config = load_yaml(args.config) if args.config else wandb_config(args)
+            from_config, parameters = read_config(config)
+            flags = [*flags_of_command(config.get("command", [])), *flags]
+            rule = config.get("early_terminate")
+            bands(rule)
+        except UsageError as error:
+            raise UsageError(f"{args.config or f'--sweep-id {args.sweep_id}'}: {error}") from error
+        args = parser.parse_args([*from_config, *argv[:cut]])
+    search = search_from(args, [*parameters, *map(parse_parameter, args.param)], rule, flags)
+    if args.storage and not args.name:
+        raise UsageError("--storage needs --name NAME: the machines find the search by it")
+    return args, search
 
 
 def search_from(args: argparse.Namespace, parameters: list, rule: dict | None, flags: list[str]) -> "Search":
@@ -140,11 +181,10 @@ def search_from(args: argparse.Namespace, parameters: list, rule: dict | None, f
     threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     search = Search(script, args.method, space, flags, args.metric, 20, args.seed, args.seeds, rule, threads)
     for parameter in search.parameters:
-        values = parameter.values()
-        if values is None and args.method == "grid":
+        if parameter.size() == math.inf and args.method == "grid":
             raise UsageError(f"{parameter.name}: a grid needs a list of values, not a range")
         changes_loss = args.metric == "val_loss" and parameter.name in ("label_smoothing", "val_size", "dataset")
-        if changes_loss and (values is None or len(values) > 1):
+        if changes_loss and parameter.size() > 1:
             raise UsageError(f"{parameter.name} changes what val_loss means: choose by --metric val_acc")
     search.count = min(search.size(), args.count or (math.inf if args.method == "grid" else 20))
     epochs = check_trials(search)
@@ -247,20 +287,32 @@ def bands(rule: dict | None) -> list[int]:
 # ------------------------ The space ------------------------
 @dataclass(frozen=True)
 class Parameter:
-    """A flag to be searched, and Optuna's distribution of its values. They are rounded to multiples of `step` where the
-    distribution has no steps, as a logarithmic one."""
+    """A flag to be searched, and Optuna's distribution of its values. A logarithmic one has no
+    steps: then `step` is here, and the values are rounded to its multiples."""
 
     name: str
     distribution: BaseDistribution
     step: float | None = None
 
-    def values(self) -> list | None:
-        """All values, None of a continuous range."""
+    def size(self) -> float:
+        """How many values there are."""
+        d = self.distribution
+        if isinstance(d, CategoricalDistribution):
+            return len(d.choices)
+        step = self.step or d.step
+        return round((d.high - d.low) / step) + 1 if step else math.inf
+
+    def values(self) -> list:
+        """All values of a range that is not continuous."""
         d = self.distribution
         if isinstance(d, CategoricalDistribution):
             return list(d.choices)
-        step = self.step or d.step
-        return [self.rounded(d.low + i * step) for i in range(round((d.high - d.low) / step) + 1)] if step else None
+        return [self.rounded(d.low + index * (self.step or d.step)) for index in range(self.size())]
+
+    def ends(self) -> list:
+        """All words, or the bounds of a range: what the script refuses lies there."""
+        d = self.distribution
+        return self.values() if isinstance(d, CategoricalDistribution) else [self.rounded(x) for x in (d.low, d.high)]
 
     def rounded(self, value):
         """A value as it is shown and used: six digits are enough, and can be read and copied."""
@@ -376,7 +428,7 @@ def make_parameter(name: str, content: dict) -> Parameter:
 
 @dataclass
 class Search:
-    """What is searched. It is kept in the study, and stays the same when the search goes on, but for `count`."""
+    """What is searched. It is kept in the study; only `count` and `threads` may change when the search goes on."""
 
     script: str
     method: str
@@ -406,7 +458,7 @@ class Search:
 
     def size(self) -> float:
         """How many configurations there are."""
-        return math.prod(math.inf if p.values() is None else len(p.values()) for p in self.parameters)
+        return math.prod(parameter.size() for parameter in self.parameters)
 
     def combinations(self) -> Iterator[dict]:
         """All configurations, in order."""
@@ -415,9 +467,19 @@ class Search:
             for values in itertools.product(*(parameter.values() for parameter in self.parameters))
         )  # fmt: skip
 
+    @property
+    def sign(self) -> int:
+        """1 where the lowest metric is the best, -1 where the highest is."""
+        return 1 if METRICS[self.metric] == "minimize" else -1
+
+    @property
+    def colours(self) -> str:
+        """The colour map of the metric, in which the best is bright."""
+        return "viridis_r" if self.sign > 0 else "viridis"
+
     def loss(self, line: dict) -> float:
         """The metric of a line of trials.jsonl, so that the lowest is the best."""
-        return -line["val_acc"] if self.metric == "val_acc" else line["val_loss"]
+        return self.sign * line[self.metric]
 
     def configurations(self) -> list[dict]:
         """Those of a grid or a random search, in order; [{}, {}, ...] of bayes, where each is proposed in its turn."""
@@ -477,7 +539,7 @@ def check_trials(search: Search) -> set[int]:
     if not hasattr(module, "parse_arguments"):
         return {0}
     if search.method == "bayes":  # its corners
-        ends = {p.name: p.values() or [p.distribution.low, p.distribution.high] for p in search.parameters}
+        ends = {parameter.name: parameter.ends() for parameter in search.parameters}
         first = {name: values[0] for name, values in ends.items()}
         configurations = [{**first, name: value} for name, values in ends.items() for value in values]
     words = ([*trial_words(search, params, search.seed), "--no-test", "--quiet"] for params in configurations)
@@ -487,14 +549,15 @@ def check_trials(search: Search) -> set[int]:
 def check_data(search: Search) -> None:
     """UsageError where the trials would lack their data; once, and not trial by trial."""
     module = load_script(find_script(search.script))
-    for name in next((p.values() for p in search.parameters if p.name == "dataset"), [None]):
-        if hasattr(module, "parse_arguments") and hasattr(module, "synthetic"):
-            args = module.parse_arguments(trial_words(search, {"dataset": name} if name else {}, search.seed))
-            try:
-                if args.dataset in common.TORCHVISION:
-                    common.load_images(args, "train", module.synthetic)
-            except RunError as error:
-                raise UsageError(str(error)) from error
+    if not hasattr(module, "parse_arguments") or not hasattr(module, "synthetic"):
+        return
+    for choice in [{p.name: value} for p in search.parameters if p.name == "dataset" for value in p.values()] or [{}]:
+        args = module.parse_arguments(trial_words(search, choice, search.seed))
+        try:
+            if args.dataset in common.TORCHVISION:
+                common.load_images(args, "train", module.synthetic)
+        except RunError as error:
+            raise UsageError(str(error)) from error
 
 
 def trial_words(search: Search, params: dict, seed: int) -> list[str]:
@@ -539,7 +602,7 @@ class Database(RDBStorage):
 
 
 class JournalLock:
-    """The lock of study.journal. Optuna's own outlive a process that is killed, and hold up the others for 30 s."""
+    """The lock of study.journal. Optuna's own lock stays when its process is killed, and the others wait for 30 s."""
 
     def __init__(self, journal: Path):
         self.journal, self.stack = journal, contextlib.ExitStack()
@@ -707,7 +770,7 @@ class Proposer(optuna.samplers.RandomSampler):
         for other in others:
             value, status = results[other.number].get(search.metric), results[other.number].get("status")
             if status == "diverged" and values:
-                value = max(values) if search.metric == "val_loss" else min(values)
+                value = max(values, key=lambda value: search.sign * value)
             if value is not None or other.state == TrialState.RUNNING:
                 state = TrialState.RUNNING if value is None else TrialState.COMPLETE
                 given = {"params": other.params, "distributions": other.distributions}
@@ -716,14 +779,14 @@ class Proposer(optuna.samplers.RandomSampler):
 
 
 class Bands(optuna.pruners.BasePruner):
-    """W&B's early_terminate: a trial that reaches a band goes on if it is among the best of all that have reached it,
-    one in eta, rounded up. What counts is the best that each had reported by then."""
+    """W&B's early_terminate: a trial goes on at a band if it is in the best 1/eta, rounded up, of the trials that have
+    reached that band. What counts is the best report of each by then."""
 
     def __init__(self, search: Search):
         # At its last epoch a trial has finished.
         self.bands = [band for band in bands(search.early_terminate) if band < (search.epochs or math.inf)]
         self.eta = (search.early_terminate or {}).get("eta", 3)
-        self.sign = 1 if search.metric == "val_loss" else -1
+        self.sign = search.sign
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
         """Whether `trial` is to end after its last report."""
@@ -864,26 +927,26 @@ def read_record(directory: Path) -> dict:
 
 
 # ------------------------ Workers ------------------------
-def open_study(storage: optuna.storages.BaseStorage, name: str, search: Search) -> optuna.Study:
-    """The study of this name, with the sampler and the pruner of the search."""
-    return optuna.load_study(study_name=name, storage=storage, sampler=Proposer(search), pruner=Bands(search))
+def open_study(storage: optuna.storages.BaseStorage, name: str) -> tuple[optuna.Study, Search]:
+    """The study of this name, and the Search that it holds, which proposes and prunes."""
+    study = optuna.load_study(study_name=name, storage=storage)
+    search = Search(**study.user_attrs["search"])
+    study.sampler, study.pruner = Proposer(search), Bands(search)
+    return study, search
 
 
-def work(connection, search: Search, directory: Path, machine: str, url: str | None, grace: int, name: str) -> None:
+def work(connection, directory: Path, machine: str, url: str | None, grace: int, name: str, threads: int) -> None:
     """A worker process: run trials while any waits. It keeps torch and the images from one to the next."""
-
-    def stop(signum, frame):
-        raise common.Interrupted("SIGTERM")
 
     def end_with_parent():
         with contextlib.suppress(EOFError, OSError):
             connection.recv()
         os._exit(1)
 
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, common.interrupt)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which passes it on
     threading.Thread(target=end_with_parent, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # its own, for many processes, outlives one that is killed
+    tqdm.set_lock(threading.RLock())  # tqdm's own is shared by processes, and stays when one is killed
     alive = open(directory / ".workers.lock", "a")  # noqa: SIM115 (as long as this process lives)
     if common.fcntl:
         common.fcntl.flock(alive, common.fcntl.LOCK_SH)
@@ -891,9 +954,9 @@ def work(connection, search: Search, directory: Path, machine: str, url: str | N
         with open(directory / "workers.log", "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        torch.set_num_threads(search.threads)
         common.loaded_images = {}
-        study = open_study(open_storage(directory, url, grace), name, search)
+        study, search = open_study(open_storage(directory, url, grace), name)
+        torch.set_num_threads(threads)
         objective = Objective(search, directory, machine)
         while True:
             with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another machine has taken it over
@@ -940,6 +1003,10 @@ class Workers:
             self.running.pop(process).close()
         return ended
 
+    def close(self) -> None:
+        """Kill those that are left."""
+        self.signal(signal.SIGKILL)
+
     def signal(self, number: int) -> None:
         """Send all of them a signal."""
         for process in self.running:
@@ -960,11 +1027,11 @@ def run_trials(
         workers.signal(signal.SIGKILL if stopped else signal.SIGTERM)
         stopped.append(signal.Signals(number).name)
 
-    workers = Workers(search, directory, machine, args.storage, args.grace, study.study_name)
+    workers = Workers(directory, machine, args.storage, args.grace, study.study_name, search.threads)
     told = {line["trial"] for line in lines(study, machine)}
-    before, bar = len(told), TrialBar(search, len(latest(study)), args.quiet)
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    before = len(told)
+    bar = TrialBar(search, len(latest(study)), args.quiet)
+    with bar, contextlib.closing(workers), common.interruptible(stop):
         while True:
             # Write down what has ended, here or on another machine.
             trials, ended = latest(study).values(), write_lines(study, directory, machine)
@@ -992,41 +1059,40 @@ def run_trials(
             if args.storage:
                 take_over(study, running, first_seen, args.grace)
 
-            # A trial whose process has died waits again. It ends where it has died before and has come no further.
             for process in workers.wait(1):
-                if process.exitcode == 0 or stopped or failing:
-                    continue
-                mine = [trial for trial in latest(study).values() if trial.state == TrialState.RUNNING
-                        and trial.user_attrs.get("worker") == [machine, process.pid]]  # fmt: skip
-                lost = 0 if mine else lost + 1
-                for trial in mine:
-                    epochs, storage = trial.last_step or 0, study._storage
-                    if trial.user_attrs.get("died_after") != epochs:
-                        storage.set_trial_user_attr(trial._trial_id, "died_after", epochs)
-                        set_waiting(study, trial)
-                    else:
-                        error = f"its process died twice (exit code {process.exitcode})"
-                        params = search.params(trial.params) if trial.params.keys() == search.space.keys() else {}
-                        storage.set_trial_user_attr(trial._trial_id, "line", new_line(trial, params, error))
-                        study.tell(trial.number, state=TrialState.FAIL)
+                if process.exitcode != 0 and not stopped and not failing:
+                    lost = 0 if worker_died(study, search, [machine, process.pid], process.exitcode) else lost + 1
         give_back(study, machine)
-    finally:
-        workers.signal(signal.SIGKILL)
-        bar.close()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     if failing:
         raise RunError(
             f"{args.max_failures} trials in a row failed, the last, trial {failing[0]['trial']}, with: "
-            f"{failing[0]['error']}; see {common.shown(directory / 'workers.log')}; when that is mended: "
+            f"{failing[0]['error']}; see {common.shown(directory / 'workers.log')}; when that is mended, go on with: "
             f"{how_to_go_on(directory, args)}, with --retry-failed for the failed ones"
         )
     return stopped[0] if stopped else None
 
 
+def worker_died(study: optuna.Study, search: Search, worker: list, exit_code: int) -> bool:
+    """Let the trial wait again whose worker has died, and end it where its worker had died before, and it has come no
+    further since. Returns whether the worker had a trial."""
+    for trial in latest(study).values():
+        if trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker:
+            epochs, storage = trial.last_step or 0, study._storage
+            if trial.user_attrs.get("died_after") != epochs:
+                storage.set_trial_user_attr(trial._trial_id, "died_after", epochs)
+                set_waiting(study, trial)
+            else:
+                error = f"its process died twice (exit code {exit_code})"
+                params = search.params(trial.params) if trial.params.keys() == search.space.keys() else {}
+                storage.set_trial_user_attr(trial._trial_id, "line", new_line(trial, params, error))
+                study.tell(trial.number, state=TrialState.FAIL)
+            return True
+    return False
+
+
 def take_over(study: optuna.Study, running: list[FrozenTrial], first_seen: dict, grace: int) -> None:
     """Queue the trials again of machines that have died. Optuna hears of them by their heartbeats, but not of one that
-    died before the first; such a trial has not got as far as to name its worker."""
+    died before the first; such a trial has no `worker` yet."""
     optuna.storages.fail_stale_trials(study)
     for trial in running:
         since = first_seen.setdefault(trial.number, time.monotonic())
@@ -1082,19 +1148,22 @@ def line_as_text(line: dict, search: Search) -> str:
 
 # ------------------------ Weights & Biases as the engine ------------------------
 def choose_engine(args: argparse.Namespace, search: Search) -> str:
-    """`local` or `wandb`, as --engine says; of `auto` it is printed which, and why. UsageError, RunError."""
+    """W&B drives the search if this is `wandb`, else Optuna. Where `auto` chooses, it is printed why. UsageError,
+    RunError."""
     engine = "wandb" if args.sweep_id else args.engine
     if engine == "auto" and search.method == "bayes" and not args.storage:
         online = os.environ.get("WANDB_MODE", "online") == "online"
         key = online and importlib.util.find_spec("wandb") and common.has_wandb_key(quiet=True)
         engine = "wandb" if key else "local"
-        reason = "an API key is configured" if key else "no API key is configured" if online else "W&B is not online"
+        reason = (
+            "an API key is configured" if key else "no API key is configured" if online else "WANDB_MODE is not online"
+        )
         common.say(f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)", args.quiet)
     if engine == "wandb":
         reach_wandb(args)
         if args.storage or search.seeds > 1:
             raise UsageError("--storage and --seeds go with --engine local")
-    return "wandb" if engine == "wandb" else "local"
+    return engine
 
 
 def reach_wandb(args: argparse.Namespace) -> None:
@@ -1170,16 +1239,10 @@ def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argpar
         stopped.append(signal.Signals(number).name)
         raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        left = max(0, search.count - len(latest(study)))
-        if left:
+    left = search.count - len(latest(study))
+    if left > 0:
+        with contextlib.suppress(KeyboardInterrupt), common.interruptible(stop):
             wandb.agent(sweep_id, function=trial, project=project, count=left)
-    except KeyboardInterrupt:
-        pass
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
     ended = write_lines(study, directory, "")
     if ended and all(line["status"] == "failed" for line in ended):
         raise RunError(f"all {len(ended)} trials failed, the last with: {ended[-1]['error']}")
@@ -1272,22 +1335,24 @@ def draw_sweep(study: optuna.Study, search: Search, ended: list[dict], directory
     return pictures
 
 
+# The ground of a number that stands on lines or colours.
+LABEL = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1.5}
+
+
 def draw_parallel(search: Search, shown: list[dict]):
     """Parallel coordinates: a line a trial, through its parameters to its metric, which gives the colour."""
     import matplotlib
 
     values, last = [line[search.metric] for line in shown], len(search.space)
-    scale = matplotlib.colors.Normalize(min(values), max(values) if max(values) > min(values) else min(values) + 1)
-    colours = matplotlib.colormaps["viridis" if search.metric == "val_acc" else "viridis_r"]
+    scale, colours = matplotlib.colors.Normalize(min(values), max(values)), evaluate.colormap(search.colours)
     figure = evaluate.new_figure(3 + 2 * last, 5.5, f"{len(shown)} trials; the best is thick")
     axis, places = figure.subplots(), {line["trial"]: [] for line in shown}
     for index, parameter in enumerate(search.parameters):
         ticks, height = scale_of(parameter.distribution)
         axis.axvline(index, color="black", linewidth=1)
         for tick in ticks:
-            box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 1}
             text = f"{tick:.3g}" if isinstance(tick, float) else str(tick)
-            axis.annotate(text, (index, height(tick)), (4, 0), textcoords="offset points", va="center", bbox=box)
+            axis.annotate(text, (index, height(tick)), (4, 0), textcoords="offset points", va="center", bbox=LABEL)
         for line in shown:
             places[line["trial"]].append(height(line["params"][parameter.name]))
     for line in reversed(shown):
@@ -1321,10 +1386,9 @@ def draw_grid(search: Search, shown: list[dict]):
         (row, column), value = line["params"].values(), line[search.metric]
         row, column = down.index(row), across.index(column)
         cells[row, column] = value
-        box = {"facecolor": "white", "alpha": 0.75, "edgecolor": "none", "pad": 2}
-        axis.text(column, row, as_text(search.metric, value), ha="center", va="center", bbox=box)
-    colours = evaluate.colormap("viridis" if search.metric == "val_acc" else "viridis_r")
-    figure.colorbar(axis.imshow(cells.numpy(), cmap=colours, aspect="auto"), ax=axis, label=search.metric)
+        axis.text(column, row, as_text(search.metric, value), ha="center", va="center", bbox=LABEL)
+    image = axis.imshow(cells.numpy(), cmap=evaluate.colormap(search.colours), aspect="auto")
+    figure.colorbar(image, ax=axis, label=search.metric)
     axis.set_xticks(range(len(across)), map(str, across))
     axis.set_yticks(range(len(down)), map(str, down))
     axis.set(ylabel=search.parameters[0].name, xlabel=search.parameters[1].name)
@@ -1352,39 +1416,13 @@ def draw_curves(search: Search, ended: list[dict], directory: Path):
 # ------------------------ Main ------------------------
 def main(argv: list[str] | None = None) -> dict:
     """Run or continue a search, and report; return its directory, the lines of trials.jsonl and that of the best."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    cut = argv.index("--") if "--" in argv else len(argv)
-    parser = build_parser()
-    args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
-    if args.resume:
-        may_change = {"resume", "count", "jobs", "threads", "max_failures", "retry_failed", "quiet", "storage", "grace"}
-        defaults = vars(parser.parse_args([]))
-        given = [name for name in defaults.keys() - may_change if getattr(args, name) != defaults[name]]
-        if given or flags:
-            what = f"--{given[0].replace('_', '-')}" if given else "the flags after --"
-            raise UsageError(f"--resume takes the search from the directory: leave out {what}")
-        search, directory, engine = None, args.resume, None
-    else:
-        parameters, rule = [], None
-        if args.config or args.sweep_id:
-            try:
-                config = load_yaml(args.config) if args.config else wandb_config(args)
-                from_config, parameters = read_config(config)
-                flags = [*flags_of_command(config.get("command", [])), *flags]
-                rule = config.get("early_terminate")
-                bands(rule)
-            except UsageError as error:
-                raise UsageError(f"{args.config or f'--sweep-id {args.sweep_id}'}: {error}") from error
-            args = parser.parse_args([*from_config, *argv[:cut]])
-        search = search_from(args, [*parameters, *map(parse_parameter, args.param)], rule, flags)
-        if args.storage and not args.name:
-            raise UsageError("--storage needs --name NAME: the machines find the search by it")
-        own_name = f"sweep-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-        directory = args.runs_dir / (args.name or own_name)
-        if args.dry_run:
-            dry_run(search, args.quiet)
-            return {}
-        engine = choose_engine(args, search)
+    args, search = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+    if args.dry_run:
+        dry_run(search, args.quiet)
+        return {}
+    engine = choose_engine(args, search) if search else None
+    own_name = f"sweep-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    directory = args.resume or args.runs_dir / (args.name or own_name)
     check_directory(directory, args)
     machine = f"{socket.gethostname()}:{directory}" if args.storage else ""
     storage = open_storage(directory, args.storage, args.grace) if args.storage else None
@@ -1457,18 +1495,17 @@ def open_search(
     if args.threads or args.storage:
         stored.threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     study.set_user_attr("search", asdict(stored))
-    return open_study(storage, name, stored), stored
+    return open_study(storage, name)
 
 
 def queue(study: optuna.Study, search: Search, machine: str, args: argparse.Namespace) -> None:
     """Let what was interrupted here wait again, and queue the trials that are not in the study: all of a new one."""
     give_back(study, machine)
-    if "queued" not in study.user_attrs and "maker" in study.user_attrs:
-        deadline = time.monotonic() + args.grace
-        while "queued" not in study.user_attrs and study.user_attrs["maker"] != machine and time.monotonic() < deadline:
-            time.sleep(1)  # the machine that made the study is at it
+    deadline = time.monotonic() + args.grace
     if "maker" not in study.user_attrs:
         study.set_user_attr("maker", machine)
+    while "queued" not in study.user_attrs and study.user_attrs["maker"] != machine and time.monotonic() < deadline:
+        time.sleep(1)  # the machine that made the study is at it
     known = latest(study)
     for number, params in enumerate(search.configurations()):
         if number not in known:

@@ -88,7 +88,8 @@ def test_the_first_losses_of_a_model_are_what_they_were(model, monkeypatch):
     A change that is meant: python tests/golden.py MODEL."""
     monkeypatch.undo()
     found, expected = golden.losses(model), json.loads(golden.PATH.read_text())["losses"][model]
-    assert found[:6] == pytest.approx(expected[:6], rel=2e-3) and found[6:] == pytest.approx(expected[6:], rel=1e-2)
+    later = 5e-3 if model in ("convnet", "patchnet") else 2e-3
+    assert found[:6] == pytest.approx(expected[:6], rel=2e-3) and found[6:] == pytest.approx(expected[6:], rel=later)
 
 
 @pytest.mark.parametrize(
