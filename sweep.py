@@ -20,6 +20,7 @@ import json
 import math
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import re
 import secrets
@@ -411,6 +412,8 @@ def make_parameter(name: str, content: dict) -> Parameter:
         refuse(f"a logarithmic range needs a lower bound above 0, not {low}")
     if kind == "int_uniform":
         step = 1 if whole else refuse("int needs whole numbers")
+    if step is None and high - low < 1e-3 * max(abs(low), abs(high)):
+        refuse("the range is too narrow for values of six digits")
     if step is None:
         return Parameter(name, FloatDistribution(low, high, log=log))
     if step <= 0 or (high - low) / step > 1e9:
@@ -520,10 +523,10 @@ def load_script(path: Path):
             module = importlib.import_module(path.stem)
         else:
             sys.path.insert(0, str(path.parent))
-            spec = importlib.util.spec_from_file_location(path.stem, path)
-            module = importlib.util.module_from_spec(spec)
+            spec = importlib.util.spec_from_file_location(str(path), path)
+            module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
         text = f"{type(error).__name__}: {getattr(error, 'msg', None) or error}"
         raise UsageError(f"--script {where.filename}, line {where.lineno}: {text}") from error
@@ -652,7 +655,7 @@ for name in (
 
 def without_password(url: str) -> str:
     """A URL as it may be shown."""
-    return re.sub(r"(//[^:/@]*:)[^@]*@", r"\1***@", url)
+    return re.sub(r"(//[^:/@]*:).*@", r"\1***@", url)
 
 
 def open_storage(directory: Path, url: str | None, grace: int) -> optuna.storages.BaseStorage:
@@ -737,7 +740,8 @@ def give_back(study: optuna.Study, machine: str) -> None:
     for trial in study.get_trials(deepcopy=False):
         owner = trial.user_attrs.get("worker", [""])[0]
         if trial.state == TrialState.RUNNING and owner == machine:
-            set_waiting(study, trial)
+            with contextlib.suppress(UpdateFinishedTrialError):  # another machine has taken it over
+                set_waiting(study, trial)
 
 
 class Proposer(optuna.samplers.RandomSampler):
@@ -816,6 +820,7 @@ class Objective:
 
     def __init__(self, search: Search, directory: Path, machine: str, *more_flags: str):
         self.search, self.directory, self.machine, self.more_flags = search, directory, machine, more_flags
+        self.stopped = []  # W&B's agent: the signal that stopped it
         self.main = load_script(find_script(search.script)).main
 
     def __call__(self, trial: Trial) -> float:
@@ -826,11 +831,11 @@ class Objective:
         if not self.more_flags:  # W&B may give out the same twice
             self.check_alone(trial, params)
         line = new_line(trial, params)
+        own, records = line["run"], []
         try:
-            records = []
             for seed in range(search.seed, search.seed + search.seeds):
-                name = line["run"] if search.seeds == 1 else f"{line['run']}-seed-{seed}"
-                records.append(self.train(trial, params, seed, self.directory / name, records))
+                line["run"] = own if search.seeds == 1 else f"{own}-seed-{seed}"
+                records.append(self.train(trial, params, seed, self.directory / line["run"], records))
                 if ENDED[records[-1]["status"]] != "finished":
                     break
             line.update(self.outcome(records))
@@ -841,6 +846,8 @@ class Objective:
         except SystemExit as error:
             line["error"] = f"the script ended with exit status {error.code}"
         except Exception as error:
+            if self.stopped:
+                raise common.Interrupted(self.stopped[0]) from error
             record = read_record(self.directory / line["run"])
             if type(error) is Exception and record and self.more_flags:  # so W&B's agent stops a run
                 line.update(self.outcome([{**record, "status": "pruned", "error": None}]))
@@ -872,7 +879,7 @@ class Objective:
         after those of the runs `before`. What `main` raises, TrialFailed, Interrupted."""
         record = read_record(directory)
         if record.get("status") in ENDED:  # the sweep was killed before it could take note
-            return {**record, "directory": directory}
+            return record
         reported = trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values
         epochs = sum(other["epochs"] for other in before)
 
@@ -888,7 +895,7 @@ class Objective:
             argv = ["--resume", str(directory), "--quiet", *self.more_flags]
             rows = common.read_log(directory) if (directory / "log.jsonl").exists() else []
             if any(map(report, rows)):  # an epoch was saved, but not reported
-                return {**record, "status": "pruned", "directory": directory}
+                return {**record, "status": "pruned"}
         else:
             if directory.exists():  # it was killed before it could be continued
                 shutil.rmtree(directory)
@@ -902,7 +909,7 @@ class Objective:
         metric = (record.get("best") or {}).get(self.search.metric)
         if record["status"] != "diverged" and not (isinstance(metric, int | float) and math.isfinite(metric)):
             raise TrialFailed(f"its record has no best {self.search.metric} that is a number")
-        return {"epochs": 0, "seconds": 0.0, "best": None, "error": None, **record, "directory": directory}
+        return {**NOTHING, **record, "run": directory.name}
 
     def outcome(self, records: list[dict]) -> dict:
         """What the runs of a trial, one for each seed, mean for its line."""
@@ -917,13 +924,18 @@ class Objective:
             outcome[name] = statistics.fmean(values) if None not in values else None
         if len(records) > 1 and outcome["status"] == "finished":
             outcome["std"] = statistics.stdev(best[self.search.metric] for best in bests)
-            outcome["run"] = min(records, key=lambda record: self.search.loss(record["best"]))["directory"].name
+            outcome["run"] = min(records, key=lambda record: self.search.loss(record["best"]))["run"]
         return outcome
 
 
+# What a script may leave out of its record.
+NOTHING = {"epochs": 0, "seconds": 0.0, "best": None, "error": None}
+
+
 def read_record(directory: Path) -> dict:
-    """run.json of a trial, {} where there is none."""
-    return common.read_json(directory / "run.json") if (directory / "run.json").exists() else {}
+    """run.json of a trial, and the name of its directory; {} where there is none."""
+    path = directory / "run.json"
+    return {**NOTHING, **common.read_json(path), "run": directory.name} if path.exists() else {}
 
 
 # ------------------------ Workers ------------------------
@@ -948,8 +960,7 @@ def work(connection, directory: Path, machine: str, url: str | None, grace: int,
     threading.Thread(target=end_with_parent, daemon=True).start()
     tqdm.set_lock(threading.RLock())  # tqdm's own is shared by processes, and stays when one is killed
     alive = open(directory / ".workers.lock", "a")  # noqa: SIM115 (as long as this process lives)
-    if common.fcntl:
-        common.fcntl.flock(alive, common.fcntl.LOCK_SH)
+    common.fcntl.flock(alive, common.fcntl.LOCK_SH)
     try:
         with open(directory / "workers.log", "a") as file:
             os.dup2(file.fileno(), 1)
@@ -962,25 +973,25 @@ def work(connection, directory: Path, machine: str, url: str | None, grace: int,
             with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another machine has taken it over
                 study.optimize(objective, n_trials=1, catch=Exception)
             connection.send("a trial has ended")
-    except (NothingWaits, common.Interrupted):
-        os._exit(0)
+    except (NothingWaits, common.Interrupted) as reason:
+        os._exit(isinstance(reason, common.Interrupted))
 
 
 class Workers:
     """Processes that take trials from the study: {process: our end of its pipe}."""
 
     def __init__(self, *arguments):
-        # They are forked from a process that has imported torch and done nothing else, where the system can fork.
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-        self.context, self.arguments, self.running = multiprocessing.get_context(method), arguments, {}
-        if method == "forkserver":
-            self.context.set_forkserver_preload(["torch", "torch._dynamo", "optuna"])
+        # They are forked from a process that has imported torch and done nothing else.
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["torch", "torch._dynamo", "optuna"])
+        self.arguments, self.running, self.sent = arguments, {}, None
 
     def start(self) -> None:
         """One more."""
         mine, theirs = self.context.Pipe()
         process = self.context.Process(target=work, args=(theirs, *self.arguments))
-        # A process that is started while SIGINT is blocked never gets it.
+        # A process that is started while SIGINT is blocked never gets it; starting the tracker would unblock it.
+        multiprocessing.resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             process.start()
@@ -988,6 +999,8 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
         self.running[process] = mine
+        if self.sent:  # while this one was being started
+            self.signal(self.sent)
 
     def wait(self, seconds: float) -> list[multiprocessing.Process]:
         """Wait until one says that a trial has ended, or ends itself; the processes that have ended."""
@@ -1008,7 +1021,8 @@ class Workers:
         self.signal(signal.SIGKILL)
 
     def signal(self, number: int) -> None:
-        """Send all of them a signal."""
+        """Send all of them a signal, and those that are being started."""
+        self.sent = number
         for process in self.running:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, number)
@@ -1021,7 +1035,7 @@ def run_trials(
 
     Returns the name of the signal that stopped it, or None. RunError after --max-failures failed trials in a row.
     """
-    stopped, lost, failing, first_seen = [], 0, [], {}
+    stopped, lost, failure, first_seen = [], 0, None, {}
 
     def stop(number, frame):
         workers.signal(signal.SIGKILL if stopped else signal.SIGTERM)
@@ -1036,37 +1050,41 @@ def run_trials(
             # Write down what has ended, here or on another machine.
             trials, ended = latest(study).values(), write_lines(study, directory, machine)
             for line in ended:
-                if line["trial"] not in told and bar.disable:
-                    common.say(line_as_text(line, search), args.quiet)
-                told.add(line["trial"])
+                if line["trial"] not in told:
+                    told.add(line["trial"])
+                    lost = 0
+                    if bar.disable:
+                        common.say(line_as_text(line, search), args.quiet)
             running = [trial for trial in trials if trial.state == TrialState.RUNNING]
             here = [trial for trial in running if trial.user_attrs.get("worker", [""])[0] == machine]
             bar.show(len(ended), len(trials), here, ended)
 
             # Start workers for what waits, or stop.
-            if not failing:
-                failed = list(itertools.takewhile(lambda line: line["status"] == "failed", reversed(ended[before:])))
-                if len(failed) >= args.max_failures or lost >= args.max_failures:
-                    failing = failed or [{"trial": "-", "error": "the workers die before they take one"}]
-                    workers.signal(signal.SIGTERM)
-            if stopped or failing or all(trial.state.is_finished() for trial in trials):
+            last = ended[before:][-args.max_failures :]
+            failed = len(last) == args.max_failures and all(line["status"] == "failed" for line in last)
+            if not failure and (failed or lost >= args.max_failures):
+                failure = f"the processes of {lost} trials in a row died before they began"
+                if failed:
+                    error = f"trial {last[-1]['trial']}, with: {last[-1]['error']}"
+                    failure = f"{args.max_failures} trials in a row failed, the last, {error}"
+                workers.signal(signal.SIGTERM)
+            if stopped or failure or all(trial.state.is_finished() for trial in trials):
                 if not workers.running:
                     break
             else:
                 waiting = sum(trial.state == TrialState.WAITING for trial in trials)
-                while len(workers.running) < min(args.jobs, waiting + len(here)):
+                while not stopped and len(workers.running) < min(args.jobs, waiting + len(here)):
                     workers.start()
             if args.storage:
                 take_over(study, running, first_seen, args.grace)
 
             for process in workers.wait(1):
-                if process.exitcode != 0 and not stopped and not failing:
+                if process.exitcode != 0 and not stopped and not failure:
                     lost = 0 if worker_died(study, search, [machine, process.pid], process.exitcode) else lost + 1
         give_back(study, machine)
-    if failing:
+    if failure:
         raise RunError(
-            f"{args.max_failures} trials in a row failed, the last, trial {failing[0]['trial']}, with: "
-            f"{failing[0]['error']}; see {common.shown(directory / 'workers.log')}; when that is mended, go on with: "
+            f"{failure}; see {common.shown(directory / 'workers.log')}; when that is mended, go on with: "
             f"{how_to_go_on(directory, args)}, with --retry-failed for the failed ones"
         )
     return stopped[0] if stopped else None
@@ -1201,7 +1219,7 @@ def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argpar
     import wandb
     import yaml
 
-    stopped, project = [], args.wandb_project
+    project = args.wandb_project
     common.loaded_images = {}
     os.environ.setdefault("WANDB_DIR", str(directory))
     for trial in study.get_trials(deepcopy=False):  # interrupted; W&B gives no trial out twice
@@ -1223,6 +1241,7 @@ def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argpar
     common.say(f"W&B sweep {sweep_id}; another machine joins with --sweep-id {sweep_id}", args.quiet)
     flags = "--wandb", "online", "--wandb-project", project
     objective = Objective(replace(search, early_terminate=None), directory, "", *flags)
+    stopped = objective.stopped
 
     def trial():
         # The agent leaves the parameters of the run in this file.
@@ -1230,10 +1249,11 @@ def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argpar
         params = {name: entry["value"] for name, entry in content.items() if isinstance(entry, dict)}
         study.enqueue_trial(params, user_attrs={"trial": len(study.get_trials(deepcopy=False))})
         try:
-            study.optimize(objective, n_trials=1)
+            with contextlib.suppress(common.Interrupted):
+                study.optimize(objective, n_trials=1)
         finally:
-            if not stopped:
-                common.say(line_as_text(write_lines(study, directory, "")[-1], search), args.quiet)
+            for line in write_lines(study, directory, "")[-1:] if not stopped else ():
+                common.say(line_as_text(line, search), args.quiet)
 
     def stop(number, frame):
         stopped.append(signal.Signals(number).name)
@@ -1279,7 +1299,7 @@ def report(study: optuna.Study, search: Search, directory: Path, machine: str, c
     if winner["status"] != "finished":
         return result
     text = as_text(search.metric, winner[search.metric])
-    command = as_command(search, winner["params"], search.seed)
+    command = as_command(search, winner["params"], int(winner["run"].partition("-seed-")[2] or search.seed))
     common.say(f"best: {winner['run']}, {search.metric} {text}\n  {command}", quiet)
     if (directory / winner["run"]).is_dir():
         link.symlink_to(winner["run"])
@@ -1416,6 +1436,8 @@ def draw_curves(search: Search, ended: list[dict], directory: Path):
 # ------------------------ Main ------------------------
 def main(argv: list[str] | None = None) -> dict:
     """Run or continue a search, and report; return its directory, the lines of trials.jsonl and that of the best."""
+    if not common.fcntl:
+        raise UsageError("sweep.py needs the file locks of Linux or macOS; on Windows it runs in WSL")
     args, search = parse_arguments(sys.argv[1:] if argv is None else list(argv))
     if args.dry_run:
         dry_run(search, args.quiet)
@@ -1481,11 +1503,11 @@ def open_search(
             if name not in names and any(directory.glob("trial-*")):
                 raise UsageError(f"{shown} has trials of another search; take another --name")
             optuna.create_study(storage=storage, study_name=name, direction=METRICS[search.metric])
-    elif name not in names:
-        raise UsageError(f"--resume {shown}: there is no search {name} in its storage")
-    study = optuna.load_study(study_name=name, storage=storage)
+    study = optuna.load_study(study_name=name, storage=storage) if search or name in names else None
     if search and "search" not in study.user_attrs:
         study.set_user_attr("search", asdict(search))
+    if not study or "search" not in study.user_attrs:
+        raise UsageError(f"--resume {shown}: it was stopped before it began; start it again with --name {name}")
     before = study.user_attrs["search"]
     for key, value in asdict(search).items() if search else ():
         if key not in ("count", "threads") and value != before[key]:

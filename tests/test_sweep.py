@@ -17,11 +17,14 @@ from pathlib import Path
 import common
 import sweep
 
+import optuna
 import pytest
 import yaml
 from forked import Forked
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 # A script of the user's own: a metric that follows from its parameters, and ways to fail. It takes so little time that
 # what is tested is the sweep. Before each epoch it waits while there is a file hold-<its name> or hold-all beside the
@@ -56,13 +59,13 @@ def main(argv, on_epoch=None):
             time.sleep(0.01)
         if args.fail == "all" or args.fail == "raise" and args.k == 2:
             raise ValueError(f"k is {args.k}")
-        if args.k == 2 and (args.fail == "die" or args.fail == "die once" and before == 0 and epoch == 3):
-            os.kill(os.getpid(), signal.SIGKILL)
+        if args.k == 2 and (args.fail == "die" or args.fail.endswith("once") and before == 0 and epoch == 3):
+            os.kill(os.getpid(), signal.SIGTERM if args.fail == "stop once" else signal.SIGKILL)
         if args.fail == "diverge" and args.x > 0.5:
             status, error = "diverged", "the loss became nan"
             break
         spike = 1 if args.k == 1 and epoch == 4 else 0
-        loss = (args.x - 0.3) ** 2 + args.k / 10 + 1 / epoch + args.seed / 1000 + spike
+        loss = (args.x - 0.3) ** 2 + args.k / 10 + 1 / epoch - args.seed / 1000 + spike
         rows.append({"epoch": epoch, "val_loss": loss, "val_acc": 1 / (1 + loss), "went_on_from": before})
         (directory / "log.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
         (directory / "last.pt").touch()
@@ -269,7 +272,8 @@ WRONG_SEARCHES = {
     "--method grid --prune --param epochs=5,10": "one number of epochs",
     "--method grid --script notes.txt --param c1=1": "no such Python file",
     "--method grid --storage sqlite:///x": "--storage needs --name",
-    "--method grid --storage nothing://u:secret@h/d --name s": "Can't load plugin",
+    "--method random --param lr=1.0..1.00001": "too narrow",
+    "--method grid --storage nothing://u:p@secret@h/d --name s": "Can't load plugin",
     "--method random --metric f1": "val_loss, val_acc", "--method grid --param c9=1,2": "--c9",
     "--method grid --param c1=48,-3": "--c1", "--method bayes --param d1=0.5..2": "--d1",
     "--method random -- --no-test": "--no-test is set by the sweep",
@@ -286,6 +290,7 @@ def test_a_script_that_cannot_be_used_and_data_that_are_missing_are_one_line(cap
     argv = ["--method", "grid", "--param", "k=1", "--script", "mine.py"]
     for content, expected in {
         "def main(:": "mine.py, line 1: SyntaxError", "x = 1\ny = x.z\n": "mine.py, line 2: AttributeError",
+        "raise SystemExit(3)": "mine.py, line 1: SystemExit: 3",
         "def run(): ...": "no function main(argv, on_epoch=None)",
     }.items():  # fmt: skip
         Path("mine.py").write_text(content)
@@ -374,8 +379,9 @@ def test_a_trial_that_fails_is_recorded_and_does_not_end_the_sweep(toy):
     assert len(kept) == 3 and kept < set(Path("runs/raise/trials.jsonl").read_text().splitlines())
 
 
-def test_a_trial_whose_process_dies_goes_on_from_where_it_was(toy):
-    sweep.main([*toy, *GRID, "--", "--fail", "die once"])
+@pytest.mark.parametrize("way", ["die once", "stop once"])
+def test_a_trial_whose_process_dies_or_is_stopped_goes_on_from_where_it_was(toy, way):
+    sweep.main([*toy, *GRID, "--", "--fail", way])
     assert {(row["status"], row["epochs"]) for row in lines().values()} == {("finished", 8)}
     went_on = [row["went_on_from"] for row in common.read_log(Path("runs/s/trial-0001"))]
     assert went_on == [0, 0, 2, 2, 2, 2, 2, 2]
@@ -410,19 +416,36 @@ def test_the_bands_end_what_is_not_among_the_best_by_its_best(toy):
     assert [row["epochs"] for row in lines(name="best").values()] == [8, 8, 8, 8]
 
 
-def test_several_seeds_are_averaged(toy):
-    sweep.main([*toy, "--method", "grid", "--param", "k=1,2", "--seeds", "3"])
+def test_several_seeds_are_averaged(toy, capsys):
+    sweep.main([*toy[:4], "--name", "s", "--method", "grid", "--param", "k=1,2", "--seeds", "3"])
+    assert "toy.py --k=1 --seed 44" in capsys.readouterr().out  # the run that `best` is
     heading, *rows = (line.split(",") for line in Path("runs/s/leaderboard.csv").read_text().splitlines())
     first, second = (dict(zip(heading, row, strict=True)) for row in rows)
     assert (first["k"], second["k"]) == ("1", "2") and float(first["std"]) == pytest.approx(0.001)
-    assert float(first["val_loss"]) == pytest.approx(0.09 + 0.1 + 1 / 8 + 0.043)
+    assert float(first["val_loss"]) == pytest.approx(0.09 + 0.1 + 1 / 8 - 0.043)
     runs = sorted(path.name for path in Path("runs/s").glob("trial-*"))
     assert runs == [f"trial-000{trial}-seed-{seed}" for trial in (0, 1) for seed in (42, 43, 44)]
-    assert Path("runs/s/best").readlink() == Path("trial-0000-seed-42")
+    assert Path("runs/s/best").readlink() == Path("trial-0000-seed-44")
+    sweep.main([*toy[:-1], "nan", "--method", "grid", "--param", "x=0.6,0.1", "--seeds", "2", "--", "--fail=diverge"])
+    assert [Path("runs/nan", row["run"]).is_dir() for row in lines(name="nan").values()] == [True, True]
+
+
+ODD = """
+from __future__ import annotations
+import dataclasses
+import other
+
+@dataclasses.dataclass
+class Settings:
+    x: int
+
+def main(argv, on_epoch):
+    return other.ANSWERS[int(argv[0][-1])]
+"""
 
 
 def test_what_a_script_gives_that_is_no_record_is_a_failed_trial(toy):
-    Path("odd.py").write_text("import other\ndef main(argv, on_epoch):\n    return other.ANSWERS[int(argv[0][-1])]\n")
+    Path("odd.py").write_text(ODD)
     answers = [None, {"status": "failed"}, {"status": "finished", "best": None, "epochs": 1}]
     answers.append({"status": "finished", "best": {"val_loss": float("nan")}, "epochs": 1})
     Path("other.py").write_text(f"from math import nan\nANSWERS = {answers!r}")
@@ -528,6 +551,19 @@ def test_a_signal_reaches_the_trials_and_the_sweep_says_how_to_go_on(toy, number
         sweep.main(["--resume", "runs/s", "--quiet"])
     sweep.main(["--resume", "runs/s", "--quiet"])
     assert list(lines()) == [*range(6)]
+
+
+def test_a_search_that_never_began_and_a_system_without_locks_are_one_line(toy, monkeypatch):
+    Path("runs/s").mkdir(parents=True)
+    storage = JournalStorage(JournalFileBackend("runs/s/study.journal"))
+    optuna.create_study(storage=storage, study_name="s")  # killed here
+    with pytest.raises(common.UsageError, match="stopped before it began"):
+        sweep.main(["--resume", "runs/s"])
+    sweep.main([*toy, "--method", "grid", "--param", "k=1"])
+    assert list(lines()) == [0]
+    monkeypatch.setattr(common, "fcntl", None)  # as on Windows
+    with pytest.raises(common.UsageError, match="WSL"):
+        sweep.main(["--resume", "runs/s"])
 
 
 def test_a_directory_holds_one_search_and_never_another(toy, capsys):

@@ -1,6 +1,9 @@
 """A search that W&B drives: the real package over HTTP, against a stand-in for its server."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import common
@@ -38,11 +41,16 @@ os.environ.update(WANDB_BASE_URL="{url}", WANDB_API_KEY="0" * 40, HOME="{home}",
 """
 
 
-def drive(server, *argv):
-    """Run sweep.py: its exit status, the lines on stderr, and the rows of trials.jsonl."""
+def start(server, *argv):
+    """sweep.py in a process of its own."""
     Path("mine.py").write_text(MINE)
     argv = ["--name", "s", "--runs-dir", "runs", *argv]
-    status, error = Forked("sweep", *argv, before=PREPARE.format(url=server.url, home=Path.cwd())).finish()
+    return Forked("sweep", *argv, before=PREPARE.format(url=server.url, home=Path.cwd()))
+
+
+def drive(server, *argv):
+    """Run sweep.py: its exit status, the lines on stderr, and the rows of trials.jsonl."""
+    status, error = start(server, *argv).finish()
     path = Path("runs/s/trials.jsonl")
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     return status, error.splitlines(), rows
@@ -68,6 +76,20 @@ def test_trials_that_finish_fail_and_are_told_to_stop():
     best = [min(row["val_loss"] for row in logged[: epoch + 1]) for epoch in range(2)]
     assert [row["best_val_loss"] for row in history] == best
     assert {"UpsertSweep", "CreateAgent", "Heartbeat", "UpsertBucket"} <= set(server.operations)
+    server.close()
+
+
+def test_a_trial_that_was_running_at_ctrl_c_is_no_result():
+    server = WandbServer([{"lr": 0.001, "epochs": 5000}])
+    process = start(server, *SEARCH, "--", *FLAGS)
+    end = time.monotonic() + 300
+    while not server.history.get("run0"):
+        assert time.monotonic() < end and process.process.is_alive()
+        time.sleep(0.05)
+    os.kill(process.process.pid, signal.SIGINT)
+    status, error = process.finish()
+    assert status == 130 and "Traceback" not in error, error
+    assert Path("runs/s/trials.jsonl").read_text() == ""
     server.close()
 
 
