@@ -3,13 +3,17 @@
 import ctypes
 import fcntl
 import gc
+import gzip
+import hashlib
 import http.server
 import itertools
 import multiprocessing
+import pickle
 import queue
 import re
 import shutil
 import sys
+import tarfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,11 +36,12 @@ IMAGES = {train_mnist: 200, train_cifar: 100}
 both_scripts = pytest.mark.parametrize("script", [train_mnist, train_cifar])
 
 
-def load(script, *argv, part="train", synthetic=None):
+def load(script, *argv, part="train"):
     """The `part` of the dataset; with "both" its training images, cut in two."""
-    args, synthetic = script.parse_arguments([str(argument) for argument in argv]), synthetic or script.synthetic
-    both = part == "both"
-    return common.load_training_images(args, synthetic) if both else common.load_images(args, part, synthetic)
+    args = script.parse_arguments([str(argument) for argument in argv])
+    if part == "both":
+        return common.load_training_images(args, script.synthetic)
+    return common.load_images(args, part, script.synthetic)
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -62,14 +67,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def origin(tiny_cifar, mnist_gz_dir, monkeypatch):
-    """The server from which torchvision downloads in this test."""
-    (folder, md5), cifar, mnist = mnist_gz_dir, datasets.CIFAR10, datasets.MNIST
-    md5 = {**md5, **tiny_cifar.md5}
+def cifar_dir(tmp_path):
+    """A data directory with CIFAR-10's archive, of 20 images a batch, and with what it holds."""
+    batches, random = tmp_path / "origin" / "cifar-10-batches-py", np.random.default_rng(0)
+    batches.mkdir(parents=True)
+    content = {"batches.meta": {"label_names": list("abcdefghij")}}
+    for name in (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"):
+        pixels = random.integers(0, 256, (20, 3072), dtype=np.uint8)
+        content[name] = {"labels": [i % 10 for i in range(20)], "data": pixels}
+    for name, value in content.items():
+        (batches / name).write_bytes(pickle.dumps(value, protocol=2))
+    with tarfile.open(f"{batches.parent}/{ARCHIVES[train_cifar][0]}", "w:gz") as archive:
+        archive.add(batches, batches.name)
+    return batches.parent
+
+
+@pytest.fixture
+def origin(cifar_dir, mnist_dir, monkeypatch):
+    """The server from which torchvision downloads in this test what is in these directories."""
+    cifar, mnist = datasets.CIFAR10, datasets.MNIST
+    files = {path.name: path.read_bytes() for path in cifar_dir.rglob("*") if path.is_file()}
+    files |= {f"{path.name}.gz": gzip.compress(path.read_bytes()) for path in (mnist_dir / "MNIST/raw").iterdir()}
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.fault, server.gate, server.events = None, threading.Event(), queue.Queue()
+        server.files, server.fault, server.gate, server.events = files, None, threading.Event(), queue.Queue()
         server.gate.set()
-        server.files = {path.name: path.read_bytes() for path in (tiny_cifar.archive, *folder.iterdir())}
         server.handle_error = lambda *_: None  # of a client that was killed
         url = f"http://127.0.0.1:{server.server_port}/"
         monkeypatch.setattr(mnist, "mirrors", [url])
@@ -77,8 +99,8 @@ def origin(tiny_cifar, mnist_gz_dir, monkeypatch):
         monkeypatch.setattr(cifar, "url", url + cifar.filename)
         monkeypatch.setattr(cifar, "tgz_md5", md5[cifar.filename])
         monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5["batches.meta"]})
-        for files in ("train_list", "test_list"):
-            monkeypatch.setattr(cifar, files, [[name, md5[name]] for name, _ in getattr(cifar, files)])
+        for part in ("train_list", "test_list"):
+            monkeypatch.setattr(cifar, part, [[name, md5[name]] for name, _ in getattr(cifar, part)])
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
@@ -94,17 +116,17 @@ def test_the_files_of_mnist_and_cifar_are_read_as_they_are(origin):
 
 
 @pytest.mark.parametrize("name", [*IDX, "data_batch_3", "test_batch"])
-def test_damage_is_told_before_the_training(origin, mnist_dir, tiny_cifar, name):
+def test_damage_is_told_before_the_training(origin, cifar_dir, name):
     origin.fault, mnist = "offline", name in IDX
-    script, folder = (train_mnist, Path("data/MNIST/raw")) if mnist else (train_cifar, tiny_cifar.batches)
-    path, content = folder / name, (folder / name).read_bytes()
-    tiny_cifar.archive.unlink()
+    script, folder = (train_mnist, "data/MNIST/raw") if mnist else (train_cifar, "origin/cifar-10-batches-py")
+    path, content = Path(folder, name), Path(folder, name).read_bytes()
+    (cifar_dir / ARCHIVES[train_cifar][0]).unlink()
     damaged = [content[:-1], content + b"0", b"", b"<html>", None]
     if name == IDX[1]:
         damaged += [b"\0\0\x08\x01\0\0\0\x01\0", content[:-1] + b"\x0a"]  # one label alone, a label of 10
     for damage in damaged:
         path.unlink() if damage is None else path.write_bytes(damage)
-        with pytest.raises(common.RunError, match=folder.name):
+        with pytest.raises(common.RunError, match=folder):
             run(script, "--data-dir", "data" if mnist else "origin", "--quiet")
     assert not Path("runs").exists()
 
@@ -131,9 +153,7 @@ def test_what_a_failed_download_leaves_is_never_taken_for_data(origin, script, f
     argv, origin.fault = (script, "--data-dir", "fresh"), fault
     if fault == "killed":
         origin.gate.clear()
-        tqdm.set_lock(
-            threading.RLock()
-        )  # its own is shared with forked processes: one that dies could hold it for ever
+        tqdm.set_lock(threading.RLock())  # its own is shared with forked ones: one that dies could hold it for ever
         process = multiprocessing.get_context("fork").Process(target=load, args=argv)
         process.start()
         assert origin.events.get(timeout=100) == ARCHIVES[script][0]
@@ -297,13 +317,6 @@ def test_the_checksum_is_of_every_pixel_and_label_in_any_layout():
     sets = [(images, labels), (layout, labels), (pixel, labels), (images, labels.roll(1))]
     same, layout, *changed = (common.ImageSet(*each, []).checksum for each in sets)
     assert same == layout and len({same, *changed}) == 3
-
-
-def test_val_size_zero_selects_on_the_test_set_and_says_so(mnist_dir, capsys):
-    _, record, _ = run(train_mnist, "--val-size", 0, "--epochs", 1, "--batch-size", 20, "--data-dir", mnist_dir)
-    assert "the test set chooses the epoch" in capsys.readouterr().out
-    assert record["data"].items() >= {"selection": "test set", "train": 200, "val": 50, "test": 50}.items()
-    assert record["test"]["acc"] == record["best"]["val_acc"]
 
 
 def test_normalize_dataset_takes_mean_and_std_of_the_training_part(few_images):

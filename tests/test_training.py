@@ -221,9 +221,12 @@ def test_epochs_can_be_raised_and_a_finished_run_is_left_alone(capsys):
     assert record["args"]["epochs"] == 3 and json.loads(before)["test"]
 
 
-def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_lifted():
-    argv = [*DENSE, "--lr", 0.03, "--val-size", 0, "--epochs", 40, "--tolerance", 3]  # the test is the validation again
+def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_lifted(capsys):
+    # The validation is the test, which is told.
+    argv = [*DENSE[:-1], "--lr", 0.03, "--val-size", 0, "--epochs", 40, "--tolerance", 3]
     whole, record, rows = run(train_mnist, *argv)
+    assert "the test set chooses the epoch" in capsys.readouterr().out
+    assert record["data"].items() >= {"selection": "test set", "train": 300, "val": 60, "test": 60}.items()
     losses = [row["val_loss"] for row in rows]
     assert record["status"] == "stopped_early" and record["epochs"] == len(rows) < 40
     assert record["best"]["val_loss"] == min(losses) == losses[-4] and record["best"]["epoch"] == len(rows) - 3
