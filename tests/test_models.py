@@ -159,14 +159,3 @@ def test_schedules_equal_torchs():
             assert schedule(step / 100) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), name
             optimizer.step()
             scheduler.step()
-
-
-def test_evaluation_is_a_mean_over_images_and_training_leaves_a_last_batch_of_one_out():
-    images = common.ImageSet(torch.randint(0, 256, (25, 1, 8, 8)).byte(), torch.arange(25) % 10, [])
-    model, autocast, results = build((1, 8, 8), "--model", "dense"), common.autocast_to("cpu", "fp32"), []
-    for batch_size in (25, 1, 4):
-        meter = common.test(model, common.Loader(images, batch_size, [0.5], [0.5]), autocast)
-        results.append((pytest.approx(meter.loss, rel=1e-5), meter.accuracy))
-    assert results == results[:1] * 3
-    loader = common.Loader(images, 4, [0.5], [0.5], seed=0)
-    assert [len(labels) for _, labels in loader.batches(1)] == [4] * 6 and len(loader) == 6

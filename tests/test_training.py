@@ -129,17 +129,18 @@ def test_optimizers_do_what_those_of_torch_do(batches, name, options):
     assert all(torch.allclose(p, weights[name], rtol=1e-3, atol=1e-5) for name, p in net.named_parameters())
 
 
+def means(batches, smoothing=0):
+    """Loss and accuracy over all images of `batches`."""
+    logits, labels = (torch.cat([batch[column] for batch in batches]) for column in (2, 3))
+    loss = -(logits.log_softmax(1) * (F.one_hot(labels, 10) * (1 - smoothing) + smoothing / 10)).sum(1).mean()
+    return pytest.approx((loss.item(), (logits.argmax(1) == labels).double().mean().item()), rel=1e-4)
+
+
 def test_losses_are_means_per_image_of_labels_smoothed_but_in_the_test(batches):
     _, record, (row,) = run(train_cifar, *EVERYTHING_ON, "--epochs", 1, "--lr", 0.05, "--label-smoothing", 0.4)
-
-    def means(batches, smoothing):
-        logits, labels = (torch.cat([batch[column] for batch in batches]) for column in (2, 3))
-        loss = -(logits.log_softmax(1) * (F.one_hot(labels, 10) * (1 - smoothing) + smoothing / 10)).sum(1).mean()
-        return pytest.approx((loss.item(), (logits.argmax(1) == labels).double().mean().item()), rel=1e-4)
-
     assert (row["train_loss"], row["train_acc"]) == means(batches[:3], 0.4)
     assert (row["val_loss"], row["val_acc"]) == means(batches[3:4], 0.4)
-    assert (record["test"]["loss"], record["test"]["acc"]) == means(batches[4:], 0)
+    assert (record["test"]["loss"], record["test"]["acc"]) == means(batches[4:])
     assert [len(batch[3]) for batch in batches] == [64, 64, 22, 30, 60]
 
 
@@ -161,15 +162,19 @@ def test_what_is_to_change_the_training_does():
 @pytest.mark.parametrize(
     ("side", "batch", "largest"), [(28, 64, 1000), (32, 1050, 1050), (64, 64, 250), (64, 300, 300)]
 )
-def test_the_batches_of_validation_and_test_have_so_many_pixels(monkeypatch, batches, side, batch, largest):
+def test_validation_and_test_are_means_over_batches_of_so_many_pixels(monkeypatch, batches, side, batch, largest):
     def noise(train):
-        images = torch.randint(256, (2200 if train else 1100, 1, side, side), dtype=torch.uint8)
+        images = torch.randint(256, (2102 if train else 1051, 1, side, side), dtype=torch.uint8)
         return common.ImageSet(images, torch.arange(len(images)) % 10, list("abcdefghij"))
 
     monkeypatch.setattr(train_mnist, "synthetic", noise)
-    run(train_mnist, *DENSE, "--l1", 4, "--epochs", 1, "--val-size", 0.5, "--batch-size", batch)
-    sizes = [len(labels) for net, _, _, labels in batches if not net.training]
-    assert max(sizes) == largest and sum(sizes) == 2200
+    argv = ["--l1", 4, "--epochs", 1, "--val-size", 0.5, "--batch-size", batch]
+    _, record, (row,) = run(train_mnist, *DENSE, *argv)
+    evaluated = [batch for batch in batches if not batch[0].training]
+    val, test = evaluated[: len(evaluated) // 2], evaluated[len(evaluated) // 2 :]
+    for part, loss, accuracy in ((val, row["val_loss"], row["val_acc"]), (test, *record["test"].values())):
+        sizes = [len(labels) for *_, labels in part]
+        assert max(sizes) == largest and sum(sizes) == 1051 and (loss, accuracy) == means(part)
 
 
 SMALL = ["--dataset", "synthetic", "--batch-size", 64, "--c1", 8, "--c2", 8, "--quiet"]
@@ -322,8 +327,9 @@ def test_a_run_goes_on_with_its_threads_and_says_where(monkeypatch):
     assert threads == [2] and record["threads"] == 2 and record["host"] == "elsewhere"
 
 
-def test_a_batch_as_large_as_the_training_set_is_remarked_upon(capsys):
+def test_a_last_batch_of_one_is_not_trained_on_and_one_of_all_images_is_remarked_upon(batches, capsys):
     run(train_mnist, *DENSE[:-1], "--epochs", 1, "--batch-size", 269)
+    assert [len(labels) for net, *_, labels in batches if net.training] == [269]
     assert "--batch-size" not in capsys.readouterr().out
     run(train_mnist, *DENSE[:-1], "--epochs", 1, "--batch-size", 270)
     assert re.search("--batch-size 270: the 270 training images .* try --batch-size 13", capsys.readouterr().out)
