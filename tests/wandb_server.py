@@ -32,12 +32,11 @@ class WandbServer:
                 with contextlib.suppress(ConnectionError):  # whoever asked was killed
                     self.wfile.write(body)
 
-            def do_GET(self):
-                self.answer({})
-
             def do_PUT(self):
                 self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 self.answer({})
+
+            do_GET = do_PUT
 
             def do_POST(self):
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
