@@ -1,6 +1,6 @@
 """Show what a model has learnt: tables and pictures, a comparison of runs, predictions, exported models.
 
-    python evaluate.py runs/<run>                            # tables, metrics.json and pictures, from the test images
+    python evaluate.py runs/<run>                            # tables and pictures of the test images, report.html
     python evaluate.py runs/<run> --split val                # from the validation images, into runs/<run>/val
     python evaluate.py runs/a runs/b                         # compare runs (or runs/*); reads no images
     python evaluate.py runs/<run> --predict photo.png album  # file, class and probability of images of your own
@@ -11,13 +11,16 @@ precision, batches and number of threads, so on the same machine its figures are
 """
 
 import argparse
+import base64
 import csv
+import html
 import importlib
 import importlib.util
 import io
 import itertools
 import json
 import math
+import shlex
 import sys
 import warnings
 from collections.abc import Callable
@@ -359,25 +362,30 @@ def draw_image(axis, pixels: torch.Tensor, **options) -> None:
     axis.imshow(pixels.permute(1, 2, 0).squeeze(2).numpy(), **scale, **options)
 
 
-def draw_images(image_set: ImageSet, predicted: list, confidence: list, chosen: list, title: str):
-    """The images at the indices `chosen`, as they were before normalisation, with true and predicted class."""
+def caption(image_set: ImageSet, index: int, predicted: int, confidence: float) -> str:
+    """Two lines about an image: its class, and what was predicted how surely."""
+    actual, answer = (shorten(image_set.classes[which], 12) for which in (image_set.labels[index], predicted))
+    right = predicted == image_set.labels[index]
+    return f"{actual}\n({confidence:.0%})" if right else f"{actual}, taken for\n{answer} ({confidence:.0%})"
+
+
+def draw_images(image_set: ImageSet, captions: dict[int, str], predicted: torch.Tensor, title: str):
+    """The images at the indices of `captions` as they were before normalisation, framed where the model is wrong."""
     from matplotlib.patches import Rectangle
 
     columns, cell_height = 8, 1.3  # of a cell of width 1
-    rows = max(1, math.ceil(len(chosen) / columns))
+    rows = max(1, math.ceil(len(captions) / columns))
     figure = new_figure(11.6, rows * cell_height * 1.45 + 0.7, title)
     axis = figure.subplots()  # one for all: forty take seconds
-    for place, index in enumerate(chosen):
+    for place, (index, text) in enumerate(captions.items()):
         left, top = place % columns + 0.05, place // columns * cell_height + 0.35
-        label, guess = int(image_set.labels[index]), predicted[index]
-        actual, answer = shorten(image_set.classes[label], 12), shorten(image_set.classes[guess], 12)
-        text, colour = f"{actual}\n({confidence[index]:.0%})", "black"
-        if label != guess:
-            text, colour = f"{actual}, taken for\n{answer} ({confidence[index]:.0%})", ORANGE
+        wrong = predicted[index] != image_set.labels[index]
+        if wrong:
             axis.add_patch(Rectangle((left, top), 0.9, 0.9, fill=False, color=ORANGE, linewidth=3))
         draw_image(axis, image_set.images[index], extent=(left, left + 0.9, top + 0.9, top))
-        axis.text(left + 0.45, top - 0.04, text, ha="center", va="bottom", fontsize=8, color=colour)
-    if not chosen:
+        look = {"ha": "center", "va": "bottom", "fontsize": 8, "color": ORANGE if wrong else "black"}
+        axis.text(left + 0.45, top - 0.04, text, **look)
+    if not captions:
         axis.text(columns / 2, cell_height / 2, "none", ha="center")
     axis.set(xlim=(0, columns), ylim=(rows * cell_height, 0))
     axis.set_axis_off()
@@ -476,6 +484,85 @@ def draw_comparison(groups: list[list[dict]]):
     return figure
 
 
+# ------------------------------------------------ One page ------------------------------------------------
+
+PAGE_START = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root { color-scheme: light dark; --ground: #fff; --text: #222; --line: #ccc; --head: #f2f2f2 }
+@media (prefers-color-scheme: dark) { :root { --ground: #181818; --text: #ddd; --line: #444; --head: #262626 } }
+body { margin: 0 auto; padding: 1rem; max-width: 75rem; font: 1rem/1.5 system-ui, sans-serif;
+  background: var(--ground); color: var(--text); overflow-wrap: anywhere }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+th, td { border: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top }
+td:first-child, .right { white-space: nowrap }
+.right { text-align: right }
+th { background: var(--head); padding: 0 }
+th button { all: unset; cursor: pointer; padding: .2rem .6rem; font-weight: 600; white-space: nowrap }
+th button:focus-visible { outline: 2px solid }
+th[aria-sort=ascending] button::after { content: " \\25b2" }
+th[aria-sort=descending] button::after { content: " \\25bc" }
+figure { margin: 1rem 0 }
+img { max-width: 100%; background: #fff }
+.images { display: flex; flex-wrap: wrap; gap: 1rem }
+.images figure { margin: 0; width: 8rem; font-size: .85rem; white-space: pre-line }
+.images img { width: 100%; image-rendering: pixelated }
+</style></head><body><h1>{title}</h1>
+"""
+PAGE_END = """<script>
+for (const table of document.querySelectorAll("table"))
+  [...table.tHead.rows[0].cells].forEach((head, column) => head.firstChild.addEventListener("click", () => {
+    const sign = head.ariaSort === "ascending" ? -1 : 1;
+    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+    head.ariaSort = sign > 0 ? "ascending" : "descending";
+    const text = row => row.cells[column].textContent;
+    const number = row => parseFloat(text(row).replaceAll(",", ""));  // of "1,234" and "98.1%"; a word has none
+    const compare = (a, b) => isNaN(number(a)) - isNaN(number(b)) ||
+      sign * (number(a) - number(b) || text(a).localeCompare(text(b), undefined, {numeric: true}));
+    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
+  }));
+</script></body></html>
+"""
+
+
+def write_report(path: Path, title: str, parts: list[tuple]) -> None:
+    """Write a page that needs no other file: tables sort on a click on their header. RunError.
+
+    Each of `parts` is ("heading", text), ("text", text), ("table", alignment, headings, rows) as in `as_table`,
+    ("picture", PNG bytes, caption), or ("images", [(PNG bytes, caption), ...]) for small ones in rows.
+    """
+
+    def escape(text):
+        return html.escape(text.encode(errors="replace").decode())  # a name may have bytes that are no characters
+
+    def figure(png, caption):
+        source, words = f"data:image/png;base64,{base64.b64encode(png).decode()}", escape(caption)
+        return f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+
+    def cells(tag, alignment, texts):
+        classes = ('class="right"' if side == ">" else 'class="left"' for side in alignment)
+        return "".join(f"<{tag} {which}>{text}</{tag}>" for which, text in zip(classes, texts, strict=True))
+
+    page = [PAGE_START.replace("{title}", escape(title))]
+    for part in parts:
+        match part:
+            case "heading", text:
+                page.append(f"<h2>{escape(text)}</h2>")
+            case "text", text:
+                page.append(f"<p>{escape(text)}</p>")
+            case "picture", png, caption:
+                page.append(figure(png, caption))
+            case "images", images:
+                page.append(f'<div class="images">{"".join(figure(*image) for image in images)}</div>')
+            case "table", alignment, headings, rows:
+                head = cells("th", alignment, [f'<button type="button">{escape(text)}</button>' for text in headings])
+                body = "".join(f"<tr>{cells('td', alignment, map(escape, row))}</tr>" for row in rows)
+                head = f"<thead><tr>{head}</tr></thead>"
+                page.append(f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>')
+    write_files(path.parent, {path.name: "\n".join([*page, PAGE_END]).encode()})
+
+
 # ------------------------------------------------ The commands ------------------------------------------------
 
 
@@ -516,13 +603,18 @@ def evaluate(args: argparse.Namespace) -> dict:
     sample = torch.randperm(len(image_set), generator=common.generator_for("predictions"))[:40]
     wrong = (predicted != image_set.labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40]
-    answered = image_set, predicted.tolist(), confidence.tolist()
+    random, mistakes = (
+        {index: caption(image_set, index, predicted[index], confidence[index]) for index in chosen.tolist()}
+        for chosen in (sample, worst)
+    )
     figures = {
         "curves": draw_curves(trained, history),
         "per_class": draw_per_class(metrics, title),
         "confusion": draw_confusion(metrics, title),
-        "predictions": draw_images(*answered, sample.tolist(), f"{title}; a random sample: true class and confidence"),
-        "mistakes": draw_images(*answered, worst.tolist(), f"{title}; the most confident mistakes"),
+        "predictions": draw_images(
+            image_set, random, predicted, f"{title}; a random sample: true class and confidence"
+        ),
+        "mistakes": draw_images(image_set, mistakes, predicted, f"{title}; the most confident mistakes"),
         "calibration": draw_calibration(metrics, title),
     }
     if convolution:
@@ -533,8 +625,21 @@ def evaluate(args: argparse.Namespace) -> dict:
     out = args.out or (directory if args.split == "test" else directory / args.split)
     write_files(out, files)
 
-    status = status_of(directory, record)
-    lines = [title, *metrics_table(metrics), "", f"{common.shown(out)}: {', '.join(files)}"]
+    status, tables = status_of(directory, record), metrics_tables(metrics)
+    settings = [
+        [f"--{name.replace('_', '-')}", str(value)] for name, value in record["args"].items() if value is not None
+    ]
+    write_report(out / "report.html", title.replace("\n", ": "), [
+        ("table", "<<", ["run", common.shown(directory)], summary(record, status)),
+        *(part for heading, table in tables.items() for part in (("heading", heading), ("table", *table))),
+        ("heading", f"The {len(mistakes)} most confident of {len(wrong):,} mistakes"),
+        ("images", [(as_png(image_set.images[index]), text) for index, text in mistakes.items()]),
+        ("heading", "Pictures"),
+        *(("picture", files[f"{name}.png"], name.replace("_", " ")) for name in figures if name != "mistakes"),
+        ("heading", "All settings"), ("table", "<<", ["flag", "value"], settings),
+    ])  # fmt: skip
+    lines = [title, *(line for table in tables.values() for line in ("", *as_table(*table)))]
+    lines += ["", f"{common.shown(out)}: {', '.join(['report.html', *files])}"]
     if status not in ("finished", "stopped_early"):
         lines.insert(0, f"{common.shown(directory)}: {status} after {record['epochs']} epochs")
     if not convolution:
@@ -576,33 +681,57 @@ def as_table(alignment: str, headings: list[str], rows: list[list[str]]) -> list
     ]
 
 
-def metrics_table(metrics: dict) -> list[str]:
-    """The lines of `metrics` for a person."""
-    rows, (low, high) = metrics["classes"], metrics["accuracy_interval"]
-    lines = [
-        f"accuracy {metrics['accuracy']:.2%} (95% interval {low:.2%} to {high:.2%}), loss {metrics['loss']:.4f}",
-        f"macro F1 {metrics['macro_f1']:.4f}, weighted F1 {metrics['weighted_f1']:.4f}, "
-        f"expected calibration error {metrics['expected_calibration_error']:.2%}",
+def summary(record: dict, status: str) -> list[list[str]]:
+    """What a run is, in rows of a name and a value."""
+    data, versions = record["data"], ", ".join(" ".join(pair) for pair in record["versions"].items())
+    return [
+        ["command", shlex.join(["python", f"{record['script']}.py", *record["argv"]])],
+        ["model", f"{record['args']['model']}, {record['parameters']:,} parameters"],
+        ["data", f"{data['name']}: {data['train']:,} training and {data['val']:,} validation images"],
+        ["training", f"{record['epochs']} epochs in {record['seconds']:.0f} s, {status.replace('_', ' ')}"],
+        ["machine", f"{record['host']}, {record['device']}, {record['precision']}, {record['threads']} threads"],
+        ["begun", record["started"]], ["versions", versions], ["commit", record["git"] or "-"],
+    ]  # fmt: skip
+
+
+def as_png(pixels: torch.Tensor) -> bytes:
+    """uint8 [1 or 3, H, W] as the bytes of a PNG file."""
+    from torchvision.transforms.functional import to_pil_image
+
+    buffer = io.BytesIO()
+    to_pil_image(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def metrics_tables(metrics: dict) -> dict[str, tuple]:
+    """The tables of `metrics` for a person, each under its heading: alignment, headings, rows."""
+    rows, tta = metrics["classes"], metrics.get("tta")
+    results = [
+        ["accuracy", f"{metrics['accuracy']:.2%}", "{:.2%} to {:.2%}".format(*metrics["accuracy_interval"])],
+        ["loss", f"{metrics['loss']:.4f}", ""],
+        *([name, f"{metrics[name.replace(' ', '_').lower()]:.4f}", ""] for name in ("macro F1", "weighted F1")),
+        ["expected calibration error", f"{metrics['expected_calibration_error']:.2%}", ""],
     ]
     if "top5_accuracy" in metrics:
-        lines.append(f"top-5 accuracy {metrics['top5_accuracy']:.2%}")
-    if "tta" in metrics:
-        text = "with test-time augmentation ({views}): accuracy {accuracy:.2%}, loss {loss:.4f}"
-        lines.append(text.format(**metrics["tta"]))
-    table = []
+        results.append(["top-5 accuracy", f"{metrics['top5_accuracy']:.2%}", ""])
+    if tta:
+        interval = "{:.2%} to {:.2%}".format(*tta["accuracy_interval"])
+        results.append([f"accuracy with test-time augmentation, {tta['views']}", f"{tta['accuracy']:.2%}", interval])
+        results.append([f"loss with test-time augmentation, {tta['views']}", f"{tta['loss']:.4f}", ""])
+    classes = []
     for row in rows:
         precision = f"{row['precision']:.2%}" if row["predicted"] else "-"  # no image was taken for one of this class
-        table.append([row["name"], str(row["support"]), f"{row['recall']:.2%}", precision, f"{row['f1']:.4f}"])
-    lines += ["", *as_table("<>>>>", ["class", "images", "accuracy = recall", "precision", "F1"], table)]
-    errors = torch.tensor(metrics["confusion_matrix"]).fill_diagonal_(0).flatten()
-    table = []
+        classes.append([row["name"], str(row["support"]), f"{row['recall']:.2%}", precision, f"{row['f1']:.4f}"])
+    errors, confused = torch.tensor(metrics["confusion_matrix"]).fill_diagonal_(0).flatten(), []
     for place in errors.argsort(descending=True, stable=True)[: min(10, int(errors.count_nonzero()))].tolist():
         actual, guess = divmod(place, len(rows))
         share = f"{errors[place] / rows[actual]['support']:.1%}"
-        table.append([rows[actual]["name"], rows[guess]["name"], str(int(errors[place])), share])
-    if table:
-        lines += ["", *as_table("<<>>", ["most confused: actual", "predicted", "images", "of the class"], table)]
-    return lines
+        confused.append([rows[actual]["name"], rows[guess]["name"], str(int(errors[place])), share])
+    return {
+        "Results": ("<>>", ["result", "value", "95% interval"], results),
+        "Classes": ("<>>>>", ["class", "images", "accuracy = recall", "precision", "F1"], classes),
+        "Most confused": ("<<>>", ["most confused: actual", "predicted", "images", "of the class"], confused),
+    }
 
 
 def compare(args: argparse.Namespace) -> dict:
@@ -648,8 +777,12 @@ def compare(args: argparse.Namespace) -> dict:
         for row in rows
     ]  # fmt: skip
     headings = ["run", "dataset", "model", "parameters", "epochs", "val loss", "val acc", "test acc", "seconds"]
-    lines = as_table("<<<>>>>>><", [*headings, "status"], table)
-    report(args, rows, rows, [*lines, *remarks, common.shown(out / "compare.png")])
+    runs = "<<<>>>>>><", [*headings, "status"], table
+    write_report(out / "compare.html", f"{len(rows)} runs", [
+        ("table", *runs), *(("text", remark) for remark in remarks), ("picture", picture, "validation, run by run"),
+    ])  # fmt: skip
+    files = f"{common.shown(out)}: compare.png, compare.html"
+    report(args, rows, rows, [*as_table(*runs), *remarks, files])
     return {"runs": rows}
 
 

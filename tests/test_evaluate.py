@@ -1,12 +1,16 @@
 """What evaluate.py measures, draws, compares, predicts and exports, against figures worked out here from best.pt."""
 
+import base64
 import contextlib
 import csv
 import importlib.util
 import io
 import json
+import re
 import shutil
+import subprocess
 import warnings
+from html.parser import HTMLParser
 from types import SimpleNamespace
 
 import common
@@ -21,6 +25,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 PICTURES = {"curves", "per_class", "confusion", "predictions", "mistakes", "calibration", "filters", "activations"}
+
+FILES = {"metrics.json", "report.html", *(f"{name}.png" for name in PICTURES)}
 
 
 def digits(train):
@@ -91,7 +97,7 @@ def copy(runs, tmp_path):
     """`copy(name, changes of run.json or its args)` makes runs/name, a copy of `digits`."""
 
     def make(name="copy", **changes):
-        record, made = common.read_record(runs / "digits"), shutil.ignore_patterns("*.png", "metrics.json")
+        record, made = common.read_record(runs / "digits"), shutil.ignore_patterns(*FILES)
         directory = shutil.copytree(runs / "digits", tmp_path / "runs" / name, ignore=made, dirs_exist_ok=True)
         record["args"] = {key: changes.get(key, value) for key, value in record["args"].items()}
         common.write_json(directory / "run.json", {**record, **changes})
@@ -126,7 +132,9 @@ def wilson(correct, count):
 def test_the_figures_are_those_of_run_json_to_the_bit(runs, shown, hundred, undrawn, copy, capsys):
     metrics, tta, test = shown.result, shown.result["tta"], common.read_record(runs / "digits")["test"]
     assert {"loss": tta["loss"], "acc": tta["accuracy"]} == test and tta["loss"] != metrics["loss"]
-    assert f"(mirror+shift): accuracy {tta['accuracy']:.2%}, loss {tta['loss']:.4f}" in shown.out
+    words = " ".join(shown.out.split())
+    assert f"accuracy with test-time augmentation, mirror+shift {tta['accuracy']:.2%}" in words
+    assert f"loss with test-time augmentation, mirror+shift {tta['loss']:.4f}" in words
     bf16, record = hundred.result, common.read_record(runs / "hundred")
     assert {"loss": bf16["loss"], "acc": bf16["accuracy"]} == record["test"] and "tta" not in bf16
     assert evaluate.main([str(runs / "digits"), "--tta=mirror", "--out=out", "--json"])["tta"]["views"] == "mirror"
@@ -145,7 +153,7 @@ def test_other_splits_lie_in_a_directory_of_their_own(undrawn, copy, capsys):
     record, files = common.read_record(run), set(run.iterdir())
     val, train = (evaluate.main([str(run), "--quiet", "--split", split]) for split in ("val", "train"))
     assert capsys.readouterr().out == "" and set(run.iterdir()) == {*files, run / "val", run / "train"}
-    assert {path.name for path in (run / "val").iterdir()} == {"metrics.json", *(f"{name}.png" for name in PICTURES)}
+    assert {path.name for path in (run / "val").iterdir()} == FILES
     assert (val["images"], train["images"]) == (record["data"]["val"], record["data"]["train"]) == (60, 540)
     assert val["accuracy"] == record["best"]["val_acc"] and val == common.read_json(run / "val" / "metrics.json")
 
@@ -166,7 +174,8 @@ def test_metrics_agree_with_scikit_learn_and_the_screen_with_them(runs, shown, h
     assert hundred.result["top5_accuracy"] == pytest.approx(top5.sum().item() / 200, abs=0.02)  # bf16
     lines = [line.split() for line in shown.out.splitlines()]
     interval = "{:.2%} to {:.2%}".format(*metrics["accuracy_interval"])
-    assert f"accuracy {metrics['accuracy']:.2%} (95% interval {interval}), loss {metrics['loss']:.4f}" in shown.out
+    assert ["accuracy", f"{metrics['accuracy']:.2%}", *interval.split()] in lines
+    assert ["loss", f"{metrics['loss']:.4f}"] in lines and ["macro", "F1", f"{metrics['macro_f1']:.4f}"] in lines
     start = lines.index(["class", "images", "accuracy", "=", "recall", "precision", "F1"]) + 1
     for row, line in zip(metrics["classes"], lines[start : start + 10], strict=True):
         precision = f"{row['precision']:.2%}" if row["predicted"] else "-"
@@ -231,6 +240,115 @@ def test_mistakes_and_predictions_show_the_images_with_their_classes(shown, expe
     assert len(set(sample)) == 40 and not set(sample).issubset(wrong.tolist())
 
 
+class Page(HTMLParser):
+    """What an HTML file has: `tables` (rows of texts), `images` (PNG bytes, the caption) and the `title`; each tag is
+    closed, and nothing is loaded from elsewhere."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.tables, self.images, self.texts, self.content = [], [], [], [], path.read_text()
+        self.feed(self.content)
+        self.close()
+        assert self.open == [] and not any(word in self.content for word in ("http:", "https:", "//cdn", "@import"))
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        assert tag in ("meta", "img") or attributes.keys().isdisjoint({"src", "href"})
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag == "img":
+            kind, data = attributes["src"].split(",")
+            assert kind == "data:image/png;base64"
+            self.images.append([base64.b64decode(data, validate=True), ""])
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+            if tag in ("td", "th"):
+                self.tables[-1][-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if {"td", "th"} & set(self.open):
+            self.tables[-1][-1][-1] += data
+        elif "figcaption" in self.open:
+            self.images[-1][1] += data
+        elif {"title", "p"} & set(self.open):
+            self.texts.append(data)
+
+
+def test_the_report_is_one_page_with_the_tables_and_pictures(runs, shown, hundred, expected):
+    page, metrics = Page(runs / "digits" / "report.html"), shown.result
+    assert page.texts == ["digits, epoch {epoch}: 150 test images of synthetic".format(**metrics)]
+    about, results, classes, _, settings = page.tables
+    assert " ".join(about[1]).startswith("command python train_mnist.py --epochs 3")
+    assert ["--label-smoothing", "0.1"] in settings and ["accuracy", f"{metrics['accuracy']:.2%}"] == results[1][:2]
+    assert [row[2] for row in classes[1:]] == [f"{row['recall']:.2%}" for row in metrics["classes"]]
+    # The mistakes are images of their own, with the classes beside them; then the pictures, without their mosaic.
+    images, labels, confidence, predicted = expected
+    wrong = (predicted != labels).nonzero().flatten()
+    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40].tolist()
+    for (png, text), index in zip(page.images[:40], worst, strict=True):
+        assert (np.asarray(Image.open(io.BytesIO(png))) == images[index, 0].numpy()).all()
+        assert text == f"{labels[index]}, taken for\n{predicted[index]} ({confidence[index]:.0%})"
+    pictures = [(runs / "digits" / f"{text.replace(' ', '_')}.png").read_bytes() for _, text in page.images[40:]]
+    assert pictures == [png for png, _ in page.images[40:]] and len(pictures) == len(PICTURES - {"mistakes"})
+    for png, _ in Page(runs / "hundred" / "report.html").images:
+        Image.open(io.BytesIO(png)).verify()
+
+
+def test_text_in_a_report_is_escaped(tmp_path):
+    table, tag = ("table", "<>", ["<i>", "n"], [["<b>&\udcff", "1"]]), "<script>alert(1)</script>"
+    evaluate.write_report(tmp_path / "new" / "report.html", tag, [("heading", tag), ("text", tag), table])
+    page = Page(tmp_path / "new" / "report.html")
+    assert page.tables == [[["<i>", "n"], ["<b>&?", "1"]]] and page.texts == [tag, tag]
+    assert page.content.count("<script>") == 1
+
+
+PROBE = """<script>
+const seen = [];
+for (const head of document.querySelectorAll("th")) {
+  head.firstChild.focus();
+  for (let click = 0; click < 2; click++) {
+    document.activeElement.click();
+    seen.push([head.ariaSort, [...document.querySelectorAll("tr")].slice(1).map(row => row.innerText)]);
+  }
+}
+const loaded = [...document.images].map(image => image.complete && image.naturalWidth);
+const wide = document.documentElement.scrollWidth > innerWidth;
+document.body.textContent = JSON.stringify({seen, loaded, wide});
+</script>"""
+
+
+def test_a_browser_shows_the_report_and_sorts_its_tables(runs, shown, tmp_path):
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("no chromium on this machine: apt-get install chromium")
+    png = (runs / "digits" / "curves.png").read_bytes()
+    rows = [["b", "9.5%", "1,000"], ["class 10", "100.0%", "-"], ["class 9", "-1%", "999"]]
+    table = "table", "<>>", ["a long name " * 9, "share", "count"], rows
+    evaluate.write_report(tmp_path / "page.html", "page", [table, ("picture", png, "c"), ("images", [(png, "d")])])
+    html = (tmp_path / "page.html").read_text()
+    (tmp_path / "page.html").write_text(html.replace("</body>", f"{PROBE}</body>"))
+
+    def opened(path):
+        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom"]
+        command += [f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--virtual-time-budget=5000"]
+        shown = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=100)
+        assert shown.returncode == 0 and "CONSOLE" not in shown.stderr
+        return shown.stdout
+
+    told = json.loads(re.search(r"<body>(.*)</body>", opened(tmp_path / "page.html"), re.DOTALL)[1])
+    assert told["loaded"] and all(told["loaded"]) and not told["wide"]
+    order = [[{"b": 0, "class 10": 1, "class 9": 2}[row.split("\t")[0]] for row in rows] for _, rows in told["seen"]]
+    # A name by its number, then a missing value last in both directions.
+    assert order == [[0, 2, 1], [1, 2, 0], [2, 0, 1], [1, 0, 2], [2, 0, 1], [0, 2, 1]]
+    assert [sort for sort, _ in told["seen"]] == ["ascending", "descending"] * 3
+    assert "most confident" in opened(runs / "digits" / "report.html")
+
+
 def test_filters_and_feature_maps_are_those_of_the_layer(runs, shown, hundred, tmp_path):
     weights = common.load_checkpoint(runs / "hundred" / "best.pt")["weights"]
     first, images = weights["conv1.weight"], hundred.images
@@ -272,6 +390,9 @@ def test_a_comparison_ranks_the_runs_of_each_dataset(runs, copy, tmp_path, monke
     assert lines[1][5:7] == ["0.2000*", "80.00%"] and lines[3][5:8] == ["1.9000", "80.00%", "76.54%"]
     assert lines[5][5:8] == ["-", "-", "-"] and "* measured on the test set" in shown.out
     assert "\nsynthetic (train_mnist): the runs differ in --label-smoothing" in shown.out and "other: " not in shown.out
+    page = Page(tmp_path / "out" / "compare.html")
+    assert [row[5] for row in page.tables[0][1:]] == ["0.2000*", "0.3000", "1.9000", "0.2000", "-"]
+    assert len(page.texts) == 3 and page.images[0][0] == (tmp_path / "out" / "compare.png").read_bytes()
     for axis, name in zip(shown.axes["compare"], ("loss", "acc") * 2, strict=True):
         assert list(axis.lines[0].get_ydata()) == [row[f"val_{name}"] for row in common.read_log(runs / "digits")]
     assert [len(axis.lines) for axis in shown.axes["compare"]] == [2, 2, 3, 3]
