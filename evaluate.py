@@ -2,7 +2,7 @@
 
     python evaluate.py runs/<run>                            # tables and pictures of the test images, report.html
     python evaluate.py runs/<run> --split val                # from the validation images, into runs/<run>/val
-    python evaluate.py runs/a runs/b                         # compare runs (or runs/*); reads no images
+    python evaluate.py runs/a runs/b                         # compare runs, or runs/*: in pairs those evaluated before
     python evaluate.py runs/<run> --predict photo.png album  # file, class and probability of images of your own
     python evaluate.py runs/<run> --export onnx              # a file that takes uint8 images
 
@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import shlex
+import statistics
 import sys
 import warnings
 from collections.abc import Callable
@@ -43,7 +44,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
     flag = parser.add_argument_group("what is evaluated").add_argument
-    flag("--split", choices=("test", "val", "train"), default="test", help="which images")
+    flag(
+        "--split",
+        choices=("test", "val", "train"),
+        default="test",
+        help="which images; of runs compared, which predictions",
+    )
     flag("--data-dir", type=common.absolute_path, metavar="DIR", help="where the data are now (as in training)")
     flag("--tta", choices=tuple(common.TTA), help="test-time augmentation, beside the plain figures (the run's own)")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU where there is one")
@@ -174,6 +180,34 @@ def wilson_interval(correct: int, count: int) -> list[float]:
 
     interval = binomtest(correct, count).proportion_ci(method="wilson")
     return [float(interval.low), float(interval.high)]
+
+
+def mcnemar_mid_p(one: int, other: int) -> float:
+    """Two-sided mid-p of McNemar's test that two models are equally good, where `one` and `other` images are right with
+    the one or the other only. M. W. Fagerland, S. Lydersen and P. Laake, "The McNemar test for binary matched-pairs
+    data: mid-p and asymptotic are better than exact conditional" (2013)."""
+    from scipy.stats import binom
+
+    fewer, images = min(one, other), one + other
+    return float(2 * binom.cdf(fewer, images, 0.5) - binom.pmf(fewer, images, 0.5))
+
+
+def difference_interval(one: int, other: int, images: int) -> list[float]:
+    """The 95% interval [low, high] of the difference of two accuracies on the same `images`, of which `one` and `other`
+    are right with the one or the other model only. D. G. Bonett and R. M. Price, "Adjusted Wald confidence interval for
+    a difference of binomial proportions based on paired data" (2012)."""
+    p, q = (one + 1) / (images + 2), (other + 1) / (images + 2)
+    half = statistics.NormalDist().inv_cdf(0.975) * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
+    return [max(-1.0, p - q - half), min(1.0, p - q + half)]
+
+
+def mean_interval(values: list[float]) -> tuple[float, float, list[float]]:
+    """Mean and standard deviation of two values or more, and Student's 95% interval [low, high] of the mean."""
+    from scipy.stats import t
+
+    mean, deviation = statistics.mean(values), statistics.stdev(values)
+    half = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
+    return mean, deviation, [mean - half, mean + half]
 
 
 def class_metrics(confusion: torch.Tensor, names: list[str]) -> list[dict]:
@@ -622,8 +656,14 @@ def evaluate(args: argparse.Namespace) -> dict:
         figures["activations"] = draw_activations(trained, name, convolution, image_set, args.image)
     files = {f"{file}.png": render(figure) for file, figure in figures.items()}
     files["metrics.json"] = f"{json.dumps(metrics, indent=2)}\n".encode()
-    out = args.out or (directory if args.split == "test" else directory / args.split)
+    out = args.out or place_of(directory, args.split)
     write_files(out, files)
+    probability = logits.double().softmax(1).gather(1, image_set.labels[:, None]).flatten()
+    predictions = {
+        "epoch": metrics["epoch"], "checksum": image_set.checksum, "labels": image_set.labels.short(),
+        "predicted": predicted.short(), "probability": probability.float(),  # of the class in `labels`
+    }  # fmt: skip
+    common.save_checkpoint(out / "predictions.pt", predictions)
 
     status, tables = status_of(directory, record), metrics_tables(metrics)
     settings = [
@@ -639,13 +679,18 @@ def evaluate(args: argparse.Namespace) -> dict:
         ("heading", "All settings"), ("table", "<<", ["flag", "value"], settings),
     ])  # fmt: skip
     lines = [title, *(line for table in tables.values() for line in ("", *as_table(*table)))]
-    lines += ["", f"{common.shown(out)}: {', '.join(['report.html', *files])}"]
+    lines += ["", f"{common.shown(out)}: {', '.join(['report.html', *files, 'predictions.pt'])}"]
     if status not in ("finished", "stopped_early"):
         lines.insert(0, f"{common.shown(directory)}: {status} after {record['epochs']} epochs")
     if not convolution:
         lines[-1] += " (no convolution, so no filters.png)"
     report(args, metrics, metrics["classes"], lines)
     return metrics
+
+
+def place_of(run: Path, split: str) -> Path:
+    """The directory of what is made of a split of a run."""
+    return run if split == "test" else run / split
 
 
 def write_files(out: Path, files: dict[str, bytes]) -> None:
@@ -734,9 +779,22 @@ def metrics_tables(metrics: dict) -> dict[str, tuple]:
     }
 
 
+# What a row of a comparison says of its pair, and of the runs that are equal to it but for the seed.
+PAIR = (
+    "pair_with", "pair_images", "pair_only_this_right", "pair_only_other_right", "pair_difference", "pair_low",
+    "pair_high", "pair_mid_p", "not_paired",
+)  # fmt: skip
+SEEDS = (
+    "seeds",
+    "seed_runs",
+    *(f"{name}_acc_{what}" for name in ("val", "test") for what in ("mean", "sd", "low", "high")),
+)
+NOT_OF_THE_CONFIGURATION = {"seed", "run_name", "runs_dir", "data_dir", "wandb", "wandb_project"}
+
+
 def compare(args: argparse.Namespace) -> dict:
     """Compare runs by what their directories say: no image is read, so the test set stays as unread as it was."""
-    rows = []
+    rows, configurations = [], {}
     for directory in args.runs:
         try:
             record = common.read_record(directory)
@@ -751,8 +809,12 @@ def compare(args: argparse.Namespace) -> dict:
             "model": record["args"]["model"], "parameters": record["parameters"], "epochs": record["epochs"],
             "best_epoch": best.get("epoch"), "val_loss": best.get("val_loss"), "val_acc": best.get("val_acc"),
             "test_acc": test.get("acc"), "label_smoothing": record["args"]["label_smoothing"],
-            "seconds": record["seconds"], "status": status_of(directory, record),
+            "seconds": record["seconds"], "status": status_of(directory, record), **dict.fromkeys((*PAIR, *SEEDS)),
         })  # fmt: skip
+        if rows[-1]["status"] in ("finished", "stopped_early"):
+            same = {name: value for name, value in record["args"].items() if name not in NOT_OF_THE_CONFIGURATION}
+            key = json.dumps([record["script"], dataset, record["data"]["train"], same])
+            configurations.setdefault(key, {}).setdefault(record["seed"], rows[-1])  # a seed counts once
     if not rows:
         raise RunError("none of these is a run directory")
     rows.sort(key=lambda row: row["dataset"])
@@ -761,29 +823,112 @@ def compare(args: argparse.Namespace) -> dict:
     rows = [row for group in groups for row in group]
     if any(row["selection"] == "test set" for row in rows):
         remarks.append("* measured on the test set, which chose the epoch (--val-size 0)")
+    remarks += [remark for group in groups if len(group) > 1 for remark in pair_with_best(group, args.split)]
+    for seeds in configurations.values():
+        add_seeds(list(seeds.values()))
     picture = render(draw_comparison(groups))
     out = args.out or Path(rows[0]["run"]).parent
     write_files(out, {"compare.png": picture})
+    tables = comparison_tables(rows, args.split)
+    write_report(out / "compare.html", f"{len(rows)} runs", [
+        *(part for heading, table in tables.items() for part in (("heading", heading), ("table", *table))),
+        *(("text", remark) for remark in remarks), ("picture", picture, "validation, run by run"),
+    ])  # fmt: skip
+    lines = [line for table in tables.values() for line in (*as_table(*table), "")]
+    report(args, rows, rows, [*lines, *remarks, f"{common.shown(out)}: compare.png, compare.html"])
+    return {"runs": rows}
 
-    def text(value, form):
-        return "-" if value is None else format(value, form)
 
-    table = [
+def comparison_tables(rows: list[dict], split: str) -> dict[str, tuple]:
+    """The tables of a comparison, each under its heading: alignment, headings, rows."""
+
+    def text(form, *values):
+        return "-" if None in values else " to ".join(format(value, form) for value in values)
+
+    runs = [
         [
             row["run"], row["dataset"], row["model"], f"{row['parameters']:,}", str(row["epochs"]),
-            text(row["val_loss"], ".4f") + "*" * (row["selection"] == "test set"), text(row["val_acc"], ".2%"),
-            text(row["test_acc"], ".2%"), f"{row['seconds']:.0f}", row["status"],
+            text(".4f", row["val_loss"]) + "*" * (row["selection"] == "test set"), text(".2%", row["val_acc"]),
+            text(".2%", row["test_acc"]), f"{row['seconds']:.0f}", row["status"],
         ]
         for row in rows
     ]  # fmt: skip
     headings = ["run", "dataset", "model", "parameters", "epochs", "val loss", "val acc", "test acc", "seconds"]
-    runs = "<<<>>>>>><", [*headings, "status"], table
-    write_report(out / "compare.html", f"{len(rows)} runs", [
-        ("table", *runs), *(("text", remark) for remark in remarks), ("picture", picture, "validation, run by run"),
-    ])  # fmt: skip
-    files = f"{common.shown(out)}: compare.png, compare.html"
-    report(args, rows, rows, [*as_table(*runs), *remarks, files])
-    return {"runs": rows}
+    tables = {"Runs": ("<<<>>>>>><", [*headings, "status"], runs)}
+    pairs = [
+        [
+            row["run"], row["pair_with"], f"{row['pair_images']:,}", str(row["pair_only_this_right"]),
+            str(row["pair_only_other_right"]), f"{row['pair_difference']:+.2%}",
+            text("+.2%", row["pair_low"], row["pair_high"]), f"{row['pair_mid_p']:.4f}",
+        ]
+        for row in rows
+        if row["pair_with"]
+    ]  # fmt: skip
+    if pairs:
+        headings = ["image by image: run", "against", f"{split} images", "only this right", "only that right"]
+        headings += ["difference", "95% interval", "McNemar's mid-p"]
+        tables["Image by image"] = "<<>>>>>>", headings, pairs
+    seeds = [
+        [row["seed_runs"], row["model"], str(row["seeds"])]
+        + [
+            text(".2%", *(row[f"{name}_acc_{what}"] for what in which))
+            for name in ("val", "test")
+            for which in (("mean",), ("sd",), ("low", "high"))
+        ]
+        for row in {row["seed_runs"]: row for row in rows if row["seeds"]}.values()
+    ]
+    if seeds:
+        figures = [f"{name} acc: {what}" for name in ("val", "test") for what in ("mean", "sd", "95% interval")]
+        tables["Seeds"] = "<<>>>>>>>", ["equal but for the seed", "model", "seeds", *figures], seeds
+    return tables
+
+
+def pair_with_best(rows: list[dict], split: str) -> list[str]:
+    """Put into the ranked rows of one dataset how each does, image by image, against the best that was evaluated.
+
+    The predictions are those of `split`, without test-time augmentation. Returns remarks on what is not paired.
+    """
+    best, others, pairs = None, {}, 0
+    for row in rows:
+        path = place_of(Path(row["run"]), split) / "predictions.pt"
+        kept = common.load_checkpoint(path) if path.exists() else None
+        if not kept:
+            row["not_paired"] = f"not evaluated on the {split} images"
+        elif kept["epoch"] != row["best_epoch"]:
+            row["not_paired"] = "trained on since the evaluation"
+        elif not best:
+            best, right_by_best = row["run"], kept["predicted"] == kept["labels"]
+            checksum = kept["checksum"]
+        elif kept["checksum"] != checksum:
+            row["not_paired"] = f"evaluated on other {split} images than {best}"
+        else:
+            right, images = kept["predicted"] == kept["labels"], len(kept["labels"])
+            counts = int((right & ~right_by_best).sum()), int((right_by_best & ~right).sum())
+            difference, interval = (counts[0] - counts[1]) / images, difference_interval(*counts, images)
+            values = best, images, *counts, difference, *interval, mcnemar_mid_p(*counts), None
+            row.update(zip(PAIR, values, strict=True))
+            pairs += 1
+        if row["not_paired"]:
+            others.setdefault(row["not_paired"], []).append(row["run"])
+    remarks = [
+        f"not compared image by image, as {why}: {', '.join(runs) if len(runs) <= 5 else f'{len(runs)} runs'}"
+        for why, runs in others.items()
+    ]
+    if pairs > 1:
+        remarks.append("each mid-p is of one pair: of twenty pairs of equally good models one is below 0.05")
+    return remarks
+
+
+def add_seeds(rows: list[dict]) -> None:
+    """Put into the rows of runs that are equal but for the seed what their accuracies are together."""
+    for row in rows if len(rows) > 1 else ():
+        row.update(seeds=len(rows), seed_runs=", ".join(one["run"] for one in rows))
+        for name in ("val_acc", "test_acc"):
+            values = [one[name] for one in rows]
+            if None not in values:
+                mean, deviation, interval = mean_interval(values)
+                figures = zip(("mean", "sd", "low", "high"), (mean, deviation, *interval), strict=True)
+                row.update({f"{name}_{what}": figure for what, figure in figures})
 
 
 def rank(rows: list[dict]) -> str:

@@ -20,13 +20,14 @@ import train_mnist
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
 PICTURES = {"curves", "per_class", "confusion", "predictions", "mistakes", "calibration", "filters", "activations"}
 
-FILES = {"metrics.json", "report.html", *(f"{name}.png" for name in PICTURES)}
+FILES = {"metrics.json", "predictions.pt", "report.html", *(f"{name}.png" for name in PICTURES)}
 
 
 def digits(train):
@@ -392,10 +393,94 @@ def test_a_comparison_ranks_the_runs_of_each_dataset(runs, copy, tmp_path, monke
     assert "\nsynthetic (train_mnist): the runs differ in --label-smoothing" in shown.out and "other: " not in shown.out
     page = Page(tmp_path / "out" / "compare.html")
     assert [row[5] for row in page.tables[0][1:]] == ["0.2000*", "0.3000", "1.9000", "0.2000", "-"]
-    assert len(page.texts) == 3 and page.images[0][0] == (tmp_path / "out" / "compare.png").read_bytes()
+    assert len(page.texts) == 5 and page.images[0][0] == (tmp_path / "out" / "compare.png").read_bytes()
     for axis, name in zip(shown.axes["compare"], ("loss", "acc") * 2, strict=True):
         assert list(axis.lines[0].get_ydata()) == [row[f"val_{name}"] for row in common.read_log(runs / "digits")]
     assert [len(axis.lines) for axis in shown.axes["compare"]] == [2, 2, 3, 3]
+
+
+def keep_predictions(run, right, epoch=None, checksum="same"):
+    """predictions.pt as an evaluation would leave it, of images of class 1 that are `right` or not."""
+    right = torch.tensor(right)
+    found = {"checksum": checksum, "labels": torch.ones(len(right)), "predicted": right.long()}
+    common.save_checkpoint(
+        run / "predictions.pt", {**found, "epoch": epoch or common.read_record(run)["best"]["epoch"]}
+    )
+
+
+def test_runs_on_the_same_images_are_compared_image_by_image(copy, undrawn, capsys, expected):
+    best = common.read_record(copy())["best"]
+    runs = [copy(name, best={**best, "val_loss": loss}) for loss, name in enumerate("abcdefg")]
+    # Published: Bentur et al. in M. W. Fagerland et al. (2013): 1 and 7 of 21 pairs, exact p 0.0703, mid-p 0.0391.
+    both, one, other, none = 1, 7, 1, 12
+    keep_predictions(runs[1], [True] * both + [False] * one + [True] * other + [False] * none)
+    keep_predictions(runs[2], [True] * both + [True] * one + [False] * other + [False] * none)
+    keep_predictions(runs[3], [False] * 21)
+    keep_predictions(runs[4], [True] * 21, checksum="other")
+    keep_predictions(runs[5], [True] * 21, epoch=99)
+    rows = evaluate.main([*map(str, reversed(runs)), "--json"])["runs"]
+    assert json.loads(capsys.readouterr().out) == rows
+    assert [row["pair_with"] for row in rows] == [None, None, str(runs[1]), str(runs[1]), None, None, None]
+    pair = rows[2]
+    assert [pair[f"pair_{name}"] for name in ("images", "only_this_right", "only_other_right")] == [21, 7, 1]
+    assert pair["pair_difference"] == 6 / 21 and round(pair["pair_mid_p"], 4) == 0.0391
+    assert pair["pair_low"] == pytest.approx(0.0134, abs=1e-4) and pair["pair_high"] == pytest.approx(0.5084, abs=1e-4)
+    assert rows[3]["pair_difference"] == -2 / 21 and rows[1]["not_paired"] is None
+    reasons = "not evaluated on the test images", f"evaluated on other test images than {runs[1]}", "trained on since"
+    printed = show(runs[0].parent, *runs).out
+    for row, reason in zip((rows[0], rows[4], rows[5], rows[6]), (*reasons, reasons[0]), strict=True):
+        assert row["not_paired"].startswith(reason) and reason in printed
+    line = next(line for line in printed.splitlines() if line.startswith(f"{runs[2]} ") and str(runs[1]) in line)
+    assert line.split()[2:] == ["21", "7", "1", "+28.57%", "+1.34%", "to", "+50.84%", "0.0391"]
+    assert "not compared" not in show(runs[0].parent, *runs[1:3]).out
+    # An evaluation leaves what is compared, in the directory of its split.
+    evaluate.main([str(runs[0]), "--quiet"])
+    kept, (images, labels, _, predicted) = common.load_checkpoint(runs[0] / "predictions.pt"), expected
+    assert (kept["predicted"] == predicted).all() and (kept["labels"] == labels).all()
+    probability = logits_of(runs[0], images).softmax(1)[torch.arange(150), labels]
+    assert torch.allclose(kept["probability"], probability, atol=1e-5) and kept["epoch"] == best["epoch"]
+    for run in runs[:2]:
+        evaluate.main([str(run), "--quiet", "--split", "val"])
+    rows = evaluate.main([*map(str, runs[:2]), "--split", "val", "--quiet"])["runs"]
+    assert (rows[1]["pair_images"], rows[1]["pair_difference"]) == (60, 0) and rows[1]["pair_mid_p"] == 1
+
+
+def test_the_test_of_pairs_agrees_with_scipy_and_holds_its_level():
+    binom, binomtest = scipy.stats.binom, scipy.stats.binomtest
+    for one, other in ((0, 5), (1, 7), (16, 6), (240, 261)):
+        exact = binomtest(one, one + other).pvalue
+        assert evaluate.mcnemar_mid_p(one, other) == pytest.approx(exact - binom.pmf(one, one + other, 0.5))
+    # Published: Cavo et al. in M. W. Fagerland et al., "Statistical analysis of contingency tables" (2017).
+    assert evaluate.difference_interval(6, 16, 161) == pytest.approx([-0.1195, -0.0032], abs=5e-5)
+    assert evaluate.difference_interval(2, 0, 2)[1] == 1
+    # 10,000 pairs of equally good models, and 500 images that exactly one of the two gets right.
+    p = np.array([evaluate.mcnemar_mid_p(count, 500 - count) for count in range(501)])
+    assert 0.04 <= (p[np.random.default_rng(0).binomial(500, 0.5, 10_000)] < 0.05).mean() <= 0.055
+
+
+def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(copy, undrawn, capsys):
+    best, values = common.read_record(copy())["best"], {1: 0.91, 2: 0.94, 3: 0.92}
+    runs = [copy(f"s{seed}", seed=seed, best={**best, "val_acc": values[seed]}, run_name=f"s{seed}") for seed in values]
+    for run, value in zip(runs, values.values(), strict=True):
+        common.write_json(run / "run.json", {**common.read_record(run), "test": {"acc": value / 2}})
+    others = [copy("again", seed=3, best={**best, "val_loss": 9.0, "val_acc": 0.1})]
+    others += [copy("wider", seed=4, c1=5), copy("killed", seed=5, status="killed")]
+    rows = evaluate.main([*map(str, runs + others), "--csv"])["runs"]
+    assert len(list(csv.DictReader(io.StringIO(capsys.readouterr().out)))) == len(rows) == 6
+    interval = scipy.stats.ttest_1samp(list(values.values()), 0).confidence_interval(0.95)
+    for row in rows:
+        if row["run"] in map(str, runs):
+            assert row["seeds"] == 3 and row["val_acc_mean"] == pytest.approx(0.92333333)
+            assert row["val_acc_sd"] == pytest.approx(np.std(list(values.values()), ddof=1))
+            assert (row["val_acc_low"], row["val_acc_high"]) == pytest.approx(tuple(interval))
+            assert row["test_acc_high"] == pytest.approx(interval.high / 2)
+        else:
+            assert row["seeds"] is None and row["val_acc_mean"] is None
+    common.write_json(runs[0] / "run.json", {**common.read_record(runs[0]), "test": None})
+    page = Page(show(runs[0].parent, *runs) and runs[0].parent / "compare.html")
+    expected = [f"{figure:.2%}" for figure in (np.mean(list(values.values())), np.std(list(values.values()), ddof=1))]
+    assert page.tables[1][1][1:6] == ["cnn", "3", *expected, "{:.2%} to {:.2%}".format(*interval)]
+    assert page.tables[1][1][6:] == ["-", "-", "-"]
 
 
 def test_runs_star_skips_what_is_no_run_and_tells_the_status_of_the_others(copy, undrawn, capsys):
