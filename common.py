@@ -347,7 +347,8 @@ def generator_for(*parts, device: str | torch.device = "cpu") -> torch.Generator
 # ------------------------ Data ------------------------
 @dataclass
 class ImageSet:
-    """A whole split in memory: `images` uint8 [N, C, H, W], `labels` int64 [N], the names of the classes.
+    """A whole split in memory: `images` uint8 [N, C, H, W], `labels` int64 [N], the names of the classes, and of a
+    folder the `files`.
 
     The colours of a pixel lie side by side (channels_last), and so they do in a batch, which is an index.
     """
@@ -355,18 +356,20 @@ class ImageSet:
     images: torch.Tensor
     labels: torch.Tensor
     classes: list[str]
+    files: list[Path] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def select(self, indices: torch.Tensor) -> "ImageSet":
         """The images at `indices`, or where a mask is true."""
-        return ImageSet(self.images[indices], self.labels[indices], self.classes)
+        files = self.files and [self.files[index] for index in torch.arange(len(self))[indices].tolist()]
+        return ImageSet(self.images[indices], self.labels[indices], self.classes, files)
 
     def to(self, device: str) -> "ImageSet":
         """The same images on `device`; no copy of those that are there."""
         images = self.images.to(device, memory_format=torch.channels_last)
-        moved = ImageSet(images, self.labels.to(device), self.classes)
+        moved = ImageSet(images, self.labels.to(device), self.classes, self.files)
         moved.checksum = self.checksum
         return moved
 
@@ -570,7 +573,7 @@ def read_folder(root: Path, part: str, side: int, grey: bool, quiet: bool) -> Im
         except BaseException:
             pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
             raise
-    return ImageSet(pixels, labels, names)
+    return ImageSet(pixels, labels, names, [file for file, _ in files])
 
 
 # ------------------------ Augmentation and batches ------------------------

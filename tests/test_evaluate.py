@@ -85,6 +85,7 @@ def shown(runs):
 def hundred(runs):
     shown = show(runs / "hundred", runs / "hundred", "--image", "7")
     shown.images = torch.stack([common.read_image(file, 16, False) for file in sorted(runs.glob("images/test/*/*"))])
+    shown.classes = [path.name for path in sorted(runs.glob("images/test/*"))]
     return shown
 
 
@@ -350,10 +351,47 @@ def test_a_browser_shows_the_report_and_sorts_its_tables(runs, shown, tmp_path):
     assert "most confident" in opened(runs / "digits" / "report.html")
 
 
+def test_suspects_are_the_images_whose_class_is_least_likely(runs, hundred, expected, tmp_path):
+    assert not (runs / "digits" / "suspects.csv").exists()  # images without file names
+    files, labels = sorted(runs.glob("images/test/*/*")), torch.arange(200) // 2
+    kept = common.load_checkpoint(runs / "hundred" / "predictions.pt")
+    given = kept["probability"].tolist()
+    content = (runs / "hundred" / "suspects.csv").read_bytes().decode(errors="surrogateescape")
+    rows = list(csv.DictReader(io.StringIO(content)))
+    order = sorted(range(200), key=lambda index: given[index])[:20]
+    assert [row["file"] for row in rows] == [str(files[index]) for index in order]
+    names, (axis,) = hundred.classes, hundred.axes["suspects"]
+    for row, index, drawn in zip(rows, order, axis.images, strict=True):
+        assert row["class"] == names[labels[index]] and row["predicted"] == names[kept["predicted"][index]]
+        assert float(row["probability"]) == pytest.approx(given[index])
+        assert float(row["predicted_probability"]) >= float(row["probability"])
+        assert (drawn.get_array() == hundred.images[index].permute(1, 2, 0).numpy()).all()
+    assert f"({given[order[0]]:.1%})\n" in axis.texts[0].get_text()
+    page = Page(runs / "hundred" / "report.html")
+    assert [text.splitlines()[2] for _, text in page.images[40:60]] == [files[index].name for index in order]
+    assert "20 images, given class least likely\n" in hundred.out
+    # The validation images are some of those in images/train; of training images it says that they were seen.
+    val = show(tmp_path / "val", runs / "hundred", "--split", "val", "--out", tmp_path / "val")
+    train = show(tmp_path / "train", runs / "hundred", "--split", "train", "--out", tmp_path / "train")
+    told = "the model was trained on these labels"
+    assert told in train.out and told in train.titles["suspects"] and told not in val.out + val.titles["suspects"]
+    found = [
+        {
+            row["file"]
+            for row in csv.DictReader(
+                io.StringIO((tmp_path / split / "suspects.csv").read_bytes().decode(errors="replace"))
+            )
+        }
+        for split in ("val", "train")
+    ]
+    assert [len(files) for files in found] == [3, 27] and not found[0] & found[1]
+    assert all("images/train/" in file for file in found[0] | found[1])
+
+
 def test_filters_and_feature_maps_are_those_of_the_layer(runs, shown, hundred, tmp_path):
     weights = common.load_checkpoint(runs / "hundred" / "best.pt")["weights"]
     first, images = weights["conv1.weight"], hundred.images
-    assert hundred.err == "" and set(hundred.axes) == PICTURES and "conv1" in hundred.titles["filters"]
+    assert hundred.err == "" and set(hundred.axes) == {*PICTURES, "suspects"} and "conv1" in hundred.titles["filters"]
     sheet = hundred.axes["filters"][0].images[0].get_array()
     assert np.allclose(sheet[1:4, 5:8], (first[1] / (2 * first.abs().max()) + 0.5).permute(1, 2, 0), atol=1e-6)
     assert "conv1, 4 feature maps of image 7: class 03 $x$" in hundred.titles["activations"]
