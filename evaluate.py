@@ -57,7 +57,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("what comes out")
     group.add_argument("--out", type=Path, metavar="DIR", help="for the files (the run; of a comparison its parent)")
     flag = group.add_mutually_exclusive_group().add_argument
-    flag("--csv", action="store_true", help="print the table as CSV: the classes, or the runs compared")
+    flag("--csv", action="store_true", help="print CSV: the classes, the runs compared, or the predictions")
     flag("--json", action="store_true", help="print JSON: metrics.json, the runs compared, or a line a prediction")
 
     group = parser.add_argument_group("filters.png and activations.png")
@@ -71,7 +71,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--predict", type=Path, nargs="+", metavar="PATH", help="classify image files and folders of them")
     flag("--export", choices=tuple(EXPORTS), help="write the model, preprocessing included, as model.onnx or model.pt2")
 
+    group = parser.add_argument_group("predictions")
+    group.add_argument("--top", type=common.number(int, 1), metavar="K", help="a line for each of the K likeliest (1)")
+
     args = parser.parse_args(argv)
+    if args.top and not args.predict:
+        parser.error("--top goes with --predict")
     if len(args.runs) > 1 and (args.predict or args.export):
         parser.error(f"--predict and --export take one run, not {len(args.runs)}")
     return args
@@ -977,22 +982,31 @@ def rank(rows: list[dict]) -> str:
 def predict(args: argparse.Namespace) -> dict:
     """Print file, class and probability of the user's own images, in the order given; RunError if one is unreadable."""
     trained = load_trained(args.runs[0], args.device, args.quiet)
-    channels, side, _ = trained.config["image_shape"]
+    classes, (channels, side, _) = trained.config["classes"], trained.config["image_shape"]
+    top = args.top or 1
+    if top > len(classes):
+        raise UsageError(f"--top {top}: the model has {len(classes)} classes")
     files = [file for path in args.predict for file in (common.image_files(path) if path.is_dir() else [path])]
-    predictions = []
+    predictions, unreadable = [], 0
     for file in files:
         try:
             pixels = common.read_image(file, side, grey=channels == 1)
         except RunError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
+            unreadable += 1
             continue
-        _, logits = trained.test(ImageSet(pixels[None], torch.zeros(1, dtype=torch.long), trained.config["classes"]))
-        probability, index = (part.item() for part in answers(logits))
-        one = {"file": str(file), "class": trained.config["classes"][index], "probability": probability}
-        common.say(json.dumps(one) if args.json else f"{file}\t{one['class']}\t{probability:.4f}")
-        predictions.append(one)
-    if len(predictions) < len(files):
-        raise RunError(f"{len(files) - len(predictions)} of {len(files)} files could not be read")
+        _, logits = trained.test(ImageSet(pixels[None], torch.zeros(1, dtype=torch.long), classes))
+        best = logits.double().softmax(1)[0].topk(top)
+        for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            one = {"file": str(file), "class": classes[index], "probability": probability}
+            if args.csv:
+                header, line = as_csv([one]).split("\n", 1)
+                common.say(line if predictions else f"{header}\n{line}")
+            else:
+                common.say(json.dumps(one) if args.json else f"{file}\t{one['class']}\t{probability:.4f}")
+            predictions.append(one)
+    if unreadable:
+        raise RunError(f"{unreadable} of {len(files)} files could not be read")
     if not files:
         raise RunError("no image files there")
     return {"predictions": predictions}

@@ -558,6 +558,18 @@ def test_predicting_answers_for_every_readable_file(runs, expected, tmp_path, ca
         assert lines[index][1:] == [str(predicted[index].item()), f"{confidence[index]:.4f}"]
     answers = evaluate.main([*argv[:3], "--json"])["predictions"]
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers
+    # The three likeliest classes of each, most likely first; a name with a comma and a line break is a field of CSV.
+    (tmp_path / "a,\nb.png").write_bytes((tmp_path / "one.png").read_bytes())
+    answers = evaluate.main([*argv[:2], "a,\nb.png", "album/deeper", "--top", "3", "--csv"])["predictions"]
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [{**row, "probability": float(row["probability"])} for row in rows] == answers and len(rows) == 6
+    likeliest = logits_of(runs / "digits", images[:2]).softmax(1).topk(3)
+    assert [int(row["class"]) for row in rows] == likeliest.indices.flatten().tolist() and rows[0][
+        "file"
+    ] == "a,\nb.png"
+    assert [one["probability"] for one in answers] == pytest.approx(likeliest.values.flatten().tolist(), abs=1e-5)
+    with pytest.raises(common.UsageError, match="the model has 10 classes"):
+        evaluate.main([*argv[:3], "--top", "11"])
 
 
 @pytest.mark.parametrize("kind", ["torch.export", "onnx"])
@@ -614,7 +626,11 @@ def test_bad_input_is_one_line_and_nothing_is_written_and_moved_images_are_found
 
 
 def test_flags_that_contradict_one_another_are_refused_at_once(capsys):
-    for argv, expected in (("a b --predict x", "take one run"), ("a --predict x --export onnx", "not allowed with")):
+    for argv, expected in (
+        ("a b --predict x", "take one run"),
+        ("a --predict x --export onnx", "not allowed with"),
+        ("a --top 2", "goes with --predict"),
+    ):
         with pytest.raises(SystemExit, match="2"):
             evaluate.main(argv.split())
         assert expected in capsys.readouterr().err
