@@ -1290,10 +1290,15 @@ def report(study: optuna.Study, search: Search, directory: Path, machine: str, c
         params = {names[name]: line["params"].get(name) for name in names}
         rows.append({column: line.get(column) for column in columns} | params)
     cells = [[as_text(name, value) for name, value in row.items()] for row in rows]
-    common.say("\n".join(evaluate.as_table("><<" + ">" * (len(rows[0]) - 3), list(rows[0]), cells)), quiet)
+    table = "><<" + ">" * (len(rows[0]) - 3), list(rows[0]), cells
+    common.say("\n".join(evaluate.as_table(*table)), quiet)
     common.write_atomically(directory / "leaderboard.csv", f"{evaluate.as_csv(rows)}\n".encode())
-    for name, picture in draw_sweep(study, search, ended, directory).items():
+    pictures = draw_sweep(study, search, ended, directory)
+    for name, picture in pictures.items():
         common.write_atomically(directory / f"{name}.png", picture)
+    parts = [("text", f"{search.method} search of {search.script}; {search.metric} decides"), ("table", *table)]
+    parts += [("picture", picture, name) for name, picture in pictures.items()]
+    evaluate.write_report(directory / "report.html", f"{directory.name}: {len(ended)} trials", parts)
     winner, link = ended[0], directory / "best"
     link.unlink(missing_ok=True)
     if winner["status"] != "finished":

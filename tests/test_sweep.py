@@ -701,6 +701,8 @@ def test_a_real_search_with_its_report_reads_the_test_set_for_the_winner_alone(t
         assert [record["best"][name] for name in ("val_loss", "val_acc")] == [line["val_loss"], line["val_acc"]]
     pictures = {"history", "curves", "parallel", "slices", "importance", "timeline"}
     assert {path.stem for path in directory.glob("*.png")} == pictures
+    page = (directory / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == len(pictures) and page.count("<tr>") == 1 + len(lines())
     # Another winner later: the report says that the test set has been read before.
     shutil.move(directory / winner["run"] / "metrics.json", directory / "trial-0000" / "metrics.json")
     sweep.main(["--resume", str(directory)])
