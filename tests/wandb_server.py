@@ -7,7 +7,29 @@ import re
 import threading
 
 
-class WandbServer:
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = json.loads(body) if body.startswith(b"{") and b"\n{" not in body else {}  # else telemetry
+        if self.path.endswith("file_stream"):
+            self.server.take_stream(self.path.split("/")[-2], body)
+        answer = json.dumps({"data": self.server.graphql(body)} if "query" in body else {}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):  # whoever asked was killed
+            self.wfile.write(answer)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *_):
+        pass
+
+
+class WandbServer(http.server.ThreadingHTTPServer):
     """Gives out one run for each entry of `trials` (parameters), then tells the agent to end.
 
     The run with the number `stop` is told to stop when its first line of history has come. `config` is the YAML of the
@@ -15,53 +37,19 @@ class WandbServer:
     """
 
     def __init__(self, trials, stop=None, config=None):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
         self.trials, self.stop, self.config = trials, stop, config
-        self.given, self.history, self.exit_codes, self.operations, self.sweeps = 0, {}, {}, [], []
-        self.told = False
-        stand_in = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def answer(self, content):
-                body = json.dumps(content).encode()
-                self.send_response(200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                with contextlib.suppress(ConnectionError):  # whoever asked was killed
-                    self.wfile.write(body)
-
-            def do_PUT(self):
-                self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                self.answer({})
-
-            do_GET = do_PUT
-
-            def do_POST(self):
-                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                body = json.loads(body) if body.startswith(b"{") and b"\n{" not in body else {}  # else telemetry
-                if self.path.endswith("file_stream"):
-                    stand_in.take_stream(self.path.split("/")[-2], body)
-                    body = {}
-                self.answer({"data": stand_in.graphql(body)} if "query" in body else {})
-
-            def log_message(self, *arguments):
-                pass
-
-        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.given, self.told, self.history, self.operations, self.sweeps = 0, False, {}, [], []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def close(self):
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
 
     def take_stream(self, run, body):
         lines = body.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
         self.history.setdefault(run, []).extend(json.loads(line) for line in lines)
-        if "exitcode" in body:
-            self.exit_codes[run] = body["exitcode"]
 
     def graphql(self, body):
         query, variables = body["query"], body.get("variables") or {}
