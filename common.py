@@ -564,12 +564,15 @@ def read_folder(root: Path, part: str, side: int, grey: bool, quiet: bool) -> Im
         text = f"{len(files)} images of {side}x{side} pixels take {needed / 1e9:.1f} GB; {free / 1e9:.1f} are free"
         raise RunError(f"{shown(root)}: {text}; give a smaller --image-size")
     pixels = torch.empty(len(files), side, side, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
+
+    def read(index):  # into its place: images that wait for it would take as much memory again
+        pixels[index] = read_image(files[index][0], side, grey)
+
     with ThreadPoolExecutor() as pool:
-        images = pool.map(lambda file: read_image(file[0], side, grey), files)
-        bar = tqdm(images, f"reading {part} images", len(files), leave=False, disable=quiet or None)
+        done = pool.map(read, range(len(files)))
         try:
-            for index, image in enumerate(bar):
-                pixels[index] = image
+            for _ in tqdm(done, f"reading {part} images", len(files), leave=False, disable=quiet or None):
+                pass
         except BaseException:
             pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
             raise
