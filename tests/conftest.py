@@ -1,6 +1,5 @@
 """MNIST in small, and a script that is run in this process; in one of its own it is with forked.py."""
 
-import json
 import os
 import signal
 import struct
@@ -72,8 +71,7 @@ def run(script, *argv, on_epoch=None):
 
 
 def read_run(directory):
-    rows = [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
-    return json.loads((directory / "run.json").read_text()), rows
+    return common.read_record(directory), common.read_log(directory)
 
 
 def without_times(rows):
