@@ -3,7 +3,7 @@
     python evaluate.py runs/<run>                            # tables and pictures of the test images, report.html
     python evaluate.py runs/<run> --split val                # of the validation images, into runs/<run>/val
     python evaluate.py runs/a runs/b                         # compare runs, or runs/*: in pairs those evaluated before
-    python evaluate.py runs/<run> --predict photo.png album  # file, class and probability of images of your own
+    python evaluate.py runs/<run> --predict photo.png album  # class and probability of your own images (--top 3)
     python evaluate.py runs/<run> --export onnx              # a file that takes uint8 images
 
 A run directory is all it needs: best.pt holds the model and its preprocessing. It computes as the run did, in the same
@@ -531,7 +531,7 @@ PAGE_START = """<!doctype html>
 :root { color-scheme: light dark; --ground: #fff; --text: #222; --line: #ccc; --head: #f2f2f2 }
 @media (prefers-color-scheme: dark) { :root { --ground: #181818; --text: #ddd; --line: #444; --head: #262626 } }
 body { margin: 0 auto; padding: 1rem; max-width: 75rem; font: 1rem/1.5 system-ui, sans-serif;
-  background: var(--ground); color: var(--text); overflow-wrap: anywhere }
+  background: var(--ground); color: var(--text); overflow-wrap: break-word }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { border: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top }
@@ -688,9 +688,8 @@ def evaluate(args: argparse.Namespace) -> dict:
     parts += [("heading", f"The {len(mistakes)} most confident of {len(wrong):,} mistakes")]
     parts += [("images", [(as_png(image_set.images[index]), text) for index, text in mistakes.items()])]
     if suspects:
-        names = [Path(row["file"]).name for row in suspects]
-        pictures = [(as_png(image_set.images[index]), text) for index, text in suspected.items()]
-        pictures = [(png, f"{text}\n{file}") for (png, text), file in zip(pictures, names, strict=False)]
+        named = {index: f"{text}\n{image_set.files[index].name}" for index, text in suspected.items()}
+        pictures = [(as_png(image_set.images[index]), text) for index, text in named.items()]
         parts += [("heading", f"Suspects: {what}"), ("images", pictures)]
     shown = [file for file in figures if file not in ("mistakes", "suspects")]  # those are images of their own
     parts += [("heading", "Pictures"), *(("picture", files[f"{file}.png"], file.replace("_", " ")) for file in shown)]
