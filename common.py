@@ -262,13 +262,10 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32")
     # Two runs of one seed are to give the same bytes; cuDNN's fastest kernels do not.
     torch.backends.cudnn.deterministic = True
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if device == "cpu" and mallopt:
-        # Have glibc keep the gigabytes that each step frees: given back to the kernel, and cleared by it page by page,
-        # they took a third of ConfigNet's step.
-        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
-        mallopt(m_mmap_max, 0)
-        mallopt(m_trim_threshold, -1)
+    if device == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        # Have glibc keep the gigabytes that each step frees: to get them anew took a third of ConfigNet's step.
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     return device, precision
 
 
@@ -369,15 +366,13 @@ class ImageSet:
     def to(self, device: str) -> "ImageSet":
         """The same images on `device`; no copy of those that are there."""
         images = self.images.to(device, memory_format=torch.channels_last)
-        moved = ImageSet(images, self.labels.to(device), self.classes, self.files)
-        moved.checksum = self.checksum
-        return moved
+        return ImageSet(images, self.labels.to(device), self.classes, self.files)
 
     @functools.cached_property
     def checksum(self) -> str:
         """SHA-256 of images and labels."""
-        digest = hashlib.sha256(self.images.permute(0, 2, 3, 1).contiguous().numpy())
-        digest.update(self.labels.numpy())
+        digest = hashlib.sha256(self.images.cpu().permute(0, 2, 3, 1).contiguous().numpy())
+        digest.update(self.labels.cpu().numpy())
         return digest.hexdigest()
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
@@ -1131,21 +1126,18 @@ def views(images: torch.Tensor, tta: str) -> list[tuple[float, torch.Tensor]]:
 
 # ------------------------ Early stopping ------------------------
 class EarlyStopping:
-    """Keeps the best weights of the model it is given, and says when to stop.
-
-    The best epoch is that of the lowest validation loss; `should_stop` turns true after `tolerance` epochs in a
-    row without a lower one (0: never).
-    """
+    """Keeps the weights of the epoch with the lowest validation loss, and says when to stop: after `tolerance` epochs
+    in a row without a lower one (0: never)."""
 
     def __init__(self, tolerance: int):
         self.tolerance = tolerance
-        self.best_loss, self.best_epoch, self.best_weights, self.epochs_without_improvement = math.inf, 0, None, 0
+        self.best_loss, self.best_weights, self.epochs_without_improvement = math.inf, None, 0
 
-    def step(self, epoch: int, val_loss: float, model: nn.Module) -> bool:
+    def step(self, val_loss: float, model: nn.Module) -> bool:
         """Take note of an epoch; return whether it is the best so far."""
         improved = val_loss < self.best_loss
         if improved:
-            self.best_loss, self.best_epoch, self.epochs_without_improvement = val_loss, epoch, 0
+            self.best_loss, self.epochs_without_improvement = val_loss, 0
             self.best_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
         else:
             self.epochs_without_improvement += 1
@@ -1180,11 +1172,9 @@ def write_atomically(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(f"{shown(path)} cannot be written: {error.strerror}") from error
-    except BaseException:
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, content: dict | list) -> None:
@@ -1300,26 +1290,26 @@ class Run:
         """Write down how the run ended."""
         self.write_record(status=status, error=error, ended=utc_now())
 
-    def save(self, parts: dict, model: nn.Module, early_stopping: EarlyStopping) -> None:
+    def save(self, parts: dict) -> None:
         """Write last.pt, from which a run goes on: the history, and the state of each of `parts`. Then the others."""
         states = {name: part.state_dict() for name, part in parts.items()}
         save_checkpoint(self.directory / "last.pt", {"run": self.record["name"], "history": self.history, **states})
-        self.write_results(model, early_stopping)
+        self.write_results(parts)
 
-    def write_results(self, model: nn.Module, early_stopping: EarlyStopping) -> None:
+    def write_results(self, parts: dict) -> None:
         """Write best.pt where there is a new best, log.jsonl and run.json: all of them follow from last.pt."""
         best = None
-        if early_stopping.best_epoch:
-            row = self.history[early_stopping.best_epoch - 1]
+        if self.history:
+            row = min(self.history, key=lambda row: row["val_loss"])
             best = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
-        if best and best != self.record["best"]:
-            path, weights = self.directory / "best.pt", early_stopping.best_weights
-            save_checkpoint(path, {**model.config, **best, "weights": weights})
+        if best != self.record["best"]:
+            content = {**parts["model"].config, **best, "weights": parts["early_stopping"].best_weights}
+            save_checkpoint(self.directory / "best.pt", content)
         log = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(self.directory / "log.jsonl", log.encode())
         self.write_record(epochs=len(self.history), best=best)
 
-    def restore(self, parts: dict, model: nn.Module, early_stopping: EarlyStopping) -> int:
+    def restore(self, parts: dict) -> int:
         """Give `parts` the state in last.pt, and make the other files agree with it: a kill may have left them behind.
         Returns the epochs that are done, 0 where none was saved. RunError."""
         for leftover in self.directory.glob(".*.tmp"):  # of a process that was killed in the middle of a save
@@ -1332,7 +1322,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.history = state["history"]
-        self.write_results(model, early_stopping)
+        self.write_results(parts)
         return len(self.history)
 
     def result(self) -> dict:
@@ -1356,7 +1346,9 @@ def environment() -> dict:
     return {"versions": {"python": sys.version.split()[0], **versions}, "host": socket.gethostname(), "git": git}
 
 
-def new_record(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, val_set: ImageSet) -> dict:
+def new_record(
+    name: str, args: argparse.Namespace, model: nn.Module, train_set: ImageSet, val_set: ImageSet
+) -> dict:  # fmt: skip
     """run.json of a run that begins."""
     unrecorded = ("script", "argv", "resume", "quiet", "stop_after")
     plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in unrecorded}
@@ -1366,7 +1358,7 @@ def new_record(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, 
         "test_checksum": None,
     }  # fmt: skip
     return {
-        "format": FORMAT, "name": None, "script": args.script, "argv": args.argv, "args": plain, "status": "running",
+        "format": FORMAT, "name": name, "script": args.script, "argv": args.argv, "args": plain, "status": "running",
         "error": None, "started": utc_now(), "ended": None, "seconds": 0.0, "seed": args.seed, "device": args.device,
         "precision": args.precision, "threads": torch.get_num_threads(), **environment(), "data": data,
         "parameters": sum(p.numel() for p in model.parameters()), "epochs": 0, "best": None, "test": None,
@@ -1387,7 +1379,7 @@ def open_run(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, va
         if not args.resume:
             if any(path.name[0] != "." for path in directory.iterdir()):
                 raise UsageError(f"--run-name {args.run_name}: {shown(directory)} exists already")
-            write_json(directory / "run.json", {**new_record(args, model, train_set, val_set), "name": directory.name})
+            write_json(directory / "run.json", new_record(directory.name, args, model, train_set, val_set))
         run = Run(directory, read_record(directory))
         record = run.record
         if record["data"]["checksum"] != train_set.checksum:
@@ -1427,9 +1419,7 @@ def open_run(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, va
             status, error = "diverged", f"{reason} in epoch {len(run.history) + 1}"
         except BaseException as exception:
             error = f"{type(exception).__name__}: {exception}"
-            with contextlib.suppress(
-                RunError
-            ):  # it may be the disk that has failed: the first error is the one to tell
+            with contextlib.suppress(RunError):  # the disk may have failed: the first error is the one to tell
                 run.end(status, error)
             raise
         finally:
@@ -1445,9 +1435,7 @@ def open_run(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, va
 
 def check_wandb(args: argparse.Namespace) -> None:
     """What can be known of --wandb before anything is loaded. UsageError."""
-    if args.wandb == "disabled":
-        return
-    if not importlib.util.find_spec("wandb"):
+    if args.wandb != "disabled" and not importlib.util.find_spec("wandb"):
         raise UsageError(f"--wandb {args.wandb} needs the package wandb: pip install wandb")
     if args.wandb == "online" and not has_wandb_key(args.quiet):
         raise UsageError("--wandb online needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline")
@@ -1530,16 +1518,15 @@ def fit(
     # The whole state of a training: the random numbers of epoch k follow from --seed and k, the rate from the step.
     parts = {"model": model, "scaler": scaler, "early_stopping": early_stopping}
     parts |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
-    done = run.restore(parts, model, early_stopping)
+    done = run.restore(parts)
     if run.stopped_early and early_stopping.should_stop:  # it is asked to go on: as many epochs again without a best
         early_stopping.epochs_without_improvement = 0
-    whitenings = [layer for layer in model.modules() if isinstance(layer, Whitening)]
-    if whitenings and not done:
+    whitening = model[0] if isinstance(model, WhitenedNet) else None
+    if whitening and not done:
         random = generator_for(args.seed, "whitening")
-        sample = train_set.select(torch.randperm(len(train_set), generator=random)[:WHITENING_IMAGES])
-        images, _ = next(Loader(sample, WHITENING_IMAGES, *normalization).batches())
-        for layer in whitenings:
-            layer.learn(images)
+        sample = train_set.select(torch.randperm(len(train_set), generator=random)[:5000])
+        images, _ = next(Loader(sample, len(sample), *normalization).batches())
+        whitening.learn(images)
     compiled = torch.compile(model, dynamic=False) if args.compile else model
     torch.compiler.config.recompile_limit = 64  # each size of images, and the smaller last batch, has code of its own
 
@@ -1548,10 +1535,9 @@ def fit(
             break
         began = time.perf_counter()
         torch.manual_seed(random_seed(args.seed, "dropout", epoch))
-        for layer in whitenings:
-            # As in airbench: the bias is learnt for three epochs. Its gradient takes time, and brings little later.
-            if layer.bias is not None:
-                layer.bias.requires_grad_(epoch <= 3)
+        if whitening and whitening.bias is not None:
+            # As in airbench: it is learnt for three epochs. Its gradient takes time, and brings little later.
+            whitening.bias.requires_grad_(epoch <= 3)
 
         # Train on every batch once, then validate.
         training = train(args, compiled, loader, epoch, optimizers, scaler, autocast)
@@ -1564,16 +1550,14 @@ def fit(
         }  # fmt: skip
 
         # Early stopping looks at the validation loss, and keeps the weights when it is the best.
-        is_best = early_stopping.step(epoch, row["val_loss"], model)
+        is_best = early_stopping.step(row["val_loss"], model)
 
         # Log the row, save, report.
         run.history.append(row)
-        run.save(parts, model, early_stopping)
+        run.save(parts)
         with wandb_failures_told(run):
-            if run.wandb:
-                best = {
-                    f"best_{name}": value for name, value in run.record["best"].items()
-                }  # what a W&B sweep compares
+            if run.wandb:  # the best so far is what a W&B sweep compares
+                best = {f"best_{name}": value for name, value in run.record["best"].items()}
                 run.wandb.log(row | best, step=epoch, commit=True)
         text = (
             "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
@@ -1590,9 +1574,6 @@ def fit(
     else:
         run.status = "finished" if len(run.history) == args.epochs else "interrupted"
     return run.status != "interrupted"
-
-
-WHITENING_IMAGES = 5000
 
 
 def final_test(args: argparse.Namespace, model: nn.Module, test_set: ImageSet, run: Run) -> None:

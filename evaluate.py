@@ -44,12 +44,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
     flag = parser.add_argument_group("what is evaluated").add_argument
-    flag(
-        "--split",
-        choices=("test", "val", "train"),
-        default="test",
-        help="which images; of runs compared, which predictions",
-    )
+    text = "which images; of runs compared, which predictions"
+    flag("--split", choices=("test", "val", "train"), default="test", help=text)
     flag("--data-dir", type=common.absolute_path, metavar="DIR", help="where the data are now (as in training)")
     flag("--tta", choices=tuple(common.TTA), help="test-time augmentation, beside the plain figures (the run's own)")
     flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU where there is one")
@@ -211,8 +207,8 @@ def mean_interval(values: list[float]) -> tuple[float, float, list[float]]:
     from scipy.stats import t
 
     mean, deviation = statistics.mean(values), statistics.stdev(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * deviation / math.sqrt(len(values))
-    return mean, deviation, [mean - half, mean + half]
+    low, high = t.interval(0.95, len(values) - 1, mean, deviation / math.sqrt(len(values)))
+    return mean, deviation, [float(low), float(high)]
 
 
 def class_metrics(confusion: torch.Tensor, names: list[str]) -> list[dict]:
@@ -585,8 +581,8 @@ def write_report(path: Path, title: str, parts: list[tuple]) -> None:
         return f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
 
     def cells(tag, alignment, texts):
-        classes = ('class="right"' if side == ">" else 'class="left"' for side in alignment)
-        return "".join(f"<{tag} {which}>{text}</{tag}>" for which, text in zip(classes, texts, strict=True))
+        classes = {"<": "", ">": ' class="right"'}
+        return "".join(f"<{tag}{classes[side]}>{text}</{tag}>" for side, text in zip(alignment, texts, strict=True))
 
     page = [PAGE_START.replace("{title}", escape(title))]
     for part in parts:
@@ -665,14 +661,19 @@ def evaluate(args: argparse.Namespace) -> dict:
     if convolution:
         figures["filters"] = draw_filters(name, convolution, args.channel, args.all_kernels)
         figures["activations"] = draw_activations(trained, name, convolution, image_set, args.image)
-    # Of a folder, the images that may have a wrong label.
-    suspects, suspected = find_suspects(image_set, probability, predicted, confidence) if image_set.files else ([], {})
-    what = "given class least likely" + ("; the model was trained on these labels" * (args.split == "train"))
-    if suspects:
-        figures["suspects"] = draw_images(image_set, suspected, predicted, f"{title}; {what}")
-    files = {f"{file}.png": render(figure) for file, figure in figures.items()}
-    if suspects:
+    files, remarks = {}, []
+    galleries = {f"The {len(mistakes)} most confident of {len(wrong):,} mistakes": mistakes}
+    if image_set.files:
+        # Of a folder, the images that may have a wrong label.
+        suspects, captions = find_suspects(image_set, probability, predicted, confidence)
+        what = "given class least likely" + ("; the model was trained on these labels" * (args.split == "train"))
+        figures["suspects"] = draw_images(image_set, captions, predicted, f"{title}; {what}")
         files["suspects.csv"] = f"{as_csv(suspects)}\n".encode(errors="surrogateescape")
+        galleries[f"Suspects: {what}"] = {
+            index: f"{text}\n{image_set.files[index].name}" for index, text in captions.items()
+        }
+        remarks = [f"suspects.csv and suspects.png: {len(suspects):,} images, {what}"]
+    files = {f"{file}.png": render(figure) for file, figure in figures.items()} | files
     files["metrics.json"] = f"{json.dumps(metrics, indent=2)}\n".encode()
     out = args.out or place_of(directory, args.split)
     write_files(out, files)
@@ -685,12 +686,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     status, tables = status_of(directory, record), metrics_tables(metrics)
     flags = {f"--{flag.replace('_', '-')}": str(value) for flag, value in record["args"].items() if value is not None}
     parts = [("table", "<<", ["run", common.shown(directory)], summary(record, status)), *table_parts(tables)]
-    parts += [("heading", f"The {len(mistakes)} most confident of {len(wrong):,} mistakes")]
-    parts += [("images", [(as_png(image_set.images[index]), text) for index, text in mistakes.items()])]
-    if suspects:
-        named = {index: f"{text}\n{image_set.files[index].name}" for index, text in suspected.items()}
-        pictures = [(as_png(image_set.images[index]), text) for index, text in named.items()]
-        parts += [("heading", f"Suspects: {what}"), ("images", pictures)]
+    for heading, captions in galleries.items():
+        pictures = [(as_png(image_set.images[index]), text) for index, text in captions.items()]
+        parts += [("heading", heading), ("images", pictures)]
     shown = [file for file in figures if file not in ("mistakes", "suspects")]  # those are images of their own
     parts += [("heading", "Pictures"), *(("picture", files[f"{file}.png"], file.replace("_", " ")) for file in shown)]
     parts += [("heading", "All settings"), ("table", "<<", ["flag", "value"], [*map(list, flags.items())])]
@@ -702,9 +700,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         lines.insert(0, f"{common.shown(directory)}: {status} after {record['epochs']} epochs")
     if not convolution:
         lines[-1] += " (no convolution, so no filters.png)"
-    if suspects:
-        lines.append(f"suspects.csv and suspects.png: {len(suspects):,} images, {what}")
-    report(args, metrics, metrics["classes"], lines)
+    report(args, metrics, metrics["classes"], lines + remarks)
     return metrics
 
 
@@ -792,7 +788,8 @@ def metrics_tables(metrics: dict) -> dict[str, tuple]:
     results = [
         ["accuracy", f"{metrics['accuracy']:.2%}", "{:.2%} to {:.2%}".format(*metrics["accuracy_interval"])],
         ["loss", f"{metrics['loss']:.4f}", ""],
-        *([name, f"{metrics[name.replace(' ', '_').lower()]:.4f}", ""] for name in ("macro F1", "weighted F1")),
+        ["macro F1", f"{metrics['macro_f1']:.4f}", ""],
+        ["weighted F1", f"{metrics['weighted_f1']:.4f}", ""],
         ["expected calibration error", f"{metrics['expected_calibration_error']:.2%}", ""],
     ]
     if "top5_accuracy" in metrics:
@@ -999,8 +996,7 @@ def predict(args: argparse.Namespace) -> dict:
         for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             one = {"file": str(file), "class": classes[index], "probability": probability}
             if args.csv:
-                header, line = as_csv([one]).split("\n", 1)
-                common.say(line if predictions else f"{header}\n{line}")
+                common.say("\n".join(as_csv([one]).split("\n", 1)[bool(predictions) :]))  # one header, on the first
             else:
                 common.say(json.dumps(one) if args.json else f"{file}\t{one['class']}\t{probability:.4f}")
             predictions.append(one)

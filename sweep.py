@@ -82,13 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--config", type=Path, metavar="FILE", help="the search from a YAML or JSON file in W&B's sweep schema")
     flag("--metric", choices=tuple(METRICS), default="val_loss", help="compares the trials, each in its best epoch")
     flag("--count", type=count, metavar="N", help="trials in all (a grid: every combination; else 20)")
-    flag(
-        "--seed",
-        type=common.number(int, 0),
-        default=42,
-        metavar="N",
-        help="of the parameters that are drawn, and of every training",
-    )
+    text = "of the parameters that are drawn, and of every training"
+    flag("--seed", type=common.number(int, 0), default=42, metavar="N", help=text)
     flag("--seeds", type=count, default=1, metavar="K", help="run each configuration with K seeds; their mean decides")
     text = "stop bad trials early: after a ninth and a third of their epochs only the best third goes on (see --eta)"
     flag("--prune", **switch, help=text)
@@ -96,12 +91,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     flag = parser.add_argument_group("running it").add_argument
     flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
-    flag(
-        "--threads",
-        type=count,
-        metavar="N",
-        help="CPU threads of a trial (cores / --jobs); another number changes the last digits",
-    )
+    text = "CPU threads of a trial (cores / --jobs); another number changes the last digits"
+    flag("--threads", type=count, metavar="N", help=text)
     flag("--max-failures", type=count, default=3, metavar="N", help="stop after so many failed trials in a row")
     runs = common.HERE / "runs"
     flag("--runs-dir", type=common.absolute_path, default=runs, metavar="DIR", help="where the sweep's directory is")
@@ -113,9 +104,8 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--quiet", **switch, help="print only errors")
 
     flag = parser.add_argument_group("many machines, and Weights & Biases").add_argument
-    flag(
-        "--storage", metavar="URL", help="share the search --name with other machines: postgresql://user@host/database"
-    )
+    text = "share the search --name with other machines: postgresql://user@host/database"
+    flag("--storage", metavar="URL", help=text)
     text = "with --storage: a machine that is silent for so long is taken for dead, and another runs its trial"
     flag("--grace", type=common.number(int, 5), default=120, metavar="SECONDS", help=text)
     text = "auto: W&B for bayes where an API key is configured"
@@ -356,9 +346,8 @@ def parse_parameter(text: str) -> tuple[str, dict]:
         distribution = {"int": "int_uniform", "log": "log_uniform_values"}.get(kind, "uniform")
         content = {"distribution": distribution, "min": bounds[0], "max": bounds[1]}
     elif kind or "" in values or len(bounds) > 2:
-        raise UsageError(
-            f"--param {text}: " + ("expected two numbers, LOW..HIGH" if "" not in values else "a value is empty")
-        )
+        reason = "a value is empty" if "" in values else "expected two numbers, LOW..HIGH"
+        raise UsageError(f"--param {text}: {reason}")
     else:
         content = {"values": scalar(values)}
     make_parameter(name, content)
@@ -831,10 +820,10 @@ class Objective:
         if not self.more_flags:  # W&B may give out the same twice
             self.check_alone(trial, params)
         line = new_line(trial, params)
-        own, records = line["run"], []
+        name, records = line["run"], []
         try:
             for seed in range(search.seed, search.seed + search.seeds):
-                line["run"] = own if search.seeds == 1 else f"{own}-seed-{seed}"
+                line["run"] = name if search.seeds == 1 else f"{name}-seed-{seed}"
                 records.append(self.train(trial, params, seed, self.directory / line["run"], records))
                 if ENDED[records[-1]["status"]] != "finished":
                     break
@@ -909,7 +898,7 @@ class Objective:
         metric = (record.get("best") or {}).get(self.search.metric)
         if record["status"] != "diverged" and not (isinstance(metric, int | float) and math.isfinite(metric)):
             raise TrialFailed(f"its record has no best {self.search.metric} that is a number")
-        return {**NOTHING, **record, "run": directory.name}
+        return {**BLANK_RECORD, **record, "run": directory.name}
 
     def outcome(self, records: list[dict]) -> dict:
         """What the runs of a trial, one for each seed, mean for its line."""
@@ -929,13 +918,13 @@ class Objective:
 
 
 # What a script may leave out of its record.
-NOTHING = {"epochs": 0, "seconds": 0.0, "best": None, "error": None}
+BLANK_RECORD = {"epochs": 0, "seconds": 0.0, "best": None, "error": None}
 
 
 def read_record(directory: Path) -> dict:
     """run.json of a trial, and the name of its directory; {} where there is none."""
     path = directory / "run.json"
-    return {**NOTHING, **common.read_json(path), "run": directory.name} if path.exists() else {}
+    return {**BLANK_RECORD, **common.read_json(path), "run": directory.name} if path.exists() else {}
 
 
 # ------------------------ Workers ------------------------
@@ -973,8 +962,10 @@ def work(connection, directory: Path, machine: str, url: str | None, grace: int,
             with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another machine has taken it over
                 study.optimize(objective, n_trials=1, catch=Exception)
             connection.send("a trial has ended")
-    except (NothingWaits, common.Interrupted) as reason:
-        os._exit(isinstance(reason, common.Interrupted))
+    except NothingWaits:
+        os._exit(0)
+    except common.Interrupted:
+        os._exit(1)  # its trial is to go on
 
 
 class Workers:
@@ -1173,9 +1164,7 @@ def choose_engine(args: argparse.Namespace, search: Search) -> str:
         online = os.environ.get("WANDB_MODE", "online") == "online"
         key = online and importlib.util.find_spec("wandb") and common.has_wandb_key(quiet=True)
         engine = "wandb" if key else "local"
-        reason = (
-            "an API key is configured" if key else "no API key is configured" if online else "WANDB_MODE is not online"
-        )
+        reason = f"{'an' if key else 'no'} API key is configured" if online else "WANDB_MODE is not online"
         common.say(f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)", args.quiet)
     if engine == "wandb":
         reach_wandb(args)
@@ -1203,10 +1192,9 @@ def wandb_config(args: argparse.Namespace) -> dict:
     reach_wandb(args)
     import wandb
 
+    path = args.sweep_id if "/" in args.sweep_id else f"{args.wandb_project}/{args.sweep_id}"
     try:
-        return (
-            wandb.Api().sweep(args.sweep_id if "/" in args.sweep_id else f"{args.wandb_project}/{args.sweep_id}").config
-        )
+        return wandb.Api().sweep(path).config
     except (ValueError, wandb.errors.Error) as error:
         raise UsageError(str(error)) from error
 

@@ -45,9 +45,8 @@ def synthetic_digits(count, seed):
         return torch.rand(count, generator=random) * (high - low) + low
 
     labels = torch.randint(10, (count,), generator=random)
-    chosen = glyphs[
-        torch.randint(len(fonts), (count,), generator=random), labels, torch.randint(3, (count,), generator=random)
-    ]
+    font, thickness = (torch.randint(most, (count,), generator=random) for most in (len(fonts), 3))
+    chosen = glyphs[font, labels, thickness]
     angle, scale, squeeze = uniform(-0.35, 0.35), uniform(0.8, 1.4), uniform(0.8, 1.25)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     rows = (cos * squeeze, -sin, uniform(-0.3, 0.3), sin * squeeze, cos, uniform(-0.3, 0.3))

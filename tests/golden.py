@@ -1,4 +1,4 @@
-"""The first losses of each model, which must not change by accident. (ConvNet is ConfigNet at its defaults.)
+"""The first losses of each model, which must not change by accident.
 
 python tests/golden.py dense cnn    # writes these anew into golden.json, where a change is meant
 """
@@ -16,6 +16,7 @@ PATH = Path(__file__).with_name("golden.json")
 MODELS = {
     "dense": "train_mnist --model dense",
     "cnn": "train_mnist --model cnn",
+    "convnet": "train_cifar --model convnet",
     "confignet": "train_cifar --model confignet --c1 8 --c2 16 --l1 32",
     "fastnet": "train_cifar --recipe fast --c1 8 --c2 16 --c3 16",
     "patchnet": "train_mnist --recipe fast",

@@ -375,15 +375,10 @@ def test_suspects_are_the_images_whose_class_is_least_likely(runs, hundred, expe
     train = show(tmp_path / "train", runs / "hundred", "--split", "train", "--out", tmp_path / "train")
     told = "the model was trained on these labels"
     assert told in train.out and told in train.titles["suspects"] and told not in val.out + val.titles["suspects"]
-    found = [
-        {
-            row["file"]
-            for row in csv.DictReader(
-                io.StringIO((tmp_path / split / "suspects.csv").read_bytes().decode(errors="replace"))
-            )
-        }
-        for split in ("val", "train")
-    ]
+    found = []
+    for split in ("val", "train"):
+        content = (tmp_path / split / "suspects.csv").read_bytes().decode(errors="replace")
+        found.append({row["file"] for row in csv.DictReader(io.StringIO(content))})
     assert [len(files) for files in found] == [3, 27] and not found[0] & found[1]
     assert all("images/train/" in file for file in found[0] | found[1])
 
@@ -441,9 +436,8 @@ def keep_predictions(run, right, epoch=None, checksum="same"):
     """predictions.pt as an evaluation would leave it, of images of class 1 that are `right` or not."""
     right = torch.tensor(right)
     found = {"checksum": checksum, "labels": torch.ones(len(right)), "predicted": right.long()}
-    common.save_checkpoint(
-        run / "predictions.pt", {**found, "epoch": epoch or common.read_record(run)["best"]["epoch"]}
-    )
+    found["epoch"] = epoch or common.read_record(run)["best"]["epoch"]
+    common.save_checkpoint(run / "predictions.pt", found)
 
 
 def test_runs_on_the_same_images_are_compared_image_by_image(copy, undrawn, capsys, expected):
@@ -564,9 +558,8 @@ def test_predicting_answers_for_every_readable_file(runs, expected, tmp_path, ca
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert [{**row, "probability": float(row["probability"])} for row in rows] == answers and len(rows) == 6
     likeliest = logits_of(runs / "digits", images[:2]).softmax(1).topk(3)
-    assert [int(row["class"]) for row in rows] == likeliest.indices.flatten().tolist() and rows[0][
-        "file"
-    ] == "a,\nb.png"
+    assert [int(row["class"]) for row in rows] == likeliest.indices.flatten().tolist()
+    assert rows[0]["file"] == "a,\nb.png"
     assert [one["probability"] for one in answers] == pytest.approx(likeliest.values.flatten().tolist(), abs=1e-5)
     with pytest.raises(common.UsageError, match="the model has 10 classes"):
         evaluate.main([*argv[:3], "--top", "11"])

@@ -1,5 +1,6 @@
 """The real MNIST and CIFAR-10, where their files are in data/."""
 
+import common
 import train_cifar
 import train_mnist
 
@@ -18,3 +19,11 @@ def test_one_epoch_learns(script, argv, least):
     _, record, _ = run(script, *DATA, *argv, "--epochs", 1)
     assert record["data"]["train"] == (10_000 if argv else 54_000) and record["data"]["test"] == 10_000
     assert record["test"]["acc"] > least
+
+
+def test_cifar_10_has_its_own_mean_and_std():
+    images = common.load_images(train_cifar.parse_arguments(DATA), "train", train_cifar.synthetic)
+    mean, std = images.mean_and_std()
+    assert len(images) == 50_000 and images.classes[0] == "airplane"
+    assert mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)
+    assert std == pytest.approx([0.2470, 0.2435, 0.2616], abs=1e-4)
