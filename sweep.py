@@ -662,7 +662,10 @@ def open_storage(directory: Path, url: str | None, grace: int) -> optuna.storage
         try:
             return Database(url, engine, **heart, heartbeat_stale_trial_callback=queue_again)
         except (exc.ArgumentError, ImportError) as error:
-            raise UsageError(f"--storage {without_password(url)}: {error.__cause__ or error}") from error
+            reason = str(error.__cause__ or error)
+            if isinstance(error, ImportError) and url.startswith("postgresql"):
+                reason = f'{reason}; pip install "sqlalchemy>=2.1" "psycopg[binary]"'
+            raise UsageError(f"--storage {without_password(url)}: {reason}") from error
         except exc.SQLAlchemyError as error:
             # Another machine may make the tables at this moment.
             if attempt == 60 or not re.search("already exists|duplicate|unique", str(error), re.IGNORECASE):

@@ -1,9 +1,5 @@
 """The command line as a user types it: exit statuses, one-line errors, signals, where things are put."""
 
-import argparse
-import contextlib
-import io
-import json
 import os
 import re
 import shlex
@@ -13,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
 import train_cifar
 import train_mnist
 
@@ -21,8 +16,6 @@ import pytest
 import torch
 from conftest import ROOT, read_run
 from forked import Forked
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
 
 DENSE = ["--dataset", "synthetic", "--model", "dense", "--schedule", "constant", "--runs-dir", "runs"]
 PIPES = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -71,44 +64,6 @@ def test_help_shows_the_defaults_of_the_recipe(script, capsys):
         text = " ".join(capsys.readouterr().out.split())
         model = {**script.RECIPES["default"], **defaults}["model"]
         assert f"architecture ({model})" in text and "python train_" in text and "(None)" not in text
-
-
-def flags():
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        train_cifar.main(["--help"])
-    return sorted(set(re.findall(r"--[a-z0-9-]+", text.getvalue())))
-
-
-words = st.sampled_from(["synthetic", "fast", "cnn", "cpu", "1", "0", "0.5", "-1", "20,24", ".", "--"])
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
-quietly = settings(
-    max_examples=200, deadline=None, derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
-
-
-@quietly
-@example(["--data-dir", "~no-such-user/data"])
-@given(st.lists(st.sampled_from(flags()) | words | st.text(max_size=6) | st.integers().map(str), max_size=5))
-def test_any_command_line_is_understood_or_refused_in_one_line(capsys, argv):
-    try:
-        assert isinstance(train_cifar.parse_arguments(argv), argparse.Namespace)
-    except SystemExit as error:
-        assert error.code in (0, 2) and (error.code == 0 or len(capsys.readouterr().err.splitlines()) == 1)
-
-
-@quietly
-@given(st.binary(max_size=100) | trees.map(lambda tree: json.dumps(tree).encode()))
-def test_any_bytes_in_the_files_of_a_run_are_refused_by_name(tmp_path, content):
-    for name in ("run.json", "last.pt", "log.jsonl"):
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(common.RunError, match=r"run\.json"):
-        common.read_record(tmp_path)
-    with pytest.raises(common.RunError, match=r"last\.pt"):
-        common.load_checkpoint(tmp_path / "last.pt")
-    with contextlib.suppress(common.RunError):
-        assert isinstance(common.read_log(tmp_path), list)
 
 
 def test_a_run_without_a_terminal_prints_a_line_per_epoch_and_last_the_directory(few_images, capfd):

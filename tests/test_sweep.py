@@ -1,15 +1,14 @@
 """Searches: the space, running, killing, pruning, failures, many machines, and the report."""
 
 import collections
-import contextlib
 import json
 import os
 import random
 import shutil
 import signal
 import socket
-import string
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,10 +18,7 @@ import sweep
 
 import optuna
 import pytest
-import yaml
 from forked import Forked
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -284,6 +280,13 @@ def test_a_search_that_is_wrong_is_refused(argv, capsys):
     assert WRONG_SEARCHES[argv].replace("'", "") in text.replace("'", "") and "secret" not in text
 
 
+def test_a_driver_that_is_not_installed_is_named_with_the_command_that_installs_it(capsys, monkeypatch):
+    for name in ("psycopg", "psycopg2"):
+        monkeypatch.setitem(sys.modules, name, None)
+    text = refused(capsys, "--method", "grid", "--name", "s", "--storage", "postgresql://u:secret@h/d")
+    assert 'pip install "sqlalchemy>=2.1" "psycopg[binary]"' in text and "secret" not in text
+
+
 def test_a_script_that_cannot_be_used_and_data_that_are_missing_are_one_line(capsys, monkeypatch):
     argv = ["--method", "grid", "--param", "k=1", "--script", "mine.py"]
     for content, expected in {
@@ -298,34 +301,6 @@ def test_a_script_that_cannot_be_used_and_data_that_are_missing_are_one_line(cap
     with pytest.raises(common.UsageError, match="could not be downloaded"):
         sweep.main(["--method", "random", "--runs-dir", "refused", "--", "--data-dir", "none"])
     assert not Path("refused").exists()
-
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
-numbers = st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False, width=32)
-kinds = st.sampled_from([*sweep.DISTRIBUTIONS, "beta"])
-entries = st.fixed_dictionaries({}, optional={
-    "min": numbers, "max": numbers, "q": numbers, "distribution": kinds, "value": scalars,
-    "values": st.lists(scalars, max_size=4),
-})  # fmt: skip
-configs = st.fixed_dictionaries(
-    {"parameters": st.dictionaries(st.text(string.ascii_letters, min_size=1), entries | trees, max_size=2) | trees},
-    optional={"method": st.sampled_from(["grid", "bayes", "random"]) | scalars, "metric": trees, "run_cap": scalars,
-              "early_terminate": trees, "name": scalars, "command": trees, "program": st.just("any.py") | scalars},
-)  # fmt: skip
-as_yaml = (configs | trees).map(yaml.safe_dump) | st.text("-:[]{}!&*#|>?%@`\"',. \n0123456789abeinotux_", max_size=60)
-parameters = st.text(max_size=30) | st.from_regex(r"[a-z]+=(int:|log:)?[-+.0-9e,]+(\.\.)?[-+.0-9e]*", fullmatch=True)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(as_yaml.map(str.encode) | st.binary(max_size=200), parameters, kinds, entries)
-def test_whatever_is_written_is_understood_or_refused_in_one_line(content, parameter, kind, entry):
-    Path("any.py").write_text("def main(argv): ...")
-    Path("sweep.yaml").write_bytes(content)
-    Path("entry.json").write_text(json.dumps({"parameters": {"x": {**entry, "distribution": kind}}}))
-    for argv in (["--config", "sweep.yaml"], [f"--param={parameter}"], ["--config", "entry.json"]):
-        with contextlib.suppress(common.UsageError):
-            sweep.main(["--method", "random", "--script", "any.py", "--count", "2", "--dry-run", "--quiet", *argv])
 
 
 @pytest.mark.parametrize("text", ["2001-99-99", "!!bool x", "!!timestamp x", "0x_", "[" * 5000, "a: &a [*a]"])
