@@ -35,6 +35,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -607,7 +608,7 @@ class Augmentation:
         if self.rotation or self.flip:
             images = rotate_and_flip(images, angle, flip)
         if self.shift:
-            images = shift_images(images, *shift, self.shift)
+            images = shift_images(images, shift[0], shift[1], self.shift)
         if self.brightness:
             images = (images * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
         if self.hue and images.shape[1] == 3:  # grey has no hue
@@ -1131,7 +1132,8 @@ class EarlyStopping:
 
     def __init__(self, tolerance: int):
         self.tolerance = tolerance
-        self.best_loss, self.best_weights, self.epochs_without_improvement = math.inf, None, 0
+        self.best_loss, self.epochs_without_improvement = math.inf, 0
+        self.best_weights: dict | None = None
 
     def step(self, val_loss: float, model: nn.Module) -> bool:
         """Take note of an epoch; return whether it is the best so far."""
@@ -1182,7 +1184,7 @@ def write_json(path: Path, content: dict | list) -> None:
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path, lines: bool = False) -> dict | list:
+def read_json(path: Path, lines: bool = False) -> Any:
     """Read a file of JSON, or of JSON `lines`. RunError where it is damaged."""
     try:
         return [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
@@ -1337,7 +1339,7 @@ def utc_now() -> str:
 
 def environment() -> dict:
     """Where a run is computed: the part of run.json that a continuation writes anew."""
-    command = ["git", "-C", HERE, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         git = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout

@@ -72,7 +72,8 @@ DEFAULT_SEARCH = {"grid": CIFAR_SEARCH, "random": MNIST_SEARCH, "bayes": MNIST_S
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this script."""
     parser = common.ArgumentParser(prog="sweep.py", description=__doc__, usage="sweep.py [flags] [-- FLAGS]")
-    count, switch = common.number(int, 1), {"action": "store_true"}
+    count = common.number(int, 1)
+    switch: dict = {"action": "store_true"}
 
     flag = parser.add_argument_group("the search").add_argument
     flag("--method", choices=tuple(DEFAULT_SEARCH), help="grid: all combinations; bayes: Optuna proposes")
@@ -177,7 +178,7 @@ def search_from(args: argparse.Namespace, parameters: list, rule: dict | None, f
         changes_loss = args.metric == "val_loss" and parameter.name in ("label_smoothing", "val_size", "dataset")
         if changes_loss and parameter.size() > 1:
             raise UsageError(f"{parameter.name} changes what val_loss means: choose by --metric val_acc")
-    search.count = min(search.size(), args.count or (math.inf if args.method == "grid" else 20))
+    search.count = int(min(search.size(), args.count or (math.inf if args.method == "grid" else 20)))
     epochs = check_trials(search)
     search.epochs = search.seeds * max(epochs)
     if args.prune:
@@ -264,7 +265,7 @@ def bands(rule: dict | None) -> list[int]:
     if not isinstance(rule, dict) or rule.get("type") != "hyperband":
         raise UsageError("early_terminate: the only type is hyperband")
     for key, value in rule.items():
-        least = {"type": "", "min_iter": 1, "max_iter": 1, "s": 1, "eta": 2}.get(key)
+        least = {"type": 0, "min_iter": 1, "max_iter": 1, "s": 1, "eta": 2}.get(key)
         if least is None or (key != "type" and (type(value) is not int or value < least)):
             raise UsageError(f"early_terminate: {key}: {value} is not supported")
     eta = rule.get("eta", 3)
@@ -298,7 +299,7 @@ class Parameter:
         d = self.distribution
         if isinstance(d, CategoricalDistribution):
             return list(d.choices)
-        return [self.rounded(d.low + index * (self.step or d.step)) for index in range(self.size())]
+        return [self.rounded(d.low + index * (self.step or d.step)) for index in range(int(self.size()))]
 
     def ends(self) -> list:
         """All words, or the bounds of a range: what the script refuses lies there."""
@@ -1001,10 +1002,11 @@ class Workers:
         ends = [*self.running.values(), *(process.sentinel for process in self.running)]
         if not ends:
             time.sleep(seconds)
-        for ready in multiprocessing.connection.wait(ends, seconds):
-            if ready in self.running.values():
+        ready = multiprocessing.connection.wait(ends, seconds)
+        for connection in self.running.values():
+            if connection in ready:
                 with contextlib.suppress(EOFError, OSError):
-                    ready.recv()
+                    connection.recv()
         ended = [process for process in self.running if not process.is_alive()]
         for process in ended:
             self.running.pop(process).close()
@@ -1213,10 +1215,10 @@ def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argpar
     project = args.wandb_project
     common.loaded_images = {}
     os.environ.setdefault("WANDB_DIR", str(directory))
-    for trial in study.get_trials(deepcopy=False):  # interrupted; W&B gives no trial out twice
-        if not trial.state.is_finished():
-            study._storage.set_trial_user_attr(trial._trial_id, "superfluous", True)
-            study.tell(trial.number, state=TrialState.FAIL)
+    for given in study.get_trials(deepcopy=False):  # interrupted; W&B gives no trial out twice
+        if not given.state.is_finished():
+            study._storage.set_trial_user_attr(given._trial_id, "superfluous", True)
+            study.tell(given.number, state=TrialState.FAIL)
     sweep_id = args.sweep_id or study.user_attrs.get("sweep_id")
     if not sweep_id:
         # The best so far is what W&B is to compare: `fit` logs it.
@@ -1509,7 +1511,7 @@ def open_search(
         if key not in ("count", "threads") and value != before[key]:
             raise UsageError(f"{shown} is another search: its {key} is {before[key]}; take another --name")
     stored = Search(**before)
-    stored.count = min(max(stored.count, search.count if search else args.count or 0), stored.size())
+    stored.count = int(min(max(stored.count, search.count if search else args.count or 0), stored.size()))
     if args.threads or args.storage:
         stored.threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     study.set_user_attr("search", asdict(stored))
