@@ -172,6 +172,7 @@ def add_options(parser: argparse.ArgumentParser, recipes: dict) -> None:
     flag("--aux-lr", type=number(float, above=0), default=0.03, metavar="RATE", help="of what muon leaves to AdamW")
     flag("--momentum", type=share, default=0.9, metavar="FACTOR", help="of sgd and muon")
     flag("--weight-decay", type=number(float, 0), default=0.0, metavar="FACTOR", help="decoupled in adamw and muon")
+    flag("--class-weights", choices=("balanced",), help="weigh each class in the loss by how rare it is")
     flag("--label-smoothing", type=share, default=0.0, metavar="PART", help="of the target, spread over all classes")
     text = "sides of the training images, over equal parts of the run"
     flag("--sizes", type=lambda text: [*map(number(int, 4), text.split(","))], metavar="PIXELS,...", help=text)
@@ -321,7 +322,8 @@ def say(line: str, quiet: bool = False) -> None:
     """Print a line for a person, unless `quiet`. A reader that went away (`| head -1`) does not end a run."""
     try:
         if not quiet:
-            print(line, flush=True)
+            with tqdm.external_write_mode():  # no bar on the same line
+                print(line, flush=True)
     except BrokenPipeError:
         # As Python's documentation has it: its last flush must find a file that is open.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -375,6 +377,11 @@ class ImageSet:
         digest = hashlib.sha256(self.images.cpu().permute(0, 2, 3, 1).contiguous().numpy())
         digest.update(self.labels.cpu().numpy())
         return digest.hexdigest()
+
+    def class_weights(self) -> torch.Tensor:
+        """For the loss, [K]: so much that all classes count the same together, and an image 1 on average."""
+        counts = self.labels.bincount(minlength=len(self.classes))
+        return len(self) / (len(self.classes) * counts.clamp(min=1))
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Per channel, of the values in [0, 1], from a histogram of the 256 levels."""
@@ -917,7 +924,7 @@ def new_model(args: argparse.Namespace, train_set: ImageSet) -> nn.Module:
     about = {"image_shape": list(train_set.images.shape[1:]), "classes": train_set.classes, "mean": mean, "std": std}
     torch.manual_seed(random_seed(args.seed, "weights"))
     chosen = {name: getattr(args, name) for name in ("model", *MODEL_OPTIONS, "sizes", "batch_size")}
-    model = build_model({**about, **chosen}).to(args.device)
+    model = build_model({**about, **chosen, "temperature": 1.0}).to(args.device)
     if args.optimizer == "muon" and not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
         raise UsageError("--optimizer muon is for convolutions with batch norm: --model cnn, fastnet or patchnet")
     return model
@@ -1044,58 +1051,79 @@ class AverageMeter:
         return self.correct.item() / self.images
 
 
-def train(args, model, loader, epoch, optimizers, scaler, autocast) -> AverageMeter:
+def train(args, model, loader, epoch, criterion, optimizers, scaler, autocast, bar) -> AverageMeter:
     """Train `model` on every batch once; loss and accuracy are as seen in training. Raises NotFinite."""
     model.train()
     meter = AverageMeter(args.device)
     # --sizes is counted from the end, so that however few the epochs are, the last has the last size.
     side = args.sizes[-1 - (args.epochs - epoch) * len(args.sizes) // args.epochs] if args.sizes else None
-    with tqdm(total=len(loader), desc=f"epoch {epoch}/{args.epochs}", leave=False, disable=args.quiet or None) as bar:
-        for step, (images, labels) in enumerate(loader.batches(epoch, side)):
-            # Set the learning rate, by the part of the whole training that is behind.
-            progress = (epoch - 1 + step / len(loader)) / args.epochs
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * SCHEDULES[args.schedule](progress)
+    bar.set_description(f"epoch {epoch}/{args.epochs}", refresh=False)
+    for step, (images, labels) in enumerate(loader.batches(epoch, side)):
+        # Set the learning rate, by the part of the whole training that is behind.
+        progress = (epoch - 1 + step / len(loader)) / args.epochs
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * SCHEDULES[args.schedule](progress)
 
-            # Forward pass: a logit for each class, and the loss.
-            with autocast():
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=args.label_smoothing)
-            if args.device == "cpu":  # a GPU would have to be waited for: there the epoch's mean tells as surely
-                finite(loss)
+        # Forward pass: a logit for each class, and the loss.
+        with autocast():
+            logits = model(images)
+            loss = criterion(logits, labels)
+        if args.device == "cpu":  # a GPU would have to be waited for: there the epoch's mean tells as surely
+            finite(loss)
 
-            # Backward pass: the gradients.
-            for optimizer in optimizers:
-                optimizer.zero_grad()
-            scaler.scale(loss).backward()
+        # Backward pass: the gradients.
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        scaler.scale(loss).backward()
 
-            # Update the weights.
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-            scaler.update()
+        # Update the weights.
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
 
-            meter.update(loss.detach() * len(labels), logits.detach(), labels)
-            if bar.update():  # it has just been drawn anew; not for every batch, as the loss is read from the device
-                bar.set_postfix(loss=f"{meter.loss:.4f}", refresh=False)
+        meter.update(loss.detach() * len(labels), logits.detach(), labels)
+        if bar.update():  # it has just been drawn anew; not for every batch, as the loss is read from the device
+            bar.set_postfix(loss=f"{meter.loss:.4f}", refresh=False)
     return meter
 
 
 @torch.inference_mode()
-def test(model, loader, autocast, label_smoothing=0.0, tta=None) -> AverageMeter:
-    """Loss and accuracy over all batches, with dropout and batch norm at rest. Raises NotFinite when they are read.
+def test(model, loader, autocast, criterion, tta=None) -> tuple[AverageMeter, torch.Tensor]:
+    """Loss and accuracy over all batches, with dropout and batch norm at rest, and the logits [N, K], float32. Raises
+    NotFinite when the loss is read.
 
     A net that is trained with smoothed labels is to be validated with them too: their loss falls as it learns, while
     the plain one mostly says how far the net keeps from certainty, and may rise.
     """
     model.eval()
-    meter = AverageMeter(loader.image_set.images.device)
+    meter, outputs = AverageMeter(loader.image_set.images.device), []
     for images, labels in loader.batches():
         with autocast():
             logits = predict(model, images, tta)
-        loss = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=label_smoothing)
-        meter.update(loss, logits, labels)
-    return meter
+        meter.update(criterion(logits, labels, reduction="sum"), logits, labels)
+        outputs.append(logits)
+    return meter, torch.cat(outputs)
+
+
+def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The number by which to divide `logits` [N, K], so that their softmax gives the `labels` [N] the highest
+    likelihood: C. Guo et al., "On calibration of modern neural networks" (2017). Without a mistake among them the
+    images cannot tell, and it is 1."""
+    logits, labels = logits.cpu().double(), labels.cpu()
+    if bool((logits.argmax(1) == labels).all()):
+        return 1.0
+    log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(logits / log_temperature.exp(), labels)
+        loss.backward()
+        return loss
+
+    optimizer.step(loss)
+    return log_temperature.clamp(-3, 3).exp().item()  # a net that has learnt nothing would have an endless one
 
 
 TTA = ("mirror", "shift", "mirror+shift")
@@ -1304,6 +1332,7 @@ class Run:
         if self.history:
             row = min(self.history, key=lambda row: row["val_loss"])
             best = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
+            best["temperature"] = parts["model"].config["temperature"]
         if best != self.record["best"]:
             content = {**parts["model"].config, **best, "weights": parts["early_stopping"].best_weights}
             save_checkpoint(self.directory / "best.pt", content)
@@ -1402,11 +1431,8 @@ def open_run(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, va
             return
         before.update(epochs=args.epochs, tolerance=args.tolerance)
         record["data"].update(test=None, test_checksum=None)
-        say(
-            f"{record['name']}: {args.model}, {record['parameters']:,} parameters; {args.dataset}, {len(train_set):,} "
-            f"training and {len(val_set):,} validation images; {args.device}, {args.precision}",
-            args.quiet,
-        )
+        about = f"{args.model}, {record['parameters']:,} parameters; {args.device}, {args.precision}"
+        say(f"{record['name']}: {about}", args.quiet)
         status, error = "failed", None
         try:
             with interruptible():
@@ -1515,6 +1541,8 @@ def fit(
     optimizers = make_optimizers(args, model)
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     autocast = autocast_to(args.device, args.precision)
+    weights = train_set.class_weights() if args.class_weights else None
+    criterion = functools.partial(F.cross_entropy, weight=weights, label_smoothing=args.label_smoothing)
     early_stopping = EarlyStopping(args.tolerance)
 
     # The whole state of a training: the random numbers of epoch k follow from --seed and k, the rate from the step.
@@ -1532,56 +1560,76 @@ def fit(
     compiled = torch.compile(model, dynamic=False) if args.compile else model
     torch.compiler.config.recompile_limit = 64  # each size of images, and the smaller last batch, has code of its own
 
-    for epoch in range(done + 1, min(args.epochs, args.stop_after or args.epochs) + 1):
-        if early_stopping.should_stop:
-            break
-        began = time.perf_counter()
-        torch.manual_seed(random_seed(args.seed, "dropout", epoch))
-        if whitening and whitening.bias is not None:
-            # As in airbench: it is learnt for three epochs. Its gradient takes time, and brings little later.
-            whitening.bias.requires_grad_(epoch <= 3)
+    counts = train_set.labels.bincount(minlength=len(train_set.classes))
+    few, many = (f"{int(counts[which]):,} ({train_set.classes[which]})" for which in (counts.argmin(), counts.argmax()))
+    say(
+        f"{args.dataset}: {len(train_set):,} training and {len(val_set):,} validation images; {len(counts)} classes, "
+        f"the smallest {few}, the largest {many}; {len(loader)} steps an epoch",
+        args.quiet,
+    )
 
-        # Train on every batch once, then validate.
-        training = train(args, compiled, loader, epoch, optimizers, scaler, autocast)
-        train_loss, train_seconds = training.loss, time.perf_counter() - began
-        validation = test(compiled, val_loader, autocast, args.label_smoothing)
-        row = {
-            "epoch": epoch, "train_loss": train_loss, "train_acc": training.accuracy,
-            "val_loss": validation.loss, "val_acc": validation.accuracy, "lr": optimizers[0].param_groups[0]["lr"],
-            "seconds": time.perf_counter() - began, "images_per_second": len(train_set) / train_seconds,
-        }  # fmt: skip
+    # A bar of the whole run, with the time that is left of it.
+    last = min(args.epochs, args.stop_after or args.epochs)
+    steps = {"total": last * len(loader), "initial": done * len(loader)}
+    with tqdm(**steps, smoothing=0, leave=False, disable=args.quiet or None) as bar:
+        for epoch in range(done + 1, last + 1):
+            if early_stopping.should_stop:
+                break
+            began = time.perf_counter()
+            torch.manual_seed(random_seed(args.seed, "dropout", epoch))
+            if whitening and whitening.bias is not None:
+                # As in airbench: it is learnt for three epochs. Its gradient takes time, and brings little later.
+                whitening.bias.requires_grad_(epoch <= 3)
 
-        # Early stopping looks at the validation loss, and keeps the weights when it is the best.
-        is_best = early_stopping.step(row["val_loss"], model)
+            # Train on every batch once, then validate.
+            training = train(args, compiled, loader, epoch, criterion, optimizers, scaler, autocast, bar)
+            train_loss, train_seconds = training.loss, time.perf_counter() - began
+            validation, _ = test(compiled, val_loader, autocast, criterion)
+            row = {
+                "epoch": epoch, "train_loss": train_loss, "train_acc": training.accuracy,
+                "val_loss": validation.loss, "val_acc": validation.accuracy, "lr": optimizers[0].param_groups[0]["lr"],
+                "seconds": time.perf_counter() - began, "images_per_second": len(train_set) / train_seconds,
+            }  # fmt: skip
 
-        # Log the row, save, report.
-        run.history.append(row)
-        run.save(parts)
-        with wandb_failures_told(run):
-            if run.wandb:  # the best so far is what a W&B sweep compares
-                best = {f"best_{name}": value for name, value in run.record["best"].items()}
-                run.wandb.log(row | best, step=epoch, commit=True)
-        text = (
-            "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
-            "{val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s{best}"
-        )
-        say(text.format(**row, epochs=args.epochs, best="  best" * is_best), args.quiet)
-        if on_epoch and on_epoch(row):
-            run.status = "pruned"
-            return False
+            # Early stopping looks at the validation loss, and keeps the weights when it is the best.
+            is_best = early_stopping.step(row["val_loss"], model)
+
+            # Log the row, save, report.
+            run.history.append(row)
+            run.save(parts)
+            with wandb_failures_told(run):
+                if run.wandb:  # the best so far is what a W&B sweep compares
+                    best = {f"best_{name}": value for name, value in run.record["best"].items()}
+                    run.wandb.log(row | best, step=epoch, commit=True)
+            text = (
+                "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
+                "{val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s{best}"
+            )
+            say(text.format(**row, epochs=args.epochs, best="  best" * is_best), args.quiet)
+            if on_epoch and on_epoch(row):
+                run.status = "pruned"
+                return False
 
     model.load_state_dict(early_stopping.best_weights)
     if early_stopping.should_stop:
         run.status = "stopped_early"
     else:
         run.status = "finished" if len(run.history) == args.epochs else "interrupted"
-    return run.status != "interrupted"
+    if run.status == "interrupted":
+        return False
+
+    # Fit the temperature that makes the probabilities true on the validation images, and save it with the weights.
+    _, logits = test(compiled, val_loader, autocast, F.cross_entropy)
+    model.config["temperature"] = fit_temperature(logits, val_set.labels)
+    run.write_results(parts)
+    return True
 
 
 def final_test(args: argparse.Namespace, model: nn.Module, test_set: ImageSet, run: Run) -> None:
     """Test the model, with the weights of its best epoch, and put the result into run.json."""
     test_set = test_set.to(args.device)
     loader = evaluation_loader(test_set, args.batch_size, model.config)
-    result = test(model, loader, autocast_to(args.device, args.precision), tta=args.tta)
+    autocast = autocast_to(args.device, args.precision)
+    result, _ = test(model, loader, autocast, F.cross_entropy, args.tta)
     run.record["data"].update(test=len(test_set), test_checksum=test_set.checksum)
     run.record["test"] = {"loss": result.loss, "acc": result.accuracy}

@@ -99,12 +99,10 @@ class Trained:
     autocast: Callable
 
     def test(self, image_set: ImageSet, tta: str | None = None) -> tuple[common.AverageMeter, torch.Tensor]:
-        """Loss and accuracy of the images, and, without `tta`, the logits [N, K], float32, on the CPU."""
-        outputs = []
+        """Loss and accuracy of the images, and the logits [N, K], float32, on the CPU."""
         loader = common.evaluation_loader(image_set.to(self.device), self.config["batch_size"], self.config)
-        with self.model.register_forward_hook(lambda module, inputs, output: outputs.append(output.float())):
-            meter = common.test(self.model, loader, self.autocast, tta=tta)
-        return meter, torch.cat(outputs).cpu()
+        meter, logits = common.test(self.model, loader, self.autocast, nn.functional.cross_entropy, tta)
+        return meter, logits.cpu()
 
 
 def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
@@ -118,7 +116,7 @@ def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
         precision = "fp32"
         note("the run's precision, fp16, needs a GPU: computed in fp32, the figures may differ from run.json's", quiet)
     torch.set_num_threads(record["threads"])  # another number of threads rounds otherwise
-    config = common.load_checkpoint(directory / "best.pt")
+    config = {"temperature": 1.0, **common.load_checkpoint(directory / "best.pt")}  # older runs have none
     try:
         weights = config.pop("weights")
         model = common.build_model(config)
@@ -238,28 +236,29 @@ def calibration(confidence: torch.Tensor, correct: torch.Tensor) -> tuple[list[d
     return rows, error
 
 
-def answers(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probability and the index of the predicted class, each [N], of `logits` [N, K]."""
-    return logits.double().softmax(1).max(1)
+def measure(logits: torch.Tensor, temperature: float, labels: torch.Tensor, names: list[str]) -> dict:
+    """All metrics but the loss, as in metrics.json, of `logits` [N, K] for the `labels` [N] of the classes `names`.
 
-
-def measure(logits: torch.Tensor, labels: torch.Tensor, names: list[str]) -> dict:
-    """All metrics but the loss, as in metrics.json, of `logits` [N, K] for the `labels` [N] of the classes `names`."""
-    confidence, predicted = answers(logits)
+    The calibration is that of the probabilities at the `temperature`; `..._before` is without it."""
+    confidence, predicted = (logits.double() / temperature).softmax(1).max(1)
     correct, count, classes = predicted == labels, len(labels), len(names)
     confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
     rows = class_metrics(confusion, names)
     bins, calibration_error = calibration(confidence, correct)
+    bins_before, error_before = calibration(logits.double().softmax(1).amax(1), correct)
     metrics = {
         "accuracy": int(correct.sum()) / count,
         "accuracy_interval": wilson_interval(int(correct.sum()), count),
         "macro_f1": sum(row["f1"] for row in rows) / classes,
         "weighted_f1": sum(row["f1"] * row["support"] for row in rows) / count,
+        "temperature": temperature,
         "expected_calibration_error": calibration_error,
+        "expected_calibration_error_before": error_before,
     }
     if classes > 10:
         metrics["top5_accuracy"] = int((logits.topk(5).indices == labels[:, None]).sum()) / count
-    return {**metrics, "classes": rows, "calibration": bins, "confusion_matrix": confusion.tolist()}
+    bins = {"calibration": bins, "calibration_before": bins_before}
+    return {**metrics, "classes": rows, **bins, "confusion_matrix": confusion.tolist()}
 
 
 # ------------------------------------------------ Pictures ------------------------------------------------
@@ -435,9 +434,14 @@ def draw_calibration(metrics: dict, title: str):
     lows, bars = [one["low"] for one in bins], {"width": 1 / CALIBRATION_BINS, "align": "edge", "edgecolor": "white"}
     top.bar(lows, [one["accuracy"] for one in bins], color=BLUE, label="accuracy", **bars)
     top.plot([one["confidence"] for one in bins], [one["accuracy"] for one in bins], "o", color="black", markersize=4)
+    if metrics["temperature"] != 1:
+        before = [one for one in metrics["calibration_before"] if one["images"]]
+        text, look = "before the temperature", {"color": "white", "markeredgecolor": "black", "markersize": 6}
+        top.plot([one["confidence"] for one in before], [one["accuracy"] for one in before], "D", label=text, **look)
     top.plot([0, 1], [0, 1], "--", color=ORANGE, label="perfectly calibrated")
-    error = metrics["expected_calibration_error"]
-    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=f"expected calibration error {error:.2%}")
+    about = "expected calibration error {expected_calibration_error:.2%}"
+    about += " (before: {expected_calibration_error_before:.2%})" * (metrics["temperature"] != 1)
+    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=about.format(**metrics))
     top.legend()
     bottom.bar(lows, [one["images"] for one in bins], color=BLUE, **bars)
     bottom.set(xlabel="confidence: probability of the predicted class", ylabel="images", yscale="log", ylim=(0.5, None))
@@ -624,9 +628,11 @@ def evaluate(args: argparse.Namespace) -> dict:
 
     # The metrics, of the images as they are, and with test-time augmentation if the run or the user wants it.
     result, logits = trained.test(image_set)
+    temperature = trained.config["temperature"]
     metrics = {
         "run": record["name"], "dataset": record["data"]["name"], "split": args.split, "epoch": trained.config["epoch"],
-        "images": len(image_set), "loss": result.loss, **measure(logits, image_set.labels, image_set.classes),
+        "images": len(image_set), "loss": result.loss,
+        **measure(logits, temperature, image_set.labels, image_set.classes),
     }  # fmt: skip
     tta = args.tta or record["args"]["tta"]
     if tta:
@@ -639,8 +645,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     # The pictures.
     title = f"{shorten(record['name'], 50)}, epoch {metrics['epoch']}\n{len(image_set):,} {args.split} images of "
     title += shorten(Path(metrics["dataset"]).name, 30)
-    confidence, predicted = answers(logits)
-    probability = logits.double().softmax(1).gather(1, image_set.labels[:, None]).flatten()  # of the class it has
+    probabilities = (logits.double() / temperature).softmax(1)
+    confidence, predicted = probabilities.max(1)
+    probability = probabilities.gather(1, image_set.labels[:, None]).flatten()  # of the class it has
     sample = torch.randperm(len(image_set), generator=common.generator_for("predictions"))[:40]
     wrong = (predicted != image_set.labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40]
@@ -791,6 +798,11 @@ def metrics_tables(metrics: dict) -> dict[str, tuple]:
         ["macro F1", f"{metrics['macro_f1']:.4f}", ""],
         ["weighted F1", f"{metrics['weighted_f1']:.4f}", ""],
         ["expected calibration error", f"{metrics['expected_calibration_error']:.2%}", ""],
+        [
+            f"... before the temperature {metrics['temperature']:.3f}",
+            f"{metrics['expected_calibration_error_before']:.2%}",
+            "",
+        ],
     ]
     if "top5_accuracy" in metrics:
         results.append(["top-5 accuracy", f"{metrics['top5_accuracy']:.2%}", ""])
@@ -992,7 +1004,7 @@ def predict(args: argparse.Namespace) -> dict:
             unreadable += 1
             continue
         _, logits = trained.test(ImageSet(pixels[None], torch.zeros(1, dtype=torch.long), classes))
-        best = logits.double().softmax(1)[0].topk(top)
+        best = (logits[0].double() / trained.config["temperature"]).softmax(0).topk(top)
         for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             one = {"file": str(file), "class": classes[index], "probability": probability}
             if args.csv:
@@ -1015,9 +1027,11 @@ class WithPreprocessing(nn.Module):
         self.model = trained.model.to(memory_format=torch.contiguous_format)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(trained.config[name]).view(-1, 1, 1))
+        self.temperature = trained.config["temperature"]
 
     def forward(self, images):
-        return self.model((images.float() / 255 - self.mean) / self.std).softmax(1)
+        logits = self.model((images.float() / 255 - self.mean) / self.std)
+        return (logits / self.temperature).softmax(1)
 
 
 def to_torch_export(program, metadata: dict) -> tuple[bytes, Callable]:

@@ -109,13 +109,13 @@ def copy(runs, tmp_path):
 
 
 def logits_of(directory, images):
-    """Logits [N, K] of uint8 `images` [N, C, H, W], in float32."""
+    """Logits [N, K] of uint8 `images` [N, C, H, W], in float32, divided by the run's temperature."""
     state = common.load_checkpoint(directory / "best.pt")
     model = common.build_model(state)
     model.load_state_dict(state["weights"])
     mean, std = (torch.tensor(state[name]).view(-1, 1, 1) for name in ("mean", "std"))
     with torch.inference_mode():
-        return model.eval()((images / 255 - mean) / std)
+        return model.eval()((images / 255 - mean) / std) / state["temperature"]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_other_splits_lie_in_a_directory_of_their_own(undrawn, copy, capsys):
 
 def test_metrics_agree_with_scikit_learn_and_the_screen_with_them(runs, shown, hundred, expected):
     sklearn = pytest.importorskip("sklearn.metrics")
-    _, labels, confidence, predicted = expected
+    _, labels, _, predicted = expected
     metrics, everything = shown.result, {"labels": range(10), "zero_division": 0}
     figures = sklearn.precision_recall_fscore_support(labels, predicted, **everything)
     for key, values in zip(("precision", "recall", "f1", "support"), figures, strict=True):
@@ -186,15 +186,29 @@ def test_metrics_agree_with_scikit_learn_and_the_screen_with_them(runs, shown, h
     actual, guess, images = map(int, lines[start + 12][:3])
     assert images == matrix[actual, guess] == (matrix * (1 - np.eye(10))).max()
     assert lines[start + 12][3] == f"{images / matrix[actual].sum():.1%}"
-    # Calibration: fifteen bins, each open below and closed above.
-    gaps = []
-    for index, one in enumerate(metrics["calibration"]):
-        inside = (confidence > index / 15) & (confidence <= (index + 1) / 15)
-        assert (one["low"], one["high"], one["images"]) == (index / 15, (index + 1) / 15, inside.sum())
-        means = confidence[inside].mean().item(), (predicted == labels)[inside].float().mean().item()
-        assert (one["confidence"], one["accuracy"]) == (pytest.approx(means) if one["images"] else (None, None))
-        gaps.append(one["images"] / 150 * abs(means[0] - means[1]))
-    assert len(gaps) == 15 and metrics["expected_calibration_error"] == pytest.approx(np.nansum(gaps))
+
+
+def test_calibration_is_shown_with_and_without_the_temperature(runs, shown, expected):
+    images, labels, confidence, predicted = expected
+    metrics, errors = shown.result, []
+    temperature = metrics["temperature"]
+    assert common.read_record(runs / "digits")["best"]["temperature"] == temperature != 1
+    plain = (logits_of(runs / "digits", images) * temperature).softmax(1).amax(1)
+    for confidences, name in ((confidence, ""), (plain, "_before")):
+        gaps = []  # of fifteen bins, each open below and closed above
+        for index, one in enumerate(metrics[f"calibration{name}"]):
+            inside = (confidences > index / 15) & (confidences <= (index + 1) / 15)
+            assert (one["low"], one["high"], one["images"]) == (index / 15, (index + 1) / 15, inside.sum())
+            means = confidences[inside].mean().item(), (predicted == labels)[inside].float().mean().item()
+            assert (one["confidence"], one["accuracy"]) == (pytest.approx(means) if one["images"] else (None, None))
+            gaps.append(one["images"] / 150 * abs(means[0] - means[1]))
+        errors.append(metrics[f"expected_calibration_error{name}"])
+        assert len(gaps) == 15 and errors[-1] == pytest.approx(np.nansum(gaps))
+    words = " ".join(shown.out.split())
+    assert f"calibration error {errors[0]:.2%} ... before the temperature {temperature:.3f} {errors[1]:.2%}" in words
+    assert shown.axes["calibration"][0].get_title() == (
+        f"expected calibration error {errors[0]:.2%} (before: {errors[1]:.2%})"
+    )
 
 
 def test_curves_confusion_classes_and_calibration_are_drawn_from_the_figures(runs, shown):

@@ -16,10 +16,11 @@ import train_mnist
 
 import forked
 import golden
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import EVERYTHING_ON, check_same, read_run, run, without_times
+from conftest import EVERYTHING_ON, check_same, read_run, run, states_are_equal, without_times
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -58,7 +59,8 @@ def batches(monkeypatch):
             batches.append([copy.deepcopy(net), inputs[0], logits.detach().float()])
 
     def loss(logits, labels, **options):
-        batches[-1].append(labels)
+        if len(batches[-1]) == 3:  # the fit of the temperature computes its loss again and again
+            batches[-1].append(labels)
         return cross_entropy(logits, labels, **options)
 
     batches, cross_entropy, handle = [], F.cross_entropy, register_module_forward_hook(forward)
@@ -79,7 +81,9 @@ def test_a_run_directory_holds_what_the_contract_says(tmp_path):
     assert [record["data"][part] for part in ("train", "val", "test")] == [270, 30, 60]
     assert [" ".join(row) for row in rows] == [ROW, ROW] and [row["epoch"] for row in rows] == [1, 2]
     best = min(rows, key=lambda row: row["val_loss"])
-    assert record["best"] == {name: best[name] for name in ("epoch", "val_loss", "val_acc")}
+    state = common.load_checkpoint(directory / "best.pt")
+    expected = {**{name: best[name] for name in ("epoch", "val_loss", "val_acc")}, "temperature": state["temperature"]}
+    assert record["best"] == expected and {name: state[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("model", golden.MODELS)
@@ -140,8 +144,54 @@ def test_losses_are_means_per_image_of_labels_smoothed_but_in_the_test(batches):
     _, record, (row,) = run(train_cifar, *EVERYTHING_ON, "--epochs", 1, "--lr", 0.05, "--label-smoothing", 0.4)
     assert (row["train_loss"], row["train_acc"]) == means(batches[:3], 0.4)
     assert (row["val_loss"], row["val_acc"]) == means(batches[3:4], 0.4)
-    assert (record["test"]["loss"], record["test"]["acc"]) == means(batches[4:])
-    assert [len(batch[3]) for batch in batches] == [64, 64, 22, 30, 60]
+    assert (record["test"]["loss"], record["test"]["acc"]) == means(batches[5:])
+    # The validation images are seen once more, for the temperature.
+    assert [len(batch[3]) for batch in batches] == [64, 64, 22, 30, 30, 60]
+
+
+def temperature(logits, labels):
+    """That of the highest likelihood, among a thousand."""
+    temperatures = torch.logspace(-1, 1, 1001, dtype=torch.float64)
+    losses = [F.cross_entropy(logits.double() / one, labels).item() for one in temperatures]
+    return temperatures[int(np.argmin(losses))].item()
+
+
+def test_a_temperature_is_fitted_on_the_validation_images_when_a_training_ends(batches):
+    argv = [*EVERYTHING_ON, "--label-smoothing", 0.4, "--lr", 0.01, "--tolerance", 0, "--epochs", 12, "--no-test"]
+    directory, record, _ = run(train_cifar, *argv, "--stop-after", 11)
+    assert record["best"]["temperature"] == 1
+    _, record, _ = run(train_cifar, "--resume", directory, "--quiet")
+    *_, (net, _, logits, labels) = batches
+    weights = common.load_checkpoint(directory / "best.pt")["weights"]
+    assert states_are_equal(dict(net.state_dict()), weights) and len(labels) == record["data"]["val"]
+    assert record["best"]["temperature"] == pytest.approx(temperature(logits, labels), rel=0.01) != 1
+
+
+def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, monkeypatch):
+    def rare(train):
+        drawn = few_images(train)
+        return drawn.select(((drawn.labels != 3) | (torch.arange(len(drawn)) % 4 == 0)).nonzero().flatten())
+
+    few_images = forked.few_shapes
+    monkeypatch.setattr(train_cifar, "synthetic", rare)
+    argv = [*EVERYTHING_ON[:2], *EVERYTHING_ON[4:], "--epochs", 1, "--class-weights", "balanced"]
+    _, record, (row,) = run(train_cifar, *argv)
+    counts = torch.zeros(10)
+    training = [batch for batch in batches if batch[0].training]
+    for _, _, _, labels in training:
+        counts += labels.bincount(minlength=10)
+    weights = counts.sum() / 10 / counts
+    assert weights.argmax() == 3 and len(set(weights.tolist())) > 2
+    losses, images = 0, 0
+    for _, _, logits, labels in training:
+        losses += len(labels) * F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1).item()
+        images += len(labels)
+    assert row["train_loss"] == pytest.approx(losses / images, rel=1e-4)
+    _, _, logits, labels = batches[len(training)]
+    loss = F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1, reduction="sum").item() / len(labels)
+    assert row["val_loss"] == pytest.approx(loss, rel=1e-4)
+    *_, (_, _, logits, labels) = batches
+    assert record["test"]["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
 CHANGES = [
@@ -171,7 +221,7 @@ def test_validation_and_test_are_means_over_batches_of_so_many_pixels(monkeypatc
     argv = ["--l1", 4, "--epochs", 1, "--val-size", 0.5, "--batch-size", batch]
     _, record, (row,) = run(train_mnist, *DENSE, *argv)
     evaluated = [batch for batch in batches if not batch[0].training]
-    val, test = evaluated[: len(evaluated) // 2], evaluated[len(evaluated) // 2 :]
+    val, test = evaluated[: len(evaluated) // 3], evaluated[len(evaluated) * 2 // 3 :]  # between them: the temperature
     for part, loss, accuracy in ((val, row["val_loss"], row["val_acc"]), (test, *record["test"].values())):
         sizes = [len(labels) for *_, labels in part]
         assert max(sizes) == largest and sum(sizes) == 1051 and (loss, accuracy) == means(part)
