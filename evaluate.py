@@ -530,15 +530,16 @@ PAGE_START = """<!doctype html>
 <title>{title}</title><style>
 :root { color-scheme: light dark; --ground: #fff; --text: #222; --line: #ccc; --head: #f2f2f2 }
 @media (prefers-color-scheme: dark) { :root { --ground: #181818; --text: #ddd; --line: #444; --head: #262626 } }
-body { margin: 0 auto; padding: 1rem; max-width: 75rem; font: 1rem/1.5 system-ui, sans-serif;
+body { margin: 0 auto; padding: 1rem; max-width: 90rem; font: 1rem/1.5 system-ui, sans-serif;
   background: var(--ground); color: var(--text); overflow-wrap: break-word }
+section { display: inline-block; vertical-align: top; max-width: 100%; margin-right: 2rem }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { border: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top }
-td:first-child, .right { white-space: nowrap }
+td:first-child, td.right { white-space: nowrap }
 .right { text-align: right }
 th { background: var(--head); padding: 0 }
-th button { all: unset; cursor: pointer; padding: .2rem .6rem; font-weight: 600; white-space: nowrap }
+th button { all: unset; cursor: pointer; padding: .2rem .6rem; font-weight: 600 }
 th button:focus-visible { outline: 2px solid }
 th[aria-sort=ascending] button::after { content: " \\25b2" }
 th[aria-sort=descending] button::after { content: " \\25bc" }
@@ -566,14 +567,14 @@ for (const table of document.querySelectorAll("table"))
 
 
 def table_parts(tables: dict[str, tuple]) -> list[tuple]:
-    """Parts for `write_report`: tables, {heading: (alignment, headings, rows)}, under their headings."""
-    return [part for heading, table in tables.items() for part in (("heading", heading), ("table", *table))]
+    """Parts for `write_report`: tables, {heading: (alignment, headings, rows)}."""
+    return [("table", heading, *table) for heading, table in tables.items()]
 
 
 def write_report(path: Path, title: str, parts: list[tuple]) -> None:
     """Write a page that needs no other file: tables sort on a click on their header. RunError.
 
-    Each of `parts` is ("heading", text), ("text", text), ("table", alignment, headings, rows) as in `as_table`,
+    Each of `parts` is ("heading", text), ("text", text), ("table", heading, alignment, headings, rows), see `as_table`,
     ("picture", PNG bytes, caption), or ("images", [(PNG bytes, caption), ...]) for small ones in rows.
     """
 
@@ -599,11 +600,12 @@ def write_report(path: Path, title: str, parts: list[tuple]) -> None:
                 page.append(figure(png, caption))
             case "images", images:
                 page.append(f'<div class="images">{"".join(figure(*image) for image in images)}</div>')
-            case "table", alignment, headings, rows:
+            case "table", heading, alignment, headings, rows:
                 head = cells("th", alignment, [f'<button type="button">{escape(text)}</button>' for text in headings])
                 body = "".join(f"<tr>{cells('td', alignment, map(escape, row))}</tr>" for row in rows)
                 head = f"<thead><tr>{head}</tr></thead>"
-                page.append(f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>')
+                table = f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+                page.append(f"<section><h2>{escape(heading)}</h2>{table}</section>")
     write_files(path.parent, {path.name: "\n".join([*page, PAGE_END]).encode()})
 
 
@@ -692,13 +694,13 @@ def evaluate(args: argparse.Namespace) -> dict:
 
     status, tables = status_of(directory, record), metrics_tables(metrics)
     flags = {f"--{flag.replace('_', '-')}": str(value) for flag, value in record["args"].items() if value is not None}
-    parts = [("table", "<<", ["run", common.shown(directory)], summary(record, status)), *table_parts(tables)]
+    parts = [("table", "Run", "<<", ["run", common.shown(directory)], summary(record, status)), *table_parts(tables)]
     for heading, captions in galleries.items():
         pictures = [(as_png(image_set.images[index]), text) for index, text in captions.items()]
         parts += [("heading", heading), ("images", pictures)]
     shown = [file for file in figures if file not in ("mistakes", "suspects")]  # those are images of their own
     parts += [("heading", "Pictures"), *(("picture", files[f"{file}.png"], file.replace("_", " ")) for file in shown)]
-    parts += [("heading", "All settings"), ("table", "<<", ["flag", "value"], [*map(list, flags.items())])]
+    parts += [("table", "All settings", "<<", ["flag", "value"], [*map(list, flags.items())])]
     write_report(out / "report.html", title.replace("\n", ": "), parts)
 
     lines = [title, *(line for table in tables.values() for line in ("", *as_table(*table)))]

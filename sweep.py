@@ -1289,7 +1289,10 @@ def report(study: optuna.Study, search: Search, directory: Path, machine: str, c
     pictures = draw_sweep(study, search, ended, directory)
     for name, picture in pictures.items():
         common.write_atomically(directory / f"{name}.png", picture)
-    parts = [("text", f"{search.method} search of {search.script}; {search.metric} decides"), ("table", *table)]
+    parts = [
+        ("text", f"{search.method} search of {search.script}; {search.metric} decides"),
+        ("table", "Trials, best first", *table),
+    ]
     parts += [("picture", picture, name) for name, picture in pictures.items()]
     evaluate.write_report(directory / "report.html", f"{directory.name}: {len(ended)} trials", parts)
     winner, link = ended[0], directory / "best"

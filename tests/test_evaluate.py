@@ -316,7 +316,8 @@ def test_the_report_is_one_page_with_the_tables_and_pictures(runs, shown, hundre
 
 
 def test_text_in_a_report_is_escaped(tmp_path):
-    table, tag = ("table", "<>", ["<i>", "n"], [["<b>&\udcff", "1"]]), "<script>alert(1)</script>"
+    tag = "<script>alert(1)</script>"
+    table = "table", tag, "<>", ["<i>", "n"], [["<b>&\udcff", "1"]]
     evaluate.write_report(tmp_path / "new" / "report.html", tag, [("heading", tag), ("text", tag), table])
     page = Page(tmp_path / "new" / "report.html")
     assert page.tables == [[["<i>", "n"], ["<b>&?", "1"]]] and page.texts == [tag, tag]
@@ -344,7 +345,7 @@ def test_a_browser_shows_the_report_and_sorts_its_tables(runs, shown, tmp_path):
         pytest.skip("no chromium on this machine: apt-get install chromium")
     png = (runs / "digits" / "curves.png").read_bytes()
     rows = [["b", "9.5%", "1,000"], ["class 10", "100.0%", "-"], ["class 9", "-1%", "999"]]
-    table = "table", "<>>", ["a long name " * 9, "share", "count"], rows
+    table = "table", "", "<>>", ["a long name " * 9, "share", "count"], rows
     evaluate.write_report(tmp_path / "page.html", "page", [table, ("picture", png, "c"), ("images", [(png, "d")])])
     html = (tmp_path / "page.html").read_text()
     (tmp_path / "page.html").write_text(html.replace("</body>", f"{PROBE}</body>"))

@@ -36,9 +36,14 @@ ROW = "epoch train_loss train_acc val_loss val_acc lr seconds images_per_second"
 
 @contextlib.contextmanager
 def at_step(number, action):
-    """Call `action()` after the `number`-th step of an optimiser, after each where that is None."""
+    """Call `action()` after the `number`-th step of a training, after each where that is None."""
     count = itertools.count(1)
-    handle = register_optimizer_step_post_hook(lambda *_: number in (None, next(count)) and action())
+
+    def event(optimizer, *_):
+        if not isinstance(optimizer, torch.optim.LBFGS) and number in (None, next(count)):  # LBFGS: the temperature
+            action()
+
+    handle = register_optimizer_step_post_hook(event)
     try:
         yield
     finally:
