@@ -600,7 +600,7 @@ def postgresql():
 
 def machine(name, url, study, *argv):
     """A process that takes trials from a shared search, as a machine would; its runs directory is `name`."""
-    shared = ["--script", "toy.py", "--name", study, "--runs-dir", name, "--storage", url, "--grace", "15"]
+    shared = ["--script", "toy.py", "--name", study, "--runs-dir", name, "--storage", url, "--grace", "10"]
     return start(*argv, *shared, name=name)
 
 

@@ -29,11 +29,17 @@ SEARCH = ["--method", "random", "--script", "mine.py", "--engine", "wandb", "--c
 SEARCH += ["--param", "lr=log:1e-4..1e-1", "--param", "epochs=2,5000"]
 FLAGS = ["--dataset", "synthetic", "--model", "dense"]
 
-# A dummy key and that server, no pictures, and an agent that asks for work more often than it does.
+# A dummy key and that server, no pictures, and an agent whose pauses are a tenth of what they are.
 PREPARE = """
-from wandb.agents.pyagent import Agent
+import queue, time, types
+from wandb.agents import pyagent
 import sweep
-Agent.HEARTBEAT_SLEEP_SECONDS = 0.2
+pyagent.Agent.HEARTBEAT_SLEEP_SECONDS = 0.2
+pyagent.time = types.SimpleNamespace(time=time.time, sleep=lambda seconds: time.sleep(seconds / 10))
+class Queue(queue.Queue):
+    def get(self, timeout):
+        return super().get(timeout=timeout / 10)
+pyagent.queue = types.SimpleNamespace(Queue=Queue, Empty=queue.Empty)
 sweep.draw_sweep = lambda *arguments: {{}}
 for name in [name for name in os.environ if name.startswith("WANDB")]:
     del os.environ[name]
