@@ -536,7 +536,8 @@ section { display: inline-block; vertical-align: top; max-width: 100%; margin-ri
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { border: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top }
-td:first-child, td.right { white-space: nowrap }
+td { white-space: nowrap }
+td:last-child:not(.right) { white-space: normal }
 .right { text-align: right }
 th { background: var(--head); padding: 0 }
 th button { all: unset; cursor: pointer; padding: .2rem .6rem; font-weight: 600 }
@@ -778,7 +779,7 @@ def summary(record: dict, status: str) -> list[list[str]]:
         ["data", f"{data['name']}: {data['train']:,} training and {data['val']:,} validation images"],
         ["training", f"{record['epochs']} epochs in {record['seconds']:.0f} s, {status.replace('_', ' ')}"],
         ["machine", f"{record['host']}, {record['device']}, {record['precision']}, {record['threads']} threads"],
-        ["begun", record["started"]], ["versions", versions], ["commit", record["git"] or "-"],
+        ["begun", record["started"]], ["versions", versions], ["commit", (record["git"] or "-")[:12]],
     ]  # fmt: skip
 
 
@@ -907,7 +908,7 @@ def comparison_tables(rows: list[dict], split: str) -> dict[str, tuple]:
         [
             row["run"], row["pair_with"], f"{row['pair_images']:,}", str(row["pair_only_this_right"]),
             str(row["pair_only_other_right"]), f"{row['pair_difference']:+.2%}",
-            text("+.2%", row["pair_low"], row["pair_high"]), f"{row['pair_mid_p']:.4f}",
+            text("+.2%", row["pair_low"], row["pair_high"]), f"{row['pair_mid_p']:.2g}",
         ]
         for row in rows
         if row["pair_with"]
