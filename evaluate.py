@@ -908,7 +908,7 @@ def comparison_tables(rows: list[dict], split: str) -> dict[str, tuple]:
         [
             row["run"], row["pair_with"], f"{row['pair_images']:,}", str(row["pair_only_this_right"]),
             str(row["pair_only_other_right"]), f"{row['pair_difference']:+.2%}",
-            text("+.2%", row["pair_low"], row["pair_high"]), f"{row['pair_mid_p']:.2g}",
+            text("+.2%", row["pair_low"], row["pair_high"]), f"{row['pair_mid_p']:.3g}",
         ]
         for row in rows
         if row["pair_with"]
