@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -148,6 +149,20 @@ def test_the_figures_are_those_of_run_json_to_the_bit(runs, shown, hundred, undr
     assert "computed in fp32" in printed.err and torch.get_num_threads() == 2
     rows = list(csv.DictReader(io.StringIO(printed.out)))
     assert [float(row["precision"]) for row in rows] == [row["precision"] for row in metrics["classes"]]
+
+
+def test_views_of_an_unsure_image_are_averaged(runs, shown):
+    images = digits(False)
+    padded = F.pad(images.images.float(), (1, 1, 1, 1), "reflect")
+    whole, up, down = (padded[..., start : start + 28, start : start + 28] for start in (1, 2, 0))
+    views = {whole: 0.25, whole.flip(3): 0.25, up: 0.125, up.flip(3): 0.125, down: 0.125, down.flip(3): 0.125}
+    temperature = common.load_checkpoint(runs / "digits" / "best.pt")["temperature"]
+    averaged = sum(weight * logits_of(runs / "digits", view) * temperature for view, weight in views.items())
+    plain = logits_of(runs / "digits", whole) * temperature
+    unsure = plain.softmax(1).amax(1) <= 0.75
+    assert 0 < unsure.sum() < len(unsure)
+    loss = F.cross_entropy(torch.where(unsure[:, None], averaged, plain), images.labels)
+    assert shown.result["tta"]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
 def test_other_splits_lie_in_a_directory_of_their_own(undrawn, copy, capsys):

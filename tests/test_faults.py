@@ -212,6 +212,9 @@ def test_a_checkpoint_that_would_run_code_is_not_executed(tmp_path):
 def test_outputs_may_be_closed_or_lack_characters(before, last):
     assert Forked(*LOUD, "--epochs", 2, "--run-name", "猫 ñ", before=before).finish() == (0, "")
     assert read_run(Path("runs/猫 ñ"))[0]["status"] == "finished" and Path("out").read_text().endswith(last)
+    assert not Path(
+        "runs/猫 ñ/.lock"
+    ).read_bytes()  # what is printed goes into no file that has taken an output's place
 
 
 def test_a_reader_may_go_away():
