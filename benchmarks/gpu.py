@@ -4,12 +4,13 @@
     python benchmarks/gpu.py --quick      # a handful of steps of everything, on a CPU too: does it run?
 
 The fast recipe is compiled once before it is timed, as its references have it: only runs in the same process after the
-first count. --against takes commands as those of time_to_accuracy.py: the seed is the last argument, and the last line
-that it prints is {"accuracy": ..., "seconds": ...}. Each row of the table is also appended to
-benchmarks/results/gpu.jsonl.
+first count. --against takes the command of a reference: the number of its runs is the last argument, it warms up as it
+likes, and the last line that it prints is {"accuracy": [...], "seconds": [...]}. Each row of the table is also appended
+to benchmarks/results/gpu.jsonl.
 """
 
-import math
+import json
+import shlex
 import statistics
 import sys
 import tempfile
@@ -46,7 +47,7 @@ def weights_of(directory):
 
 def fast(args, few):
     """(a) The fast recipe, n seeds, compiled before; beside each reference."""
-    recipe = ["--recipe", "fast", "--compile", *few]
+    recipe = ["--recipe", "fast", "--compile", *args.flags.split(), *few]
     run(train_cifar, *recipe, "--no-test")
     ours = [run(train_cifar, *recipe, "--seed", seed)[0] for seed in range(args.seeds)]
     accuracies, seconds = [one["test"]["acc"] for one in ours], [one["seconds"] for one in ours]
@@ -56,11 +57,11 @@ def fast(args, few):
         yield "fast recipe: p of 94.0%", stats.ttest_1samp(accuracies, 0.94, alternative="greater").pvalue
     for text in args.against:
         name, _, command = text.partition("=")
-        theirs = [time_to_accuracy.measure_reference(command, seed) for seed in range(args.seeds)]
-        yield f"{name}: accuracy", statistics.mean(one["accuracy"] for one in theirs)
-        yield f"{name}: seconds", statistics.mean(one["seconds"] for one in theirs)
-        pairs = [math.log(mine / other["seconds"]) for mine, other in zip(seconds, theirs, strict=True)]
-        yield f"fast recipe: seconds, of {name}'s", math.exp(statistics.mean(pairs))
+        printed, _ = time_to_accuracy.timed([*shlex.split(command), str(args.seeds)])
+        theirs = json.loads(printed.strip().splitlines()[-1])
+        yield f"{name}: accuracy", statistics.mean(theirs["accuracy"])
+        yield f"{name}: seconds", statistics.mean(theirs["seconds"])
+        yield f"fast recipe: seconds, of {name}'s", statistics.mean(seconds) / statistics.mean(theirs["seconds"])
 
 
 def tutorial(args, few):
@@ -134,6 +135,7 @@ def main(argv):
     parser = common.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=common.number(int, 1), default=20, help="runs of the fast recipe")
     parser.add_argument("--against", action="append", default=[], metavar="NAME=COMMAND", help="a reference")
+    parser.add_argument("--flags", default="", help='of the fast recipe, as one word: "--batch-size 2000"')
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     parser.add_argument("--only", choices=[part.__name__ for part in PARTS], action="append", help="these parts")
     parser.add_argument("--quick", action="store_true", help="a handful of steps of each")
