@@ -96,7 +96,7 @@ def test_dropout_drops_its_share_keeps_the_expectation_and_repeats_with_the_seed
 def test_whitened_patches_are_uncorrelated_and_an_identity_convolution_hands_its_inputs_on():
     random = torch.Generator().manual_seed(0)
     images = torch.rand(300, 3, 16, 16, generator=random).cumsum(3) + torch.rand(300, 3, 1, 1, generator=random)
-    layer = common.Whitening(3, 2, 1, bias=True)
+    layer = common.Whitening(3, 2, 1, 0, bias=True)
     layer.learn(images, smallest=0)
     outputs, negatives = layer(images).transpose(0, 1).flatten(1).chunk(2)
     assert torch.allclose(outputs, -negatives)
