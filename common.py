@@ -746,7 +746,10 @@ class Dense(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two blocks of a padded 3x3 convolution, batch norm, ReLU and 2x2 max pooling, then two dense layers."""
+    """Two blocks of a padded 3x3 convolution, batch norm, 2x2 max pooling and ReLU, then two dense layers.
+
+    ReLU after the pooling gives what it gives before it, as in the tutorial, for a quarter of the work.
+    """
 
     def __init__(self, image_shape, classes, c1=32, c2=64, l1=512, **_):
         super().__init__()
@@ -759,8 +762,8 @@ class CNN(nn.Module):
         self.fc2 = nn.Linear(l1, classes)
 
     def forward(self, x):
-        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x)), inplace=True), 2)
-        x = F.max_pool2d(F.relu(self.norm2(self.conv2(x)), inplace=True), 2)
+        x = F.relu(F.max_pool2d(self.norm1(self.conv1(x)), 2), inplace=True)
+        x = F.relu(F.max_pool2d(self.norm2(self.conv2(x)), 2), inplace=True)
         x = F.relu(self.fc1(x.flatten(1)), inplace=True)
         return self.fc2(x)
 
