@@ -48,12 +48,14 @@ def main(argv, on_epoch=None):
         vars(args).update(old)
     directory.mkdir(exist_ok=True)
     before, status, error = len(rows), "finished", None
+    record = {"args": {key: getattr(args, key) for key in ("x", "k", "lr", "epochs", "seed", "fail")}}
+    common.write_json(directory / "run.json", record)
     for epoch in range(before + 1, args.epochs + 1):
-        record = {"args": {key: getattr(args, key) for key in ("x", "k", "lr", "epochs", "seed", "fail")}}
-        (directory / "run.json").write_text(json.dumps(record))
         while any((directory.parent.parent / f"hold-{name}").exists() for name in ("all", directory.name)):
             time.sleep(0.01)
-        if args.fail == "all" or args.fail == "raise" and args.k == 2:
+        if args.fail == "torn" and args.k == 2:
+            (directory / "run.json").write_text("{")
+        if args.fail == "all" or args.fail in ("raise", "torn") and args.k == 2:
             raise ValueError(f"k is {args.k}")
         if args.k == 2 and (args.fail == "die" or args.fail.endswith("once") and before == 0 and epoch == 3):
             os.kill(os.getpid(), signal.SIGTERM if args.fail == "stop once" else signal.SIGKILL)
@@ -63,14 +65,15 @@ def main(argv, on_epoch=None):
         spike = 1 if args.k == 1 and epoch == 4 else 0
         loss = (args.x - 0.3) ** 2 + args.k / 10 + 1 / epoch - args.seed / 1000 + spike
         rows.append({"epoch": epoch, "val_loss": loss, "val_acc": 1 / (1 + loss), "went_on_from": before})
-        (directory / "log.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+        log = "".join(json.dumps(row) + chr(10) for row in rows)
+        common.write_atomically(directory / "log.jsonl", log.encode())
         (directory / "last.pt").touch()
         if on_epoch(rows[-1]):
             status = "pruned"
             break
     best = min(rows, key=lambda row: row["val_loss"]) if rows else None
     record |= {"status": status, "error": error, "best": best, "epochs": len(rows), "seconds": 0.1}
-    (directory / "run.json").write_text(json.dumps(record))
+    common.write_json(directory / "run.json", record)
     return record
 """
 GRID = ["--method", "grid", "--param", "x=0.1,0.2,0.3", "--param", "k=1,2"]
@@ -334,7 +337,8 @@ def test_the_metric_decides_and_orders_the_leaderboard(toy, capsys):
 
 
 def test_a_trial_that_fails_is_recorded_and_does_not_end_the_sweep(toy):
-    for way, error in (("raise", "ValueError: k is 2"), ("die", "its process died twice (exit code -9)")):
+    raises = "ValueError: k is 2"
+    for way, error in (("raise", raises), ("torn", raises), ("die", "its process died twice (exit code -9)")):
         name = [*toy[:-1], way]
         sweep.main([*name, *GRID, "--jobs", "2", "--max-failures", "9", "--", "--fail", way])
         rows = lines(name=way)
@@ -344,7 +348,7 @@ def test_a_trial_that_fails_is_recorded_and_does_not_end_the_sweep(toy):
     before = Path("runs/raise/trials.jsonl").read_bytes()
     sweep.main(["--resume", "runs/raise", "--quiet"])
     assert Path("runs/raise/trials.jsonl").read_bytes() == before
-    Path("toy.py").write_text(TOY.replace('args.fail == "raise"', "False"))
+    Path("toy.py").write_text(TOY.replace('args.fail in ("raise", "torn")', "False"))
     sweep.main(["--resume", "runs/raise", "--retry-failed", "--quiet"])
     assert {row["status"] for row in lines(name="raise").values()} == {"finished"}
     assert [row["params"]["k"] for row in lines(name="raise").values()] == [1, 2] * 3
