@@ -748,7 +748,7 @@ class Dense(nn.Module):
 class CNN(nn.Module):
     """Two blocks of a padded 3x3 convolution, batch norm, 2x2 max pooling and ReLU, then two dense layers.
 
-    ReLU after the pooling gives what it gives before it, as in the tutorial, for a quarter of the work.
+    The tutorial has ReLU before the pooling. The result is the same; after it, ReLU is a quarter of the work.
     """
 
     def __init__(self, image_shape, classes, c1=32, c2=64, l1=512, **_):

@@ -841,8 +841,8 @@ class Objective:
         except Exception as error:
             if self.stopped:
                 raise common.Interrupted(self.stopped[0]) from error
-            stopped = type(error) is Exception and self.more_flags  # so W&B's agent stops a run
-            if stopped and (record := read_record(self.directory / line["run"])):
+            by_agent = type(error) is Exception and self.more_flags  # so W&B's agent stops a run
+            if by_agent and (record := read_record(self.directory / line["run"])):
                 line.update(self.outcome([{**record, "status": "pruned", "error": None}]))
             else:
                 line["error"] = f"{type(error).__name__}: {error}"[:1000]
