@@ -175,6 +175,7 @@ def test_other_splits_lie_in_a_directory_of_their_own(undrawn, copy, capsys):
     assert val["accuracy"] == record["best"]["val_acc"] and val == common.read_json(run / "val" / "metrics.json")
 
 
+@pytest.mark.developers
 def test_metrics_agree_with_scikit_learn_and_the_screen_with_them(runs, shown, hundred, expected):
     sklearn = pytest.importorskip("sklearn.metrics")
     _, labels, _, predicted = expected
@@ -595,7 +596,7 @@ def test_predicting_answers_for_every_readable_file(runs, expected, tmp_path, ca
         evaluate.main([*argv[:3], "--top", "11"])
 
 
-@pytest.mark.parametrize("kind", ["torch.export", "onnx"])
+@pytest.mark.parametrize("kind", ["torch.export", pytest.param("onnx", marks=pytest.mark.developers)])
 def test_an_exported_model_answers_as_the_model_does_and_says_what_it_wants(runs, tmp_path, kind, monkeypatch):
     images, files = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8), {"metadata.json": ""}
     runtime = pytest.importorskip("onnxruntime") if kind == "onnx" else None

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 words = st.sampled_from(["synthetic", "fast", "cnn", "cpu", "1", "0", "0.5", "-1", "20,24", ".", "--"])
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
 trees = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner))
+pytestmark = pytest.mark.developers
 quietly = settings(
     max_examples=200, deadline=None, derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

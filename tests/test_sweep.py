@@ -571,7 +571,7 @@ def test_a_directory_holds_one_search_and_never_another(toy, capsys):
 @pytest.fixture(scope="session")
 def postgresql():
     """pg_ctl(...) of a PostgreSQL server that lives as long as the tests, and its URL."""
-    pytest.importorskip("psycopg")
+    pytest.importorskip("psycopg", reason="psycopg is not installed (requirements-dev.txt)")
     places = [*map(str, sorted(Path("/usr/lib/postgresql").glob("*/bin"))), os.environ["PATH"]]
     program = shutil.which("pg_ctl", path=os.pathsep.join(places))
     if not program:
@@ -608,6 +608,7 @@ def machine(name, url, study, *argv):
     return start(*argv, *shared, name=name)
 
 
+@pytest.mark.developers
 def test_three_machines_share_a_search_and_the_trial_of_a_dead_one_is_run_by_another(toy, postgresql):
     # In so small a space machines are proposed the same at once: still, nothing runs twice.
     study, search = "shared", [*BAYES[:2], *GRID[2:-1], "k=1,2,3,4"]
@@ -635,6 +636,7 @@ def test_three_machines_share_a_search_and_the_trial_of_a_dead_one_is_run_by_ano
         sweep.main(["--method", "grid", "--param", "x=0.1", *toy[:-1], study, "--storage", postgresql.url])
 
 
+@pytest.mark.developers
 def test_a_machine_that_is_told_to_stop_gives_its_trial_up_and_may_join_again(toy, postgresql):
     (held,) = hold("a", trial="trial-0001")
     process = machine("a", postgresql.url, "told", *GRID)
@@ -653,7 +655,9 @@ def test_a_machine_that_is_told_to_stop_gives_its_trial_up_and_may_join_again(to
     assert rows[0]["run"] == "trial-0000" and rows[5]["run"].endswith("/b/told/trial-0005")
 
 
+@pytest.mark.developers
 def test_a_database_that_does_not_answer_is_one_line_without_the_password(toy):
+    pytest.importorskip("psycopg", reason="psycopg is not installed (requirements-dev.txt)")
     with pytest.raises(common.RunError, match=r"postgresql://u:\*\*\*@127.0.0.1:1/d: .*refused"):
         sweep.main([*GRID, *toy, "--storage", "postgresql://u:secret@127.0.0.1:1/d"])
     assert not Path("runs").exists()
