@@ -8,7 +8,9 @@ import os
 import signal
 
 # Importing torch takes seconds. Until it is there, Ctrl-C ends the program in one line.
-interrupt_handler = signal.signal(signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130)))
+interrupt_handler = signal.signal(
+    signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130))
+)
 
 import argparse
 import contextlib
@@ -127,80 +129,259 @@ def add_options(parser: argparse.ArgumentParser, recipes: dict) -> None:
     flag = parser.add_argument_group("used most").add_argument
     text = f"{', '.join(DATASETS)}, or a folder of images: PATH/<class>/*, or PATH/train/<class>/* and PATH/test/..."
     flag("--dataset", metavar="NAME|PATH", help=text)
-    flag("--recipe", choices=tuple(recipes), default="default", help="a set of defaults; --recipe NAME --help shows it")
+    flag(
+        "--recipe",
+        choices=tuple(recipes),
+        default="default",
+        help="a set of defaults; --recipe NAME --help shows it",
+    )
     flag("--model", choices=tuple(MODELS), help="architecture")
     flag("--epochs", type=count, metavar="N", help="passes over the training images, at most")
     flag("--batch-size", type=count, metavar="IMAGES", help="images in one step")
-    flag("--lr", type=number(float, above=0), metavar="RATE", help="learning rate, the peak of the schedule")
-    flag("--augment", action=switch, help="change each training image at random, in every epoch anew")
-    flag("--seed", type=number(int, 0), default=42, metavar="N", help="of split, weights, order, augmentation, dropout")
-    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU where there is one")
-    flag("--run-name", type=run_name, metavar="NAME", help="of the run's directory (script, time, random characters)")
+    flag(
+        "--lr",
+        type=number(float, above=0),
+        metavar="RATE",
+        help="learning rate, the peak of the schedule",
+    )
+    flag(
+        "--augment", action=switch, help="change each training image at random, in every epoch anew"
+    )
+    flag(
+        "--seed",
+        type=number(int, 0),
+        default=42,
+        metavar="N",
+        help="of split, weights, order, augmentation, dropout",
+    )
+    flag(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="auto: a GPU where there is one",
+    )
+    flag(
+        "--run-name",
+        type=run_name,
+        metavar="NAME",
+        help="of the run's directory (script, time, random characters)",
+    )
     flag("--resume", type=absolute_path, metavar="RUN", help="go on with the run in this directory")
-    flag("--wandb", choices=("disabled", "offline", "online"), default="disabled", help="log to Weights & Biases too")
+    flag(
+        "--wandb",
+        choices=("disabled", "offline", "online"),
+        default="disabled",
+        help="log to Weights & Biases too",
+    )
     flag("--quiet", action="store_true", help="print only errors")
 
-    flag = parser.add_argument_group("model: in brackets, which models have the option, and its default").add_argument
-    flag("--c1", type=count, metavar="CHANNELS", help="first filters (cnn 32, confignet 48, fastnet 64, patchnet 24)")
-    flag("--c2", type=count, metavar="CHANNELS", help="later filters (cnn 64, confignet 96, fastnet 256, patchnet 48)")
+    flag = parser.add_argument_group(
+        "model: in brackets, which models have the option, and its default"
+    ).add_argument
+    flag(
+        "--c1",
+        type=count,
+        metavar="CHANNELS",
+        help="first filters (cnn 32, confignet 48, fastnet 64, patchnet 24)",
+    )
+    flag(
+        "--c2",
+        type=count,
+        metavar="CHANNELS",
+        help="later filters (cnn 64, confignet 96, fastnet 256, patchnet 48)",
+    )
     flag("--c3", type=count, metavar="CHANNELS", help="last filters (fastnet 256)")
-    flag("--l1", type=count, metavar="UNITS", help="hidden dense layer (dense 128, cnn 512, confignet 256)")
+    flag(
+        "--l1",
+        type=count,
+        metavar="UNITS",
+        help="hidden dense layer (dense 128, cnn 512, confignet 256)",
+    )
     flag("--d1", type=share, metavar="PROBABILITY", help="dropout (dense 0.5, confignet 0.1)")
-    flag("--kernel-size", type=count, metavar="PIXELS", help="side of the filters (convnet 3, confignet 3)")
+    flag(
+        "--kernel-size",
+        type=count,
+        metavar="PIXELS",
+        help="side of the filters (convnet 3, confignet 3)",
+    )
     text = "order the layers as the tutorials do (dense, convnet, confignet)"
     flag("--tutorial-layers", action=switch, default=False, help=text)
 
     flag = parser.add_argument_group("data").add_argument
-    flag("--data-dir", type=absolute_path, default=HERE / "data", metavar="DIR", help="where the datasets are")
-    flag("--image-size", type=count, metavar="PIXELS", help="images of a folder are resized to this square")
+    flag(
+        "--data-dir",
+        type=absolute_path,
+        default=HERE / "data",
+        metavar="DIR",
+        help="where the datasets are",
+    )
+    flag(
+        "--image-size",
+        type=count,
+        metavar="PIXELS",
+        help="images of a folder are resized to this square",
+    )
     flag("--grey", action=switch, help="images of a folder are read without their colours")
-    flag("--val-size", type=share, default=0.1, metavar="PART", help="of the training images; 0: use the test set")
+    flag(
+        "--val-size",
+        type=share,
+        default=0.1,
+        metavar="PART",
+        help="of the training images; 0: use the test set",
+    )
     flag("--limit-train", type=count, metavar="IMAGES", help="train on so many only")
-    flag("--normalize", choices=("half", "dataset"), default="half", help="mean and std: 0.5, or the training images'")
+    flag(
+        "--normalize",
+        choices=("half", "dataset"),
+        default="half",
+        help="mean and std: 0.5, or the training images'",
+    )
 
-    flag = parser.add_argument_group("augmentation: each image by its own random amount").add_argument
-    flag("--rotation", type=number(float, 0, 180), metavar="DEGREES", help="turn by up to so many, either way")
-    flag("--brightness", type=probability, metavar="PART", help="make brighter or darker by up to this part")
-    flag("--hue", type=number(float, 0, 0.5), metavar="TURNS", help="turn the hue by up to so much, 1 all round")
+    flag = parser.add_argument_group(
+        "augmentation: each image by its own random amount"
+    ).add_argument
+    flag(
+        "--rotation",
+        type=number(float, 0, 180),
+        metavar="DEGREES",
+        help="turn by up to so many, either way",
+    )
+    flag(
+        "--brightness",
+        type=probability,
+        metavar="PART",
+        help="make brighter or darker by up to this part",
+    )
+    flag(
+        "--hue",
+        type=number(float, 0, 0.5),
+        metavar="TURNS",
+        help="turn the hue by up to so much, 1 all round",
+    )
     flag("--flip", type=probability, metavar="PROBABILITY", help="mirror left to right")
-    flag("--alternate-flip", action=switch, default=False, help="draw the flips once, and invert them every epoch")
-    flag("--shift", type=number(int, 0), default=0, metavar="PIXELS", help="move by up to so many along each axis")
+    flag(
+        "--alternate-flip",
+        action=switch,
+        default=False,
+        help="draw the flips once, and invert them every epoch",
+    )
+    flag(
+        "--shift",
+        type=number(int, 0),
+        default=0,
+        metavar="PIXELS",
+        help="move by up to so many along each axis",
+    )
 
     flag = parser.add_argument_group("training").add_argument
     flag("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="sgd has Nesterov momentum")
-    flag("--schedule", choices=tuple(SCHEDULES), default="constant", help="course of the learning rate")
-    flag("--aux-lr", type=number(float, above=0), default=0.03, metavar="RATE", help="of what muon leaves to AdamW")
+    flag(
+        "--schedule",
+        choices=tuple(SCHEDULES),
+        default="constant",
+        help="course of the learning rate",
+    )
+    flag(
+        "--aux-lr",
+        type=number(float, above=0),
+        default=0.03,
+        metavar="RATE",
+        help="of what muon leaves to AdamW",
+    )
     flag("--momentum", type=share, default=0.9, metavar="FACTOR", help="of sgd and muon")
-    flag("--weight-decay", type=number(float, 0), default=0.0, metavar="FACTOR", help="decoupled in adamw and muon")
-    flag("--class-weights", choices=("balanced",), help="weigh each class in the loss by how rare it is")
-    flag("--label-smoothing", type=share, default=0.0, metavar="PART", help="of the target, spread over all classes")
+    flag(
+        "--weight-decay",
+        type=number(float, 0),
+        default=0.0,
+        metavar="FACTOR",
+        help="decoupled in adamw and muon",
+    )
+    flag(
+        "--class-weights",
+        choices=("balanced",),
+        help="weigh each class in the loss by how rare it is",
+    )
+    flag(
+        "--label-smoothing",
+        type=share,
+        default=0.0,
+        metavar="PART",
+        help="of the target, spread over all classes",
+    )
     text = "sides of the training images, over equal parts of the run"
-    flag("--sizes", type=lambda text: [*map(number(int, 4), text.split(","))], metavar="PIXELS,...", help=text)
-    flag("--tolerance", type=number(int, 0), metavar="EPOCHS", help="stop after so many without a new best; 0: never")
+    flag(
+        "--sizes",
+        type=lambda text: [*map(number(int, 4), text.split(","))],
+        metavar="PIXELS,...",
+        help=text,
+    )
+    flag(
+        "--tolerance",
+        type=number(int, 0),
+        metavar="EPOCHS",
+        help="stop after so many without a new best; 0: never",
+    )
     flag("--test", action=switch, default=True, help="read the test set, once, at the end")
-    flag("--tta", choices=TTA, help="average views of the test images that the model is not sure of")
+    flag(
+        "--tta", choices=TTA, help="average views of the test images that the model is not sure of"
+    )
 
     flag = parser.add_argument_group("machine and run").add_argument
-    flag("--precision", choices=("auto", *PRECISIONS), default="auto", help="auto: what the hardware computes fast")
-    flag("--compile", action=switch, default=False, help="torch.compile: a slow start, faster steps on a GPU")
-    flag("--runs-dir", type=absolute_path, default=HERE / "runs", metavar="DIR", help="where run directories are made")
-    flag("--stop-after", type=count, metavar="N", help="leave after epoch N, to go on with --resume")
-    flag("--wandb-project", default="image-classifiers", metavar="NAME", help="where W&B files the run")
+    flag(
+        "--precision",
+        choices=("auto", *PRECISIONS),
+        default="auto",
+        help="auto: what the hardware computes fast",
+    )
+    flag(
+        "--compile",
+        action=switch,
+        default=False,
+        help="torch.compile: a slow start, faster steps on a GPU",
+    )
+    flag(
+        "--runs-dir",
+        type=absolute_path,
+        default=HERE / "runs",
+        metavar="DIR",
+        help="where run directories are made",
+    )
+    flag(
+        "--stop-after", type=count, metavar="N", help="leave after epoch N, to go on with --resume"
+    )
+    flag(
+        "--wandb-project",
+        default="image-classifiers",
+        metavar="NAME",
+        help="where W&B files the run",
+    )
 
 
 # What may differ when a run goes on: where it runs, how it reports, and how long; never what it computes.
 CHANGEABLE_ON_RESUME = {
-    "resume", "epochs", "tolerance", "stop_after", "data_dir", "device", "quiet", "wandb", "wandb_project",
-}  # fmt: skip
+    "resume",
+    "epochs",
+    "tolerance",
+    "stop_after",
+    "data_dir",
+    "device",
+    "quiet",
+    "wandb",
+    "wandb_project",
+}
 
 
-def parse_arguments(script: str, description: str, recipes: dict, argv: list | None = None) -> argparse.Namespace:
+def parse_arguments(
+    script: str, description: str, recipes: dict, argv: list | None = None
+) -> argparse.Namespace:
     """`argv` (None: the command line) of the training script at the path `script`; exits with 2 on a bad argument.
 
     The defaults are those of --recipe, or the arguments of the run that --resume names.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = ArgumentParser(prog=Path(script).name, usage="%(prog)s [flags]", description=description)
+    parser = ArgumentParser(
+        prog=Path(script).name, usage="%(prog)s [flags]", description=description
+    )
     add_options(parser, recipes)
 
     # First what the defaults depend on.
@@ -221,9 +402,13 @@ def parse_arguments(script: str, description: str, recipes: dict, argv: list | N
         elif args.dataset not in DATASETS:
             args.dataset = str(absolute_path(args.dataset))
             if not Path(args.dataset).is_dir():
-                raise UsageError(f"--dataset {args.dataset}: neither a folder nor one of {', '.join(DATASETS)}")
+                raise UsageError(
+                    f"--dataset {args.dataset}: neither a folder nor one of {', '.join(DATASETS)}"
+                )
         if not args.val_size and not args.test:
-            raise UsageError("--val-size 0 chooses the epoch on the test set, which --no-test forbids to read")
+            raise UsageError(
+                "--val-size 0 chooses the epoch on the test set, which --no-test forbids to read"
+            )
         args.device, args.precision = choose_device(args.device, args.precision)
         check_wandb(args)
     except (UsageError, RunError) as error:
@@ -241,7 +426,9 @@ def check_resumed(args: argparse.Namespace, recorded: argparse.Namespace, epochs
         raise UsageError(f"--epochs {args.epochs}: the run already has {epochs} epochs")
     if "epochs" in changed and (args.schedule != "constant" or args.sizes):
         cause = "--sizes" if args.sizes else f"--schedule {args.schedule}"
-        raise UsageError(f"--epochs cannot change under {cause}, which is planned for the whole run")
+        raise UsageError(
+            f"--epochs cannot change under {cause}, which is planned for the whole run"
+        )
 
 
 # The type that autocast computes in; None leaves all to torch's defaults for float32 (on CUDA, TF32 convolutions).
@@ -250,11 +437,17 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def choose_device(device: str, precision: str) -> tuple[str, str]:
     """What `auto` means on this machine. UsageError where it lacks the device."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if device == "auto":
         device = next(name for name in available if available[name])
     if not available[device]:
-        raise UsageError(f"--device {device}: this machine or this build of torch has none; use --device cpu or auto")
+        raise UsageError(
+            f"--device {device}: this machine or this build of torch has none; use --device cpu or auto"
+        )
     if precision == "auto" and device == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto":
@@ -273,7 +466,9 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
 
 def autocast_to(device: str, precision: str) -> Callable:
     """A function that makes the context of a forward pass in `precision`."""
-    return functools.partial(torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32")
+    return functools.partial(
+        torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32"
+    )
 
 
 def command_line(main: Callable) -> int:
@@ -281,7 +476,10 @@ def command_line(main: Callable) -> int:
 
     def fail(status, message):
         with contextlib.suppress(OSError):  # nobody reads it; the exit status tells as well
-            print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+            print(
+                f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}",
+                file=sys.stderr,
+            )
         return status
 
     signal.signal(signal.SIGTERM, interrupt)
@@ -291,7 +489,9 @@ def command_line(main: Callable) -> int:
         except OSError:  # closed: a file opened later would take its place, and what is printed
             os.open(os.devnull, os.O_RDWR)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 (tqdm wants one)
-    if sys.stdout is not None:  # the name of a class or a file may have characters that the terminal's encoding lacks
+    if (
+        sys.stdout is not None
+    ):  # the name of a class or a file may have characters that the terminal's encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         record = main(sys.argv[1:])
@@ -303,7 +503,9 @@ def command_line(main: Callable) -> int:
         return fail(1, f"the package {error.name} is missing: pip install {error.name}")
     except RuntimeError as error:
         # What each backend says when it has no more memory has no type in common.
-        if not re.search(r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE):
+        if not re.search(
+            r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE
+        ):
             raise
         return fail(1, f"{str(error).splitlines()[0]}; try a smaller --batch-size or model")
     except KeyboardInterrupt:
@@ -311,10 +513,18 @@ def command_line(main: Callable) -> int:
     except Interrupted as name:
         return fail(128 + signal.Signals[str(name)], f"interrupted by {name}")
     if record.get("status") == "diverged":
-        return fail(1, f"{record['error']}; try a lower --lr. The epochs before are in {shown(record['directory'])}")
+        return fail(
+            1,
+            f"{record['error']}; try a lower --lr. The epochs before are in {shown(record['directory'])}",
+        )
     if record.get("status") == "interrupted" and record["error"]:
-        go_on = record.get("go_on") or shlex.join(["python", sys.argv[0], "--resume", shown(record["directory"])])
-        return fail(128 + signal.Signals[record["error"]], f"interrupted by {record['error']}; go on with: {go_on}")
+        go_on = record.get("go_on") or shlex.join(
+            ["python", sys.argv[0], "--resume", shown(record["directory"])]
+        )
+        return fail(
+            128 + signal.Signals[record["error"]],
+            f"interrupted by {record['error']}; go on with: {go_on}",
+        )
     return 0
 
 
@@ -331,7 +541,11 @@ def say(line: str, quiet: bool = False) -> None:
 
 def shown(path: Path | str) -> str:
     """A path as a person writes it: relative where it lies below the current directory."""
-    return str(Path(path).relative_to(Path.cwd())) if Path(path).is_relative_to(Path.cwd()) else str(path)
+    return (
+        str(Path(path).relative_to(Path.cwd()))
+        if Path(path).is_relative_to(Path.cwd())
+        else str(path)
+    )
 
 
 def random_seed(*parts) -> int:
@@ -363,7 +577,9 @@ class ImageSet:
 
     def select(self, indices: torch.Tensor) -> "ImageSet":
         """The images at `indices`, or where a mask is true."""
-        files = self.files and [self.files[index] for index in torch.arange(len(self))[indices].tolist()]
+        files = self.files and [
+            self.files[index] for index in torch.arange(len(self))[indices].tolist()
+        ]
         return ImageSet(self.images[indices], self.labels[indices], self.classes, files)
 
     def to(self, device: str) -> "ImageSet":
@@ -386,10 +602,14 @@ class ImageSet:
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Per channel, of the values in [0, 1], from a histogram of the 256 levels."""
         levels = torch.arange(256, dtype=torch.float64) / 255
-        counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in self.images.cpu().unbind(1)])
+        counts = torch.stack(
+            [torch.bincount(c.flatten(), minlength=256) for c in self.images.cpu().unbind(1)]
+        )
         mean = counts.double() @ levels / counts.sum(1)
         std = ((counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt()
-        return mean.tolist(), std.clamp(min=1 / 255).tolist()  # a channel may be the same in all images
+        return mean.tolist(), std.clamp(
+            min=1 / 255
+        ).tolist()  # a channel may be the same in all images
 
 
 def stratified_sample(labels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
@@ -410,8 +630,12 @@ def stratified_sample(labels: torch.Tensor, size: int, generator: torch.Generato
 
 # The names of --dataset, and torchvision's for them.
 TORCHVISION = {
-    "mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "cifar10": "CIFAR10", "cifar100": "CIFAR100"
-}  # fmt: skip
+    "mnist": "MNIST",
+    "fashion-mnist": "FashionMNIST",
+    "kmnist": "KMNIST",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+}
 DATASETS = (*TORCHVISION, "synthetic")
 
 # A process that trains many times sets this to a dictionary: then every part of a dataset is loaded once.
@@ -439,7 +663,9 @@ def load_images(args: argparse.Namespace, part: str, synthetic: Callable) -> Ima
     return images
 
 
-def load_training_images(args: argparse.Namespace, synthetic: Callable) -> tuple[ImageSet, ImageSet]:
+def load_training_images(
+    args: argparse.Namespace, synthetic: Callable
+) -> tuple[ImageSet, ImageSet]:
     """The training and the validation images of --dataset, on --device. RunError.
 
     A part of the training images validates, drawn with the seed; at --val-size 0 the test set does.
@@ -447,17 +673,26 @@ def load_training_images(args: argparse.Namespace, synthetic: Callable) -> tuple
     train_set = load_images(args, "train", synthetic)
     val_set = load_images(args, "val" if args.val_size else "test", synthetic)
     if not args.val_size:
-        say("--val-size 0: the test set chooses the epoch, as in the tutorials; its accuracy is flattered", args.quiet)
+        say(
+            "--val-size 0: the test set chooses the epoch, as in the tutorials; its accuracy is flattered",
+            args.quiet,
+        )
     if val_set is None:
         size = round(len(train_set) * args.val_size)
         if not size:
-            raise RunError(f"--val-size {args.val_size} of {len(train_set)} images leaves none for validation")
+            raise RunError(
+                f"--val-size {args.val_size} of {len(train_set)} images leaves none for validation"
+            )
         chosen = stratified_sample(train_set.labels, size, generator_for(args.seed, "validation"))
         train_set, val_set = train_set.select(~chosen), train_set.select(chosen)
     if args.limit_train:
         if args.limit_train > len(train_set):
-            raise RunError(f"--limit-train {args.limit_train}: there are only {len(train_set)} training images")
-        chosen = stratified_sample(train_set.labels, args.limit_train, generator_for(args.seed, "limit"))
+            raise RunError(
+                f"--limit-train {args.limit_train}: there are only {len(train_set)} training images"
+            )
+        chosen = stratified_sample(
+            train_set.labels, args.limit_train, generator_for(args.seed, "limit")
+        )
         train_set = train_set.select(chosen)
     if len(train_set) < 2:
         raise RunError(f"{args.dataset}: {len(train_set)} training images are too few")
@@ -478,7 +713,11 @@ def read_torchvision(name: str, data_dir: Path, train: bool, quiet: bool) -> Ima
     folder = data_dir / getattr(dataset_class, "base_folder", f"{dataset_class.__name__}/raw")
     data_dir.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(60)  # a server that falls silent does not hold a run for ever
-    silent = contextlib.redirect_stderr(io.StringIO()) if quiet or not sys.stderr.isatty() else contextlib.nullcontext()
+    silent = (
+        contextlib.redirect_stderr(io.StringIO())
+        if quiet or not sys.stderr.isatty()
+        else contextlib.nullcontext()
+    )
     try:
         with locked(data_dir / ".download.lock", wait=True), silent:
             dataset = dataset_class(data_dir, train=train, download=True)
@@ -487,15 +726,25 @@ def read_torchvision(name: str, data_dir: Path, train: bool, quiet: bool) -> Ima
             f"{shown(folder)} is missing or damaged, and {dataset_class.__name__} could not be downloaded ({error}); "
             "see README, Data, for slow networks, or try --dataset synthetic"
         ) from error
-    for file in folder.glob("*-ubyte"):  # of MNIST and its like, the test's too: not after hours of training
+    for file in folder.glob(
+        "*-ubyte"
+    ):  # of MNIST and its like, the test's too: not after hours of training
         with open(file, "rb") as opened:
             magic = opened.read(4)
-            sides = [int.from_bytes(opened.read(4)) for _ in range(magic[3])] if magic[:3] == b"\0\0\x08" else [-1]
+            sides = (
+                [int.from_bytes(opened.read(4)) for _ in range(magic[3])]
+                if magic[:3] == b"\0\0\x08"
+                else [-1]
+            )
         if file.stat().st_size != 4 + 4 * len(sides) + math.prod(sides):
-            raise RunError(f"{shown(file)} is damaged; remove it, and the next training downloads it anew")
+            raise RunError(
+                f"{shown(file)} is damaged; remove it, and the next training downloads it anew"
+            )
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     if len(images) != len(labels) or labels.min() < 0 or labels.max() >= len(dataset.classes):
-        raise RunError(f"{shown(folder)}: its labels do not fit its images; remove it, and it is downloaded anew")
+        raise RunError(
+            f"{shown(folder)}: its labels do not fit its images; remove it, and it is downloaded anew"
+        )
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return ImageSet(images, labels, [str(name) for name in dataset.classes])
 
@@ -514,12 +763,20 @@ def read_image(path: Path, side: int, grey: bool) -> torch.Tensor:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if grey else "RGB").resize((side, side), Image.Resampling.BILINEAR)
-            return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(side, side, -1).permute(2, 0, 1)
+            image = image.convert("L" if grey else "RGB").resize(
+                (side, side), Image.Resampling.BILINEAR
+            )
+            return (
+                torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+                .view(side, side, -1)
+                .permute(2, 0, 1)
+            )
     except Exception as error:  # Pillow's decoders raise whatever they stumble over
         if isinstance(error, OSError) and error.errno:
             raise RunError(f"{shown(path)}: {error.strerror}") from error
-        raise RunError(f"{shown(path)} is not a readable image ({error}); remove or replace it") from error
+        raise RunError(
+            f"{shown(path)} is not a readable image ({error}); remove or replace it"
+        ) from error
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -527,7 +784,9 @@ def image_files(folder: Path) -> list[Path]:
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMG_EXTENSIONS)
-    return [path for path in files if not any(name[0] == "." for name in path.relative_to(folder).parts)]
+    return [
+        path for path in files if not any(name[0] == "." for name in path.relative_to(folder).parts)
+    ]
 
 
 def read_folder(root: Path, part: str, side: int, grey: bool, quiet: bool) -> ImageSet | None:
@@ -540,9 +799,13 @@ def read_folder(root: Path, part: str, side: int, grey: bool, quiet: bool) -> Im
         return sorted(below for below in path.iterdir() if below.is_dir() and below.name[0] != ".")
 
     parts = {path.name: path for path in folders(root)}
-    is_split = "train" in parts and folders(parts["train"])  # else it is a class that is called train
+    is_split = "train" in parts and folders(
+        parts["train"]
+    )  # else it is a class that is called train
     if is_split and "test" not in parts:
-        raise RunError(f"{shown(root)} has a folder train but no folder test; it needs both, or just the classes")
+        raise RunError(
+            f"{shown(root)} has a folder train but no folder test; it needs both, or just the classes"
+        )
     if part == "val" and not (is_split and "val" in parts):
         return None
     classes = folders(parts[part] if is_split else root)
@@ -552,17 +815,30 @@ def read_folder(root: Path, part: str, side: int, grey: bool, quiet: bool) -> Im
     files = [(file, label) for label, path in enumerate(classes) for file in image_files(path)]
     labels = torch.tensor([label for _, label in files], dtype=torch.long)
     if len(names) < 2 or len(labels.unique()) < len(names):
-        raise RunError(f"{shown(root)}: expected at least two classes, PATH/<class>/*, with images in each")
+        raise RunError(
+            f"{shown(root)}: expected at least two classes, PATH/<class>/*, with images in each"
+        )
     if not is_split:
         if len(files) < 10:
-            raise RunError(f"{shown(root)}: {len(files)} images are too few to set a tenth aside as the test set")
-        chosen = stratified_sample(labels, len(files) // 10, generator_for("folder")) == (part == "test")
-        files, labels = [file for file, wanted in zip(files, chosen, strict=True) if wanted], labels[chosen]
+            raise RunError(
+                f"{shown(root)}: {len(files)} images are too few to set a tenth aside as the test set"
+            )
+        chosen = stratified_sample(labels, len(files) // 10, generator_for("folder")) == (
+            part == "test"
+        )
+        files, labels = (
+            [file for file, wanted in zip(files, chosen, strict=True) if wanted],
+            labels[chosen],
+        )
 
     # Twice the pixels: the training images are cut in two once, for validation.
     channels = 1 if grey else 3
     needed, meminfo = 2 * len(files) * side * side * channels, Path("/proc/meminfo")
-    free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1]) if meminfo.exists() else math.inf
+    free = (
+        1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
+        if meminfo.exists()
+        else math.inf
+    )
     if needed > free:
         text = f"{len(files)} images of {side}x{side} pixels take {needed / 1e9:.1f} GB; {free / 1e9:.1f} are free"
         raise RunError(f"{shown(root)}: {text}; give a smaller --image-size")
@@ -574,7 +850,9 @@ def read_folder(root: Path, part: str, side: int, grey: bool, quiet: bool) -> Im
     with ThreadPoolExecutor() as pool:
         done = pool.map(read, range(len(files)))
         try:
-            for _ in tqdm(done, f"reading {part} images", len(files), leave=False, disable=quiet or None):
+            for _ in tqdm(
+                done, f"reading {part} images", len(files), leave=False, disable=quiet or None
+            ):
                 pass
         except BaseException:
             pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
@@ -607,7 +885,9 @@ class Augmentation:
         }
         if self.shift:
             size, most = (2, count), self.shift
-            drawn["shift"] = torch.randint(-most, most + 1, size, generator=generator, device=generator.device)
+            drawn["shift"] = torch.randint(
+                -most, most + 1, size, generator=generator, device=generator.device
+            )
         return drawn
 
     def apply(self, images, angle, brightness, hue, flip, shift=None) -> torch.Tensor:
@@ -627,14 +907,21 @@ def rotate_and_flip(images: torch.Tensor, angle: torch.Tensor, flip: torch.Tenso
     """`images` [N, C, H, W] turned counter-clockwise by `angle` [N] degrees, then mirrored where `flip` [N] is true."""
     height, width = images.shape[-2:]
     radians = angle.deg2rad()
-    cos, sin, mirror, zero = radians.cos(), radians.sin(), 1 - 2 * flip.float(), torch.zeros_like(radians)
+    cos, sin, mirror, zero = (
+        radians.cos(),
+        radians.sin(),
+        1 - 2 * flip.float(),
+        torch.zeros_like(radians),
+    )
     # From where in the source each pixel comes, in coordinates that run from -1 to 1 along each axis.
     rows = (cos * mirror, -sin * height / width, zero, sin * width / height * mirror, cos, zero)
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
-def shift_images(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor, most: int) -> torch.Tensor:
+def shift_images(
+    images: torch.Tensor, down: torch.Tensor, right: torch.Tensor, most: int
+) -> torch.Tensor:
     """`images` [N, C, H, W] moved by `down` and `right` [N] pixels, at `most` so many, the border mirrored."""
     height, width = images.shape[-2:]
     windows = F.pad(images, (most,) * 4, "reflect").unfold(2, height, 1).unfold(3, width, 1)
@@ -653,7 +940,9 @@ def shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     safe = chroma.clamp(min=1e-12)
     sixths = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
     sixths = torch.where(value == red, (green - blue) / safe, sixths) + 6 * turns.view(-1, 1, 1)
-    k = torch.remainder(sixths[:, None] + torch.arange(5, 0, -2, device=images.device).view(-1, 1, 1), 6)
+    k = torch.remainder(
+        sixths[:, None] + torch.arange(5, 0, -2, device=images.device).view(-1, 1, 1), 6
+    )
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
@@ -665,7 +954,12 @@ class Loader:
     """
 
     def __init__(self, image_set, batch_size, mean, std, augmentation=None, seed=None):
-        self.image_set, self.batch_size, self.augmentation, self.seed = image_set, batch_size, augmentation, seed
+        self.image_set, self.batch_size, self.augmentation, self.seed = (
+            image_set,
+            batch_size,
+            augmentation,
+            seed,
+        )
         device = image_set.images.device
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
@@ -675,7 +969,9 @@ class Loader:
         full, rest = divmod(len(self.image_set), self.batch_size)
         return full + (rest > (self.seed is not None and self.batch_size > 1))
 
-    def batches(self, epoch: int = 0, side: int | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def batches(
+        self, epoch: int = 0, side: int | None = None
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield (`images` float [B, C, H, W], `labels` int64 [B]); `side` resizes them to so many pixels square."""
         images, labels = self.image_set.images, self.image_set.labels
         if self.seed is not None:
@@ -684,7 +980,10 @@ class Loader:
         alternate = self.augmentation and self.augmentation.alternate and self.augmentation.flip
         if alternate:
             first = generator_for(self.seed, "flip", device=images.device)
-            flipped = torch.rand(len(labels), generator=first, device=images.device) < self.augmentation.flip
+            flipped = (
+                torch.rand(len(labels), generator=first, device=images.device)
+                < self.augmentation.flip
+            )
             flipped ^= epoch % 2 == 0
         for start in range(0, len(self) * self.batch_size, self.batch_size):
             batch = slice(start, start + self.batch_size)
@@ -696,15 +995,25 @@ class Loader:
                     changes["flip"] = flipped[batch]
                 pixels = self.augmentation.apply(pixels, **changes)
             if side and side != pixels.shape[-1]:
-                pixels = F.interpolate(pixels, (side, side), mode="bilinear", antialias=True, align_corners=False)
-            yield pixels.sub(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last), labels[batch]
+                pixels = F.interpolate(
+                    pixels, (side, side), mode="bilinear", antialias=True, align_corners=False
+                )
+            yield (
+                pixels.sub(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last),
+                labels[batch],
+            )
 
 
 def evaluation_loader(image_set: ImageSet, batch_size: int, config: dict) -> Loader:
     """A Loader for validation and test: batches of 1,000 images of 32x32 pixels, or of as many pixels of larger ones,
     but at least as large as those in training."""
     pixels = math.prod(image_set.images.shape[2:])
-    return Loader(image_set, max(batch_size, min(1000, 1000 * 32 * 32 // pixels)), config["mean"], config["std"])
+    return Loader(
+        image_set,
+        max(batch_size, min(1000, 1000 * 32 * 32 // pixels)),
+        config["mean"],
+        config["std"],
+    )
 
 
 # ------------------------ Models ------------------------
@@ -718,7 +1027,11 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         threshold = min(round(self.p * 65536), 65535)
-        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        bits = (
+            torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
+            .random_(-(2**63), None)
+            .view(torch.int16)
+        )
         # In the order that x has in memory, so that the product runs over both in one sweep.
         kept = bits.as_strided(x.shape, torch.empty_like(x).stride()) >= threshold - 32768
         return (x * kept).mul_(65536 / (65536 - threshold))
@@ -734,7 +1047,9 @@ class Dense(nn.Module):
     def __init__(self, image_shape, classes, l1=128, d1=0.5, tutorial_layers=False, **_):
         super().__init__()
         pixels = math.prod(image_shape)
-        self.standardize = nn.Identity() if tutorial_layers else nn.LayerNorm(pixels, elementwise_affine=False)
+        self.standardize = (
+            nn.Identity() if tutorial_layers else nn.LayerNorm(pixels, elementwise_affine=False)
+        )
         self.fc1 = nn.Linear(pixels, l1)
         self.dropout = Dropout(d1)
         self.fc2 = nn.Linear(l1, classes)
@@ -778,8 +1093,17 @@ class ConfigNet(nn.Module):
     """
 
     def __init__(
-        self, image_shape, classes, c1=48, c2=96, l1=256, d1=0.1, kernel_size=3, tutorial_layers=False, **_
-    ):  # fmt: skip
+        self,
+        image_shape,
+        classes,
+        c1=48,
+        c2=96,
+        l1=256,
+        d1=0.1,
+        kernel_size=3,
+        tutorial_layers=False,
+        **_,
+    ):
         super().__init__()
         self.tutorial_layers = tutorial_layers
         channels, height, width = image_shape
@@ -835,7 +1159,9 @@ class Whitening(nn.Conv2d):
             part = F.unfold(part, self.kernel_size).transpose(1, 2).flatten(0, 1)
             covariance, patches = covariance + part.T @ part, patches + len(part)
         eigenvalues, eigenvectors = torch.linalg.eigh((covariance / patches).cpu().double())
-        filters = (eigenvectors / (eigenvalues + smallest).sqrt()).T.reshape(-1, *self.weight.shape[1:])
+        filters = (eigenvectors / (eigenvalues + smallest).sqrt()).T.reshape(
+            -1, *self.weight.shape[1:]
+        )
         self.weight.copy_(torch.cat([filters, -filters]))
 
 
@@ -862,9 +1188,14 @@ class WhitenedNet(nn.Sequential):
         layers, channels = [whitening, nn.GELU()], whitening.out_channels
         for width in widths:
             layers += [
-                identity_convolution(channels, width), nn.MaxPool2d(2), batch_norm(width), nn.GELU(),
-                identity_convolution(width, width), batch_norm(width), nn.GELU(),
-            ]  # fmt: skip
+                identity_convolution(channels, width),
+                nn.MaxPool2d(2),
+                batch_norm(width),
+                nn.GELU(),
+                identity_convolution(width, width),
+                batch_norm(width),
+                nn.GELU(),
+            ]
             channels = width
         head = nn.Linear(channels, classes, bias=False)
         nn.init.normal_(head.weight, std=1 / channels)
@@ -904,7 +1235,9 @@ MODEL_OPTIONS = ("c1", "c2", "c3", "l1", "d1", "kernel_size", "tutorial_layers")
 def build_model(config: dict) -> nn.Module:
     """The model that `config`, as in best.pt, describes, with random weights. UsageError where it cannot be."""
     options = {name: config[name] for name in MODEL_OPTIONS if config[name] is not None}
-    make = functools.partial(MODELS[config["model"]], config["image_shape"], len(config["classes"]), **options)
+    make = functools.partial(
+        MODELS[config["model"]], config["image_shape"], len(config["classes"]), **options
+    )
     channels, *size = config["image_shape"]
     for height, width in (size, *([side, side] for side in config["sizes"] or ())):
         try:  # without memory or arithmetic
@@ -924,12 +1257,23 @@ def new_model(args: argparse.Namespace, train_set: ImageSet) -> nn.Module:
     channels = train_set.images.shape[1]
     half = [0.5] * channels, [0.5] * channels
     mean, std = train_set.mean_and_std() if args.normalize == "dataset" else half
-    about = {"image_shape": list(train_set.images.shape[1:]), "classes": train_set.classes, "mean": mean, "std": std}
+    about = {
+        "image_shape": list(train_set.images.shape[1:]),
+        "classes": train_set.classes,
+        "mean": mean,
+        "std": std,
+    }
     torch.manual_seed(random_seed(args.seed, "weights"))
-    chosen = {name: getattr(args, name) for name in ("model", *MODEL_OPTIONS, "sizes", "batch_size")}
+    chosen = {
+        name: getattr(args, name) for name in ("model", *MODEL_OPTIONS, "sizes", "batch_size")
+    }
     model = build_model({**about, **chosen, "temperature": 1.0}).to(args.device)
-    if args.optimizer == "muon" and not any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules()):
-        raise UsageError("--optimizer muon is for convolutions with batch norm: --model cnn, fastnet or patchnet")
+    if args.optimizer == "muon" and not any(
+        isinstance(layer, nn.BatchNorm2d) for layer in model.modules()
+    ):
+        raise UsageError(
+            "--optimizer muon is for convolutions with batch norm: --model cnn, fastnet or patchnet"
+        )
     return model
 
 
@@ -979,7 +1323,12 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(step.view(shape), alpha=group["lr"])
 
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "muon": Muon}
+OPTIMIZERS = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "sgd": torch.optim.SGD,
+    "muon": Muon,
+}
 
 # For --optimizer muon where the recipe is for another.
 MUON_DEFAULTS = {"lr": 0.12, "aux_lr": 0.015, "momentum": 0.6, "schedule": "linear"}
@@ -988,11 +1337,23 @@ MUON_DEFAULTS = {"lr": 0.12, "aux_lr": 0.015, "momentum": 0.6, "schedule": "line
 def make_optimizers(args: argparse.Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
     """The optimizer of --optimizer over what `model` learns; of muon two, the other AdamW for all but filters."""
     learnt = [p for p in model.parameters() if p.requires_grad]
-    settings = {"lr": args.lr, "weight_decay": args.weight_decay, "fused": args.device in ("cpu", "cuda")}
+    settings = {
+        "lr": args.lr,
+        "weight_decay": args.weight_decay,
+        "fused": args.device in ("cpu", "cuda"),
+    }
     if args.optimizer == "muon":
         filters, others = [p for p in learnt if p.ndim == 4], [p for p in learnt if p.ndim != 4]
-        muon = Muon(filters, args.lr, args.momentum, torch.float32 if args.precision == "fp32" else torch.bfloat16)
-        optimizers = [muon, torch.optim.AdamW(others, **{**settings, "lr": args.aux_lr}, betas=(0.8, 0.95))]
+        muon = Muon(
+            filters,
+            args.lr,
+            args.momentum,
+            torch.float32 if args.precision == "fp32" else torch.bfloat16,
+        )
+        optimizers = [
+            muon,
+            torch.optim.AdamW(others, **{**settings, "lr": args.aux_lr}, betas=(0.8, 0.95)),
+        ]
     else:
         if args.optimizer == "sgd":
             settings.update(momentum=args.momentum, nesterov=args.momentum > 0)
@@ -1059,7 +1420,11 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, autocast, b
     model.train()
     meter = AverageMeter(args.device)
     # --sizes is counted from the end, so that however few the epochs are, the last has the last size.
-    side = args.sizes[-1 - (args.epochs - epoch) * len(args.sizes) // args.epochs] if args.sizes else None
+    side = (
+        args.sizes[-1 - (args.epochs - epoch) * len(args.sizes) // args.epochs]
+        if args.sizes
+        else None
+    )
     bar.set_description(f"epoch {epoch}/{args.epochs}", refresh=False)
     for step, (images, labels) in enumerate(loader.batches(epoch, side)):
         # Set the learning rate, by the part of the whole training that is behind.
@@ -1072,7 +1437,9 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, autocast, b
         with autocast():
             logits = model(images)
             loss = criterion(logits, labels)
-        if args.device == "cpu":  # a GPU would have to be waited for: there the epoch's mean tells as surely
+        if (
+            args.device == "cpu"
+        ):  # a GPU would have to be waited for: there the epoch's mean tells as surely
             finite(loss)
 
         # Backward pass: the gradients.
@@ -1086,7 +1453,9 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, autocast, b
         scaler.update()
 
         meter.update(loss.detach() * len(labels), logits.detach(), labels)
-        if bar.update():  # it has just been drawn anew; not for every batch, as the loss is read from the device
+        if (
+            bar.update()
+        ):  # it has just been drawn anew; not for every batch, as the loss is read from the device
             bar.set_postfix(loss=f"{meter.loss:.4f}", refresh=False)
     return meter
 
@@ -1126,7 +1495,9 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         return loss
 
     optimizer.step(loss)
-    return log_temperature.clamp(-3, 3).exp().item()  # a net that has learnt nothing would have an endless one
+    return (
+        log_temperature.clamp(-3, 3).exp().item()
+    )  # a net that has learnt nothing would have an endless one
 
 
 TTA = ("mirror", "shift", "mirror+shift")
@@ -1140,7 +1511,9 @@ def predict(model: nn.Module, images: torch.Tensor, tta: str | None = None) -> t
     unsure = logits.softmax(1).amax(1) <= UNSURE
     if tta and unsure.any():
         (own_weight, _), *others = views(images[unsure], tta)
-        logits[unsure] = own_weight * logits[unsure] + sum(weight * model(view).float() for weight, view in others)
+        logits[unsure] = own_weight * logits[unsure] + sum(
+            weight * model(view).float() for weight, view in others
+        )
     return logits
 
 
@@ -1171,7 +1544,9 @@ class EarlyStopping:
         improved = val_loss < self.best_loss
         if improved:
             self.best_loss, self.epochs_without_improvement = val_loss, 0
-            self.best_weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            self.best_weights = {
+                name: tensor.detach().clone() for name, tensor in model.state_dict().items()
+            }
         else:
             self.epochs_without_improvement += 1
         return improved
@@ -1218,7 +1593,11 @@ def write_json(path: Path, content: dict | list) -> None:
 def read_json(path: Path, lines: bool = False) -> Any:
     """Read a file of JSON, or of JSON `lines`. RunError where it is damaged."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines()] if lines else json.loads(path.read_text())
+        return (
+            [json.loads(line) for line in path.read_text().splitlines()]
+            if lines
+            else json.loads(path.read_text())
+        )
     except (ValueError, RecursionError) as error:
         raise RunError(f"{shown(path)} is damaged: {error}") from error
 
@@ -1240,9 +1619,13 @@ def load_checkpoint(path: Path) -> dict:
             damaged = file.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise RunError(f"{shown(path)} is missing: the run has not got so far, or the file was removed") from None
+        raise RunError(
+            f"{shown(path)} is missing: the run has not got so far, or the file was removed"
+        ) from None
     except Exception as error:  # zipfile and torch.load raise whatever they stumble over
-        raise RunError(f"{shown(path)} is damaged, or is not a checkpoint ({type(error).__name__})") from error
+        raise RunError(
+            f"{shown(path)} is damaged, or is not a checkpoint ({type(error).__name__})"
+        ) from error
     if damaged:
         raise RunError(f"{shown(path)} is damaged: the checksum of {damaged} is not right")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -1298,7 +1681,11 @@ def interruptible(handler: Callable = interrupt) -> Iterator[None]:
     """Let `handler` answer SIGINT and SIGTERM."""
     # Python lets only the main thread set handlers; in another thread whoever started it does the stopping.
     main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    before = (
+        {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        if main
+        else {}
+    )
     try:
         yield
     finally:
@@ -1326,7 +1713,10 @@ class Run:
     def save(self, parts: dict) -> None:
         """Write last.pt, from which a run goes on: the history, and the state of each of `parts`. Then the others."""
         states = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(self.directory / "last.pt", {"run": self.record["name"], "history": self.history, **states})
+        save_checkpoint(
+            self.directory / "last.pt",
+            {"run": self.record["name"], "history": self.history, **states},
+        )
         self.write_results(parts)
 
     def write_results(self, parts: dict) -> None:
@@ -1337,7 +1727,11 @@ class Run:
             best = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
             best["temperature"] = parts["model"].config["temperature"]
         if best != self.record["best"]:
-            content = {**parts["model"].config, **best, "weights": parts["early_stopping"].best_weights}
+            content = {
+                **parts["model"].config,
+                **best,
+                "weights": parts["early_stopping"].best_weights,
+            }
             save_checkpoint(self.directory / "best.pt", content)
         log = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(self.directory / "log.jsonl", log.encode())
@@ -1346,7 +1740,9 @@ class Run:
     def restore(self, parts: dict) -> int:
         """Give `parts` the state in last.pt, and make the other files agree with it: a kill may have left them behind.
         Returns the epochs that are done, 0 where none was saved. RunError."""
-        for leftover in self.directory.glob(".*.tmp"):  # of a process that was killed in the middle of a save
+        for leftover in self.directory.glob(
+            ".*.tmp"
+        ):  # of a process that was killed in the middle of a save
             leftover.unlink()
         path = self.directory / "last.pt"
         if path.exists() or self.record["epochs"]:
@@ -1371,36 +1767,75 @@ def utc_now() -> str:
 
 def environment() -> dict:
     """Where a run is computed: the part of run.json that a continuation writes anew."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    command = [
+        "git",
+        "-C",
+        str(HERE),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     try:
         git = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         git = None
     versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
-    return {"versions": {"python": sys.version.split()[0], **versions}, "host": socket.gethostname(), "git": git}
+    return {
+        "versions": {"python": sys.version.split()[0], **versions},
+        "host": socket.gethostname(),
+        "git": git,
+    }
 
 
 def new_record(
     name: str, args: argparse.Namespace, model: nn.Module, train_set: ImageSet, val_set: ImageSet
-) -> dict:  # fmt: skip
+) -> dict:
     """run.json of a run that begins."""
     unrecorded = ("script", "argv", "resume", "quiet", "stop_after")
-    plain = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in unrecorded}
+    plain = {
+        k: str(v) if isinstance(v, Path) else v
+        for k, v in vars(args).items()
+        if k not in unrecorded
+    }
     data = {
-        "name": args.dataset, "train": len(train_set), "val": len(val_set), "test": None,
-        "selection": "validation split" if args.val_size else "test set", "checksum": train_set.checksum,
+        "name": args.dataset,
+        "train": len(train_set),
+        "val": len(val_set),
+        "test": None,
+        "selection": "validation split" if args.val_size else "test set",
+        "checksum": train_set.checksum,
         "test_checksum": None,
-    }  # fmt: skip
+    }
     return {
-        "format": FORMAT, "name": name, "script": args.script, "argv": args.argv, "args": plain, "status": "running",
-        "error": None, "started": utc_now(), "ended": None, "seconds": 0.0, "seed": args.seed, "device": args.device,
-        "precision": args.precision, "threads": torch.get_num_threads(), **environment(), "data": data,
-        "parameters": sum(p.numel() for p in model.parameters()), "epochs": 0, "best": None, "test": None,
-    }  # fmt: skip
+        "format": FORMAT,
+        "name": name,
+        "script": args.script,
+        "argv": args.argv,
+        "args": plain,
+        "status": "running",
+        "error": None,
+        "started": utc_now(),
+        "ended": None,
+        "seconds": 0.0,
+        "seed": args.seed,
+        "device": args.device,
+        "precision": args.precision,
+        "threads": torch.get_num_threads(),
+        **environment(),
+        "data": data,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": 0,
+        "best": None,
+        "test": None,
+    }
 
 
 @contextlib.contextmanager
-def open_run(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, val_set: ImageSet) -> Iterator[Run]:
+def open_run(
+    args: argparse.Namespace, model: nn.Module, train_set: ImageSet, val_set: ImageSet
+) -> Iterator[Run]:
     """Make the run's directory, or open that of --resume, and hold its lock; at the end write down how the run ended.
 
     A signal, and a loss that is not finite, end the `with` block early and are no exceptions to the caller: they are
@@ -1413,13 +1848,19 @@ def open_run(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, va
         if not args.resume:
             if any(path.name[0] != "." for path in directory.iterdir()):
                 raise UsageError(f"--run-name {args.run_name}: {shown(directory)} exists already")
-            write_json(directory / "run.json", new_record(directory.name, args, model, train_set, val_set))
+            write_json(
+                directory / "run.json", new_record(directory.name, args, model, train_set, val_set)
+            )
         run = Run(directory, read_record(directory))
         record = run.record
         if record["data"]["checksum"] != train_set.checksum:
-            raise RunError(f"{args.dataset} is not what {shown(directory)} was trained on: the checksums differ")
+            raise RunError(
+                f"{args.dataset} is not what {shown(directory)} was trained on: the checksums differ"
+            )
         if record["status"] == "diverged":
-            raise RunError(f"{shown(directory)}: {record['error']}, and would again; start anew with a lower --lr")
+            raise RunError(
+                f"{shown(directory)}: {record['error']}, and would again; start anew with a lower --lr"
+            )
         torch.set_num_threads(record["threads"])  # another number of threads rounds otherwise
         before = record["args"]
         more = args.epochs > before["epochs"] or args.tolerance != before["tolerance"]
@@ -1434,7 +1875,9 @@ def open_run(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, va
             return
         before.update(epochs=args.epochs, tolerance=args.tolerance)
         record["data"].update(test=None, test_checksum=None)
-        about = f"{args.model}, {record['parameters']:,} parameters; {args.device}, {args.precision}"
+        about = (
+            f"{args.model}, {record['parameters']:,} parameters; {args.device}, {args.precision}"
+        )
         say(f"{record['name']}: {about}", args.quiet)
         status, error = "failed", None
         try:
@@ -1450,7 +1893,9 @@ def open_run(args: argparse.Namespace, model: nn.Module, train_set: ImageSet, va
             status, error = "diverged", f"{reason} in epoch {len(run.history) + 1}"
         except BaseException as exception:
             error = f"{type(exception).__name__}: {exception}"
-            with contextlib.suppress(RunError):  # the disk may have failed: the first error is the one to tell
+            with contextlib.suppress(
+                RunError
+            ):  # the disk may have failed: the first error is the one to tell
                 run.end(status, error)
             raise
         finally:
@@ -1469,7 +1914,9 @@ def check_wandb(args: argparse.Namespace) -> None:
     if args.wandb != "disabled" and not importlib.util.find_spec("wandb"):
         raise UsageError(f"--wandb {args.wandb} needs the package wandb: pip install wandb")
     if args.wandb == "online" and not has_wandb_key(args.quiet):
-        raise UsageError("--wandb online needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline")
+        raise UsageError(
+            "--wandb online needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline"
+        )
 
 
 def has_wandb_key(quiet: bool) -> bool:
@@ -1495,10 +1942,14 @@ def start_wandb(args: argparse.Namespace, run: Run):
     named = {} if "WANDB_SWEEP_ID" in os.environ else {"id": identity, "resume": "allow"}
     try:
         return wandb.init(
-            project=args.wandb_project, name=run.record["name"], **named,
-            config=run.record["args"], dir=run.directory, mode=args.wandb,
+            project=args.wandb_project,
+            name=run.record["name"],
+            **named,
+            config=run.record["args"],
+            dir=run.directory,
+            mode=args.wandb,
             settings=wandb.Settings(silent=args.quiet, console="off"),
-        )  # fmt: skip
+        )
     except wandb.errors.Error as error:
         raise RunError(f"--wandb {args.wandb}: {error}") from error
 
@@ -1526,9 +1977,13 @@ def finish_wandb(run: Run, exit_code: int) -> None:
 
 # ------------------------ Fit ------------------------
 def fit(
-    args: argparse.Namespace, model: nn.Module, train_set: ImageSet, val_set: ImageSet, run: Run,
+    args: argparse.Namespace,
+    model: nn.Module,
+    train_set: ImageSet,
+    val_set: ImageSet,
+    run: Run,
     on_epoch: Callable[[dict], bool] | None = None,
-) -> bool:  # fmt: skip
+) -> bool:
     """Train `model` until --epochs, --stop-after or early stopping, and leave it with the weights of its best epoch.
 
     `on_epoch(row)` is called with each row of log.jsonl; a true answer ends the run as `pruned`. Returns whether the
@@ -1545,14 +2000,18 @@ def fit(
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     autocast = autocast_to(args.device, args.precision)
     weights = train_set.class_weights() if args.class_weights else None
-    criterion = functools.partial(F.cross_entropy, weight=weights, label_smoothing=args.label_smoothing)
+    criterion = functools.partial(
+        F.cross_entropy, weight=weights, label_smoothing=args.label_smoothing
+    )
     early_stopping = EarlyStopping(args.tolerance)
 
     # The whole state of a training: the random numbers of epoch k follow from --seed and k, the rate from the step.
     parts = {"model": model, "scaler": scaler, "early_stopping": early_stopping}
     parts |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
     done = run.restore(parts)
-    if run.stopped_early and early_stopping.should_stop:  # it is asked to go on: as many epochs again without a best
+    if (
+        run.stopped_early and early_stopping.should_stop
+    ):  # it is asked to go on: as many epochs again without a best
         early_stopping.epochs_without_improvement = 0
     whitening = model[0] if isinstance(model, WhitenedNet) else None
     if whitening and not done:
@@ -1561,10 +2020,15 @@ def fit(
         images, _ = next(Loader(sample, len(sample), *normalization).batches())
         whitening.learn(images)
     compiled = torch.compile(model, dynamic=False) if args.compile else model
-    torch.compiler.config.recompile_limit = 64  # each size of images, and the smaller last batch, has code of its own
+    torch.compiler.config.recompile_limit = (
+        64  # each size of images, and the smaller last batch, has code of its own
+    )
 
     counts = train_set.labels.bincount(minlength=len(train_set.classes))
-    few, many = (f"{int(counts[which]):,} ({train_set.classes[which]})" for which in (counts.argmin(), counts.argmax()))
+    few, many = (
+        f"{int(counts[which]):,} ({train_set.classes[which]})"
+        for which in (counts.argmin(), counts.argmax())
+    )
     say(
         f"{args.dataset}: {len(train_set):,} training and {len(val_set):,} validation images; {len(counts)} classes, "
         f"the smallest {few}, the largest {many}; {len(loader)} steps an epoch",
@@ -1585,14 +2049,21 @@ def fit(
                 whitening.bias.requires_grad_(epoch <= 3)
 
             # Train on every batch once, then validate.
-            training = train(args, compiled, loader, epoch, criterion, optimizers, scaler, autocast, bar)
+            training = train(
+                args, compiled, loader, epoch, criterion, optimizers, scaler, autocast, bar
+            )
             train_loss, train_seconds = training.loss, time.perf_counter() - began
             validation, _ = test(compiled, val_loader, autocast, criterion)
             row = {
-                "epoch": epoch, "train_loss": train_loss, "train_acc": training.accuracy,
-                "val_loss": validation.loss, "val_acc": validation.accuracy, "lr": optimizers[0].param_groups[0]["lr"],
-                "seconds": time.perf_counter() - began, "images_per_second": len(train_set) / train_seconds,
-            }  # fmt: skip
+                "epoch": epoch,
+                "train_loss": train_loss,
+                "train_acc": training.accuracy,
+                "val_loss": validation.loss,
+                "val_acc": validation.accuracy,
+                "lr": optimizers[0].param_groups[0]["lr"],
+                "seconds": time.perf_counter() - began,
+                "images_per_second": len(train_set) / train_seconds,
+            }
 
             # Early stopping looks at the validation loss, and keeps the weights when it is the best.
             is_best = early_stopping.step(row["val_loss"], model)

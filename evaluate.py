@@ -40,35 +40,98 @@ from torch import nn
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags of this script. Exits with status 2 on a bad one."""
     parser = common.ArgumentParser(prog="evaluate.py", description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run directory; more than one: compare them")
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="run directory; more than one: compare them",
+    )
     parser.add_argument("--quiet", action="store_true", help="print only errors")
 
     flag = parser.add_argument_group("what is evaluated").add_argument
     text = "which images; of runs compared, which predictions"
     flag("--split", choices=("test", "val", "train"), default="test", help=text)
-    flag("--data-dir", type=common.absolute_path, metavar="DIR", help="where the data are now (as in training)")
-    flag("--tta", choices=tuple(common.TTA), help="test-time augmentation, beside the plain figures (the run's own)")
-    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto", help="auto: a GPU where there is one")
+    flag(
+        "--data-dir",
+        type=common.absolute_path,
+        metavar="DIR",
+        help="where the data are now (as in training)",
+    )
+    flag(
+        "--tta",
+        choices=tuple(common.TTA),
+        help="test-time augmentation, beside the plain figures (the run's own)",
+    )
+    flag(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="auto: a GPU where there is one",
+    )
 
     group = parser.add_argument_group("what comes out")
-    group.add_argument("--out", type=Path, metavar="DIR", help="for the files (the run; of a comparison its parent)")
+    group.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="for the files (the run; of a comparison its parent)",
+    )
     flag = group.add_mutually_exclusive_group().add_argument
-    flag("--csv", action="store_true", help="print CSV: the classes, the runs compared, or the predictions")
-    flag("--json", action="store_true", help="print JSON: metrics.json, the runs compared, or a line a prediction")
+    flag(
+        "--csv",
+        action="store_true",
+        help="print CSV: the classes, the runs compared, or the predictions",
+    )
+    flag(
+        "--json",
+        action="store_true",
+        help="print JSON: metrics.json, the runs compared, or a line a prediction",
+    )
 
     group = parser.add_argument_group("filters.png and activations.png")
     group.add_argument("--layer", metavar="NAME", help="which convolution (the first)")
-    group.add_argument("--image", type=common.number(int, 0), default=0, metavar="K", help="image of the feature maps")
+    group.add_argument(
+        "--image",
+        type=common.number(int, 0),
+        default=0,
+        metavar="K",
+        help="image of the feature maps",
+    )
     flag = group.add_mutually_exclusive_group().add_argument
-    flag("--channel", type=common.number(int, 0), metavar="K", help="input channel of the filters (0; RGB in colour)")
+    flag(
+        "--channel",
+        type=common.number(int, 0),
+        metavar="K",
+        help="input channel of the filters (0; RGB in colour)",
+    )
     flag("--all-kernels", action="store_true", help="the kernels of every input channel")
 
-    flag = parser.add_argument_group("instead of evaluating").add_mutually_exclusive_group().add_argument
-    flag("--predict", type=Path, nargs="+", metavar="PATH", help="classify image files and folders of them")
-    flag("--export", choices=tuple(EXPORTS), help="write the model, preprocessing included, as model.onnx or model.pt2")
+    flag = (
+        parser.add_argument_group("instead of evaluating")
+        .add_mutually_exclusive_group()
+        .add_argument
+    )
+    flag(
+        "--predict",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="classify image files and folders of them",
+    )
+    flag(
+        "--export",
+        choices=tuple(EXPORTS),
+        help="write the model, preprocessing included, as model.onnx or model.pt2",
+    )
 
     group = parser.add_argument_group("predictions")
-    group.add_argument("--top", type=common.number(int, 1), metavar="K", help="a line for each of the K likeliest (1)")
+    group.add_argument(
+        "--top",
+        type=common.number(int, 1),
+        metavar="K",
+        help="a line for each of the K likeliest (1)",
+    )
 
     args = parser.parse_args(argv)
     if args.top and not args.predict:
@@ -98,10 +161,16 @@ class Trained:
     device: str
     autocast: Callable
 
-    def test(self, image_set: ImageSet, tta: str | None = None) -> tuple[common.AverageMeter, torch.Tensor]:
+    def test(
+        self, image_set: ImageSet, tta: str | None = None
+    ) -> tuple[common.AverageMeter, torch.Tensor]:
         """Loss and accuracy of the images, and the logits [N, K], float32, on the CPU."""
-        loader = common.evaluation_loader(image_set.to(self.device), self.config["batch_size"], self.config)
-        meter, logits = common.test(self.model, loader, self.autocast, nn.functional.cross_entropy, tta)
+        loader = common.evaluation_loader(
+            image_set.to(self.device), self.config["batch_size"], self.config
+        )
+        meter, logits = common.test(
+            self.model, loader, self.autocast, nn.functional.cross_entropy, tta
+        )
         return meter, logits.cpu()
 
 
@@ -109,22 +178,39 @@ def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
     """The best model of a run. RunError where there is none, or the run is still going; UsageError for the device."""
     record = common.read_record(directory)
     if status_of(directory, record) == "running":
-        raise RunError(f"{common.shown(directory)} is still being trained; evaluate it when it has ended")
+        raise RunError(
+            f"{common.shown(directory)} is still being trained; evaluate it when it has ended"
+        )
     device, _ = common.choose_device(device, "fp32")
     precision = record["precision"]
     if (device, precision) == ("cpu", "fp16"):
         precision = "fp32"
-        note("the run's precision, fp16, needs a GPU: computed in fp32, the figures may differ from run.json's", quiet)
+        note(
+            "the run's precision, fp16, needs a GPU: computed in fp32, the figures may differ from run.json's",
+            quiet,
+        )
     torch.set_num_threads(record["threads"])  # another number of threads rounds otherwise
-    config = {"temperature": 1.0, **common.load_checkpoint(directory / "best.pt")}  # older runs have none
+    config = {
+        "temperature": 1.0,
+        **common.load_checkpoint(directory / "best.pt"),
+    }  # older runs have none
     try:
         weights = config.pop("weights")
         model = common.build_model(config)
         model.load_state_dict(weights)
     except (LookupError, RuntimeError) as error:
         path = common.shown(directory / "best.pt")
-        raise RunError(f"{path} does not fit the models of common.py ({type(error).__name__}: {error})") from error
-    return Trained(directory, record, config, model.to(device).eval(), device, common.autocast_to(device, precision))
+        raise RunError(
+            f"{path} does not fit the models of common.py ({type(error).__name__}: {error})"
+        ) from error
+    return Trained(
+        directory,
+        record,
+        config,
+        model.to(device).eval(),
+        device,
+        common.autocast_to(device, precision),
+    )
 
 
 def status_of(directory: Path, record: dict) -> str:
@@ -139,7 +225,9 @@ def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool
     record, where = trained.record, common.shown(trained.directory)
     args = argparse.Namespace(**record["args"], script=record["script"])
     args.device, args.data_dir = trained.device, data_dir or Path(args.data_dir)
-    args.quiet = quiet or split != "test"  # what is said while training images are loaded is for their training
+    args.quiet = (
+        quiet or split != "test"
+    )  # what is said while training images are loaded is for their training
     if split == "val" and not args.val_size:
         raise RunError(f"{where} was trained with --val-size 0, without a validation split")
     place = synthetic = None
@@ -147,14 +235,18 @@ def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool
         from torchvision import datasets
 
         dataset_class = getattr(datasets, common.TORCHVISION[args.dataset])
-        place = args.data_dir / getattr(dataset_class, "base_folder", f"{dataset_class.__name__}/raw")
+        place = args.data_dir / getattr(
+            dataset_class, "base_folder", f"{dataset_class.__name__}/raw"
+        )
     elif args.dataset != "synthetic":
         place = data_dir or Path(args.dataset)
         args.dataset = str(place)
     elif importlib.util.find_spec(args.script):
         synthetic = importlib.import_module(args.script).synthetic
     else:
-        raise RunError(f"the images of {where} are drawn by {args.script}.py, which does not lie beside evaluate.py")
+        raise RunError(
+            f"the images of {where} are drawn by {args.script}.py, which does not lie beside evaluate.py"
+        )
     if place and not place.is_dir():
         raise RunError(f"the images of {where} are not in {place}; say where with --data-dir DIR")
     if split == "test":
@@ -162,9 +254,15 @@ def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool
         expected, use = record["data"]["test_checksum"], "tested"
     else:
         checked, val_set = common.load_training_images(args, synthetic)
-        image_set, expected, use = val_set if split == "val" else checked, record["data"]["checksum"], "trained"
+        image_set, expected, use = (
+            val_set if split == "val" else checked,
+            record["data"]["checksum"],
+            "trained",
+        )
     if expected not in (None, checked.checksum) or image_set.classes != trained.config["classes"]:
-        raise RunError(f"{place or args.dataset} is not what {where} was {use} on: the checksums differ")
+        raise RunError(
+            f"{place or args.dataset} is not what {where} was {use} on: the checksums differ"
+        )
     return image_set.to("cpu")
 
 
@@ -212,7 +310,11 @@ def mean_interval(values: list[float]) -> tuple[float, float, list[float]]:
 def class_metrics(confusion: torch.Tensor, names: list[str]) -> list[dict]:
     """Per class, from `confusion` int64 [K, K], rows actual, columns predicted. What would divide by zero is 0."""
     correct, support, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
-    recall, precision, f1 = correct / support, correct / predicted, 2 * correct / (support + predicted)
+    recall, precision, f1 = (
+        correct / support,
+        correct / predicted,
+        2 * correct / (support + predicted),
+    )
     keys = "name", "support", "predicted", "accuracy", "precision", "recall", "f1"
     shares = (share.nan_to_num(0).tolist() for share in (recall, precision, recall, f1))
     return [
@@ -226,23 +328,36 @@ def calibration(confidence: torch.Tensor, correct: torch.Tensor) -> tuple[list[d
     expected calibration error: C. Guo et al., "On calibration of modern neural networks" (2017)."""
     which = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
     images = torch.bincount(which, minlength=CALIBRATION_BINS)
-    means = [torch.bincount(which, each.double(), CALIBRATION_BINS) / images for each in (confidence, correct)]
+    means = [
+        torch.bincount(which, each.double(), CALIBRATION_BINS) / images
+        for each in (confidence, correct)
+    ]
     error = float((images * (means[0] - means[1]).abs()).nansum() / len(confidence))
     rows = []
-    for index, (count, mean, share) in enumerate(zip(images.tolist(), *(m.tolist() for m in means), strict=True)):
+    for index, (count, mean, share) in enumerate(
+        zip(images.tolist(), *(m.tolist() for m in means), strict=True)
+    ):
         low, high = index / CALIBRATION_BINS, (index + 1) / CALIBRATION_BINS
-        seen = {"confidence": mean, "accuracy": share} if count else {"confidence": None, "accuracy": None}
+        seen = (
+            {"confidence": mean, "accuracy": share}
+            if count
+            else {"confidence": None, "accuracy": None}
+        )
         rows.append({"low": low, "high": high, "images": count, **seen})
     return rows, error
 
 
-def measure(logits: torch.Tensor, temperature: float, labels: torch.Tensor, names: list[str]) -> dict:
+def measure(
+    logits: torch.Tensor, temperature: float, labels: torch.Tensor, names: list[str]
+) -> dict:
     """All metrics but the loss, as in metrics.json, of `logits` [N, K] for the `labels` [N] of the classes `names`.
 
     The calibration is that of the probabilities at the `temperature`; `..._before` is without it."""
     confidence, predicted = (logits.double() / temperature).softmax(1).max(1)
     correct, count, classes = predicted == labels, len(labels), len(names)
-    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(classes, classes)
+    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(
+        classes, classes
+    )
     rows = class_metrics(confusion, names)
     bins, calibration_error = calibration(confidence, correct)
     bins_before, error_before = calibration(logits.double().softmax(1).amax(1), correct)
@@ -328,30 +443,58 @@ def draw_curves(trained: Trained, rows: list[dict]):
     figure = new_figure(11, 4.2, f"{shorten(record['name'], 60)}: {about[0]} on {about[1]}")
     epochs, marker = [row["epoch"] for row in rows], "." if len(rows) < 40 else None
     for axis, name in zip(curves_axes(figure), ("loss", "acc"), strict=True):
-        training, validation = ([row[f"{part}_{name}"] for row in rows] for part in ("train", "val"))
+        training, validation = (
+            [row[f"{part}_{name}"] for row in rows] for part in ("train", "val")
+        )
         axis.plot(epochs, training, "--", color=ORANGE, label="training", marker=marker)
-        axis.plot(epochs, validation, "-", color=BLUE, label=record["data"]["selection"], marker=marker)
+        axis.plot(
+            epochs, validation, "-", color=BLUE, label=record["data"]["selection"], marker=marker
+        )
         # best.pt's figures, not the record's: they are of these weights, also where a run was killed between the two.
-        axis.plot(best["epoch"], best[f"val_{name}"], "*", color="black", markersize=13, label=f"best: {best['epoch']}")
+        axis.plot(
+            best["epoch"],
+            best[f"val_{name}"],
+            "*",
+            color="black",
+            markersize=13,
+            label=f"best: {best['epoch']}",
+        )
         if record["status"] == "stopped_early":
-            axis.axvline(epochs[-1], color="black", linestyle=":", label=f"early stop: {epochs[-1]}")
+            axis.axvline(
+                epochs[-1], color="black", linestyle=":", label=f"early stop: {epochs[-1]}"
+            )
         axis.legend()
     return figure
 
 
 def draw_per_class(metrics: dict, title: str):
     """Accuracy of each class, highest first, with its 95% interval."""
-    rows = sorted((row for row in metrics["classes"] if row["support"]), key=lambda row: row["accuracy"])
+    rows = sorted(
+        (row for row in metrics["classes"] if row["support"]), key=lambda row: row["accuracy"]
+    )
     figure = new_figure(8, 1.6 + len(rows) * (0.32 if len(rows) <= 30 else 0.16), title)
     axis = figure.subplots()
     shares = [row["accuracy"] for row in rows]
-    intervals = [wilson_interval(round(row["accuracy"] * row["support"]), row["support"]) for row in rows]
+    intervals = [
+        wilson_interval(round(row["accuracy"] * row["support"]), row["support"]) for row in rows
+    ]
     errors = (torch.tensor(intervals).T - torch.tensor(shares)).abs().numpy()
-    axis.barh(range(len(rows)), shares, xerr=errors, color=BLUE, error_kw={"elinewidth": 1, "capsize": 2})
-    axis.axvline(metrics["accuracy"], color="black", linestyle="--", label=f"all images: {metrics['accuracy']:.2%}")
+    axis.barh(
+        range(len(rows)), shares, xerr=errors, color=BLUE, error_kw={"elinewidth": 1, "capsize": 2}
+    )
+    axis.axvline(
+        metrics["accuracy"],
+        color="black",
+        linestyle="--",
+        label=f"all images: {metrics['accuracy']:.2%}",
+    )
     labels = [f"{shorten(row['name'], 24)}  {row['accuracy']:.1%}" for row in rows]
     axis.set_yticks(range(len(rows)), labels, fontsize=10 if len(rows) <= 30 else 8)
-    axis.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1), ylim=(-0.6, len(rows) - 0.4))
+    axis.set(
+        xlabel="accuracy within the class (recall), with 95% interval",
+        xlim=(0, 1),
+        ylim=(-0.6, len(rows) - 0.4),
+    )
     percent_axis(axis.xaxis)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
@@ -364,13 +507,23 @@ def draw_confusion(metrics: dict, title: str):
     counts = torch.tensor(metrics["confusion_matrix"])
     names = [shorten(row["name"], 24) for row in metrics["classes"]]
     annotated = len(names) <= ANNOTATED_CLASSES
-    side = min(max(len(names) * (0.46 if annotated else 0.13), 2.6), 20)  # inches: at least as the headings need
+    side = min(
+        max(len(names) * (0.46 if annotated else 0.13), 2.6), 20
+    )  # inches: at least as the headings need
     below = max(2.2, 1.4 + max(map(len, names)) * (0.08 if annotated else 0.055))
     figure = new_figure(3 * (side + 2.4), side + below, title)
     panels = (
         ("counts", counts, "images"),
-        ("recall: percent of the actual class", 100 * counts / counts.sum(1, keepdim=True), "% of the row"),
-        ("precision: percent of the predicted class", 100 * counts / counts.sum(0, keepdim=True), "% of the column"),
+        (
+            "recall: percent of the actual class",
+            100 * counts / counts.sum(1, keepdim=True),
+            "% of the row",
+        ),
+        (
+            "precision: percent of the predicted class",
+            100 * counts / counts.sum(0, keepdim=True),
+            "% of the column",
+        ),
     )
     for axis, (heading, values, unit) in zip(figure.subplots(1, 3), panels, strict=True):
         # The square root shows the errors beside a diagonal that is many times larger.
@@ -398,9 +551,15 @@ def draw_image(axis, pixels: torch.Tensor, **options) -> None:
 
 def caption(image_set: ImageSet, index: int, predicted: int, confidence: float) -> str:
     """Two lines about an image: its class, and what was predicted how surely."""
-    actual, answer = (shorten(image_set.classes[which], 12) for which in (image_set.labels[index], predicted))
+    actual, answer = (
+        shorten(image_set.classes[which], 12) for which in (image_set.labels[index], predicted)
+    )
     right = predicted == image_set.labels[index]
-    return f"{actual}\n({confidence:.0%})" if right else f"{actual}, taken for\n{answer} ({confidence:.0%})"
+    return (
+        f"{actual}\n({confidence:.0%})"
+        if right
+        else f"{actual}, taken for\n{answer} ({confidence:.0%})"
+    )
 
 
 def draw_images(image_set: ImageSet, captions: dict[int, str], predicted: torch.Tensor, title: str):
@@ -417,7 +576,12 @@ def draw_images(image_set: ImageSet, captions: dict[int, str], predicted: torch.
         if wrong:
             axis.add_patch(Rectangle((left, top), 0.9, 0.9, fill=False, color=ORANGE, linewidth=3))
         draw_image(axis, image_set.images[index], extent=(left, left + 0.9, top + 0.9, top))
-        look = {"ha": "center", "va": "bottom", "fontsize": 8, "color": ORANGE if wrong else "black"}
+        look = {
+            "ha": "center",
+            "va": "bottom",
+            "fontsize": 8,
+            "color": ORANGE if wrong else "black",
+        }
         axis.text(left + 0.45, top - 0.04, text, **look)
     if not captions:
         axis.text(columns / 2, cell_height / 2, "none", ha="center")
@@ -431,20 +595,43 @@ def draw_calibration(metrics: dict, title: str):
     figure = new_figure(6, 6.5, title)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins = [one for one in metrics["calibration"] if one["images"]]
-    lows, bars = [one["low"] for one in bins], {"width": 1 / CALIBRATION_BINS, "align": "edge", "edgecolor": "white"}
+    lows, bars = (
+        [one["low"] for one in bins],
+        {"width": 1 / CALIBRATION_BINS, "align": "edge", "edgecolor": "white"},
+    )
     top.bar(lows, [one["accuracy"] for one in bins], color=BLUE, label="accuracy", **bars)
-    top.plot([one["confidence"] for one in bins], [one["accuracy"] for one in bins], "o", color="black", markersize=4)
+    top.plot(
+        [one["confidence"] for one in bins],
+        [one["accuracy"] for one in bins],
+        "o",
+        color="black",
+        markersize=4,
+    )
     if metrics["temperature"] != 1:
         before = [one for one in metrics["calibration_before"] if one["images"]]
-        text, look = "before the temperature", {"color": "white", "markeredgecolor": "black", "markersize": 6}
-        top.plot([one["confidence"] for one in before], [one["accuracy"] for one in before], "D", label=text, **look)
+        text, look = (
+            "before the temperature",
+            {"color": "white", "markeredgecolor": "black", "markersize": 6},
+        )
+        top.plot(
+            [one["confidence"] for one in before],
+            [one["accuracy"] for one in before],
+            "D",
+            label=text,
+            **look,
+        )
     top.plot([0, 1], [0, 1], "--", color=ORANGE, label="perfectly calibrated")
     about = "expected calibration error {expected_calibration_error:.2%}"
     about += " (before: {expected_calibration_error_before:.2%})" * (metrics["temperature"] != 1)
     top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=about.format(**metrics))
     top.legend()
     bottom.bar(lows, [one["images"] for one in bins], color=BLUE, **bars)
-    bottom.set(xlabel="confidence: probability of the predicted class", ylabel="images", yscale="log", ylim=(0.5, None))
+    bottom.set(
+        xlabel="confidence: probability of the predicted class",
+        ylabel="images",
+        yscale="log",
+        ylim=(0.5, None),
+    )
     bottom.yaxis.set_major_formatter("{x:,.0f}")
     for axis in (top.xaxis, top.yaxis):
         percent_axis(axis)
@@ -471,13 +658,25 @@ def draw_filters(name: str, convolution: nn.Conv2d, channel: int | None, all_ker
     filters, channels, height, width = weight.shape
     extreme = float(weight.abs().max()) or 1.0
     if all_kernels:
-        tiles, columns, what = weight.reshape(-1, 1, height, width), channels, "a row a filter, a column a channel"
+        tiles, columns, what = (
+            weight.reshape(-1, 1, height, width),
+            channels,
+            "a row a filter, a column a channel",
+        )
     elif channel is None and channels == 3:
-        tiles, columns, what = weight / (2 * extreme) + 0.5, 8, f"as colours: grey is 0, full brightness {extreme:.2g}"
+        tiles, columns, what = (
+            weight / (2 * extreme) + 0.5,
+            8,
+            f"as colours: grey is 0, full brightness {extreme:.2g}",
+        )
     else:
         tiles, columns, what = weight[:, [channel or 0]], 8, f"input channel {channel or 0}"
     # Legible at the size of a screen, and for thousands of kernels at all.
-    inches = 0.55 if not all_kernels else max(0.04 * max(height, width), min(0.55, 20 / max(filters, channels)))
+    inches = (
+        0.55
+        if not all_kernels
+        else max(0.04 * max(height, width), min(0.55, 20 / max(filters, channels)))
+    )
     rows = math.ceil(len(tiles) / columns)
     title = f"layer {name}: {filters} filters of {channels}x{height}x{width}\n{what}"
     figure = new_figure(max(6.5, columns * inches + 1.5), rows * inches * height / width + 1, title)
@@ -486,11 +685,15 @@ def draw_filters(name: str, convolution: nn.Conv2d, channel: int | None, all_ker
     return figure
 
 
-def draw_activations(trained: Trained, name: str, convolution: nn.Conv2d, image_set: ImageSet, index: int):
+def draw_activations(
+    trained: Trained, name: str, convolution: nn.Conv2d, image_set: ImageSet, index: int
+):
     """The feature maps of a convolution for one image, before what follows it."""
     maps, one = [], image_set.select(torch.tensor([index]))
     # A ReLU in place would otherwise change what was caught.
-    with convolution.register_forward_hook(lambda module, inputs, output: maps.append(output.clone())):
+    with convolution.register_forward_hook(
+        lambda module, inputs, output: maps.append(output.clone())
+    ):
         _, logits = trained.test(one)
     tiles = maps[0][0][:, None].float().cpu()
     actual, answer = (shorten(one.classes[which], 24) for which in (one.labels[0], logits.argmax()))
@@ -499,7 +702,9 @@ def draw_activations(trained: Trained, name: str, convolution: nn.Conv2d, image_
     left, right = figure.subplots(1, 2, width_ratios=(1, 4))
     draw_image(left, one.images[0])
     left.set(title="the image", xticks=[], yticks=[])
-    draw_tiles(figure, right, tiles, 8, "output of the convolution", cmap=colormap("cividis", "white"))
+    draw_tiles(
+        figure, right, tiles, 8, "output of the convolution", cmap=colormap("cividis", "white")
+    )
     return figure
 
 
@@ -515,10 +720,19 @@ def draw_comparison(groups: list[list[dict]]):
             look = {"color": "lightgrey", "linewidth": 1, "zorder": 1}
             if place < 10:
                 label = shorten(row["run"][-40:], 40)
-                look = {"color": colours[place % 5], "linestyle": "-" if place < 5 else "--", "label": label}
+                look = {
+                    "color": colours[place % 5],
+                    "linestyle": "-" if place < 5 else "--",
+                    "label": label,
+                }
             for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
                 marker = "." if len(history) < 40 else None
-                axis.plot([line["epoch"] for line in history], [line[name] for line in history], marker=marker, **look)
+                axis.plot(
+                    [line["epoch"] for line in history],
+                    [line[name] for line in history],
+                    marker=marker,
+                    **look,
+                )
         part.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
@@ -580,15 +794,22 @@ def write_report(path: Path, title: str, parts: list[tuple]) -> None:
     """
 
     def escape(text):
-        return html.escape(text.encode(errors="replace").decode())  # a name may have bytes that are no characters
+        return html.escape(
+            text.encode(errors="replace").decode()
+        )  # a name may have bytes that are no characters
 
     def figure(png, caption):
         source, words = f"data:image/png;base64,{base64.b64encode(png).decode()}", escape(caption)
-        return f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+        return (
+            f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
+        )
 
     def cells(tag, alignment, texts):
         classes = {"<": "", ">": ' class="right"'}
-        return "".join(f"<{tag}{classes[side]}>{text}</{tag}>" for side, text in zip(alignment, texts, strict=True))
+        return "".join(
+            f"<{tag}{classes[side]}>{text}</{tag}>"
+            for side, text in zip(alignment, texts, strict=True)
+        )
 
     page = [PAGE_START.replace("{title}", escape(title))]
     for part in parts:
@@ -600,10 +821,18 @@ def write_report(path: Path, title: str, parts: list[tuple]) -> None:
             case "picture", png, caption:
                 page.append(figure(png, caption))
             case "images", images:
-                page.append(f'<div class="images">{"".join(figure(*image) for image in images)}</div>')
+                page.append(
+                    f'<div class="images">{"".join(figure(*image) for image in images)}</div>'
+                )
             case "table", heading, alignment, headings, rows:
-                head = cells("th", alignment, [f'<button type="button">{escape(text)}</button>' for text in headings])
-                body = "".join(f"<tr>{cells('td', alignment, map(escape, row))}</tr>" for row in rows)
+                head = cells(
+                    "th",
+                    alignment,
+                    [f'<button type="button">{escape(text)}</button>' for text in headings],
+                )
+                body = "".join(
+                    f"<tr>{cells('td', alignment, map(escape, row))}</tr>" for row in rows
+                )
                 head = f"<thead><tr>{head}</tr></thead>"
                 table = f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
                 page.append(f"<section><h2>{escape(heading)}</h2>{table}</section>")
@@ -617,13 +846,19 @@ def evaluate(args: argparse.Namespace) -> dict:
     """Evaluate one run: the tables on the screen, metrics.json and the pictures in its directory or --out."""
     trained = load_trained(args.runs[0], args.device, args.quiet)
     record, directory = trained.record, trained.directory
-    convolutions = {name: layer for name, layer in trained.model.named_modules() if isinstance(layer, nn.Conv2d)}
+    convolutions = {
+        name: layer for name, layer in trained.model.named_modules() if isinstance(layer, nn.Conv2d)
+    }
     name = args.layer or next(iter(convolutions), None)
     convolution = convolutions.get(name)
     if args.layer and not convolution:
-        raise UsageError(f"--layer {name}: the convolutions of this model are {', '.join(convolutions) or 'none'}")
+        raise UsageError(
+            f"--layer {name}: the convolutions of this model are {', '.join(convolutions) or 'none'}"
+        )
     if convolution and args.channel is not None and args.channel >= convolution.weight.shape[1]:
-        raise UsageError(f"--channel {args.channel}: layer {name} has {convolution.weight.shape[1]}, from 0")
+        raise UsageError(
+            f"--channel {args.channel}: layer {name} has {convolution.weight.shape[1]}, from 0"
+        )
     history = common.read_log(directory) if record["epochs"] else []
     image_set = load_images(trained, args.split, args.data_dir, args.quiet)
     if args.image >= len(image_set):
@@ -633,29 +868,41 @@ def evaluate(args: argparse.Namespace) -> dict:
     result, logits = trained.test(image_set)
     temperature = trained.config["temperature"]
     metrics = {
-        "run": record["name"], "dataset": record["data"]["name"], "split": args.split, "epoch": trained.config["epoch"],
-        "images": len(image_set), "loss": result.loss,
+        "run": record["name"],
+        "dataset": record["data"]["name"],
+        "split": args.split,
+        "epoch": trained.config["epoch"],
+        "images": len(image_set),
+        "loss": result.loss,
         **measure(logits, temperature, image_set.labels, image_set.classes),
-    }  # fmt: skip
+    }
     tta = args.tta or record["args"]["tta"]
     if tta:
         augmented, _ = trained.test(image_set, tta)
         interval = wilson_interval(int(augmented.correct), len(image_set))
         metrics["tta"] = {
-            "views": tta, "loss": augmented.loss, "accuracy": augmented.accuracy, "accuracy_interval": interval
-        }  # fmt: skip
+            "views": tta,
+            "loss": augmented.loss,
+            "accuracy": augmented.accuracy,
+            "accuracy_interval": interval,
+        }
 
     # The pictures.
     title = f"{shorten(record['name'], 50)}, epoch {metrics['epoch']}\n{len(image_set):,} {args.split} images of "
     title += shorten(Path(metrics["dataset"]).name, 30)
     probabilities = (logits.double() / temperature).softmax(1)
     confidence, predicted = probabilities.max(1)
-    probability = probabilities.gather(1, image_set.labels[:, None]).flatten()  # of the class it has
+    probability = probabilities.gather(
+        1, image_set.labels[:, None]
+    ).flatten()  # of the class it has
     sample = torch.randperm(len(image_set), generator=common.generator_for("predictions"))[:40]
     wrong = (predicted != image_set.labels).nonzero().flatten()
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40]
     random, mistakes = (
-        {index: caption(image_set, index, predicted[index], confidence[index]) for index in chosen.tolist()}
+        {
+            index: caption(image_set, index, predicted[index], confidence[index])
+            for index in chosen.tolist()
+        }
         for chosen in (sample, worst)
     )
     figures = {
@@ -665,7 +912,9 @@ def evaluate(args: argparse.Namespace) -> dict:
         "predictions": draw_images(
             image_set, random, predicted, f"{title}; a random sample: true class and confidence"
         ),
-        "mistakes": draw_images(image_set, mistakes, predicted, f"{title}; the most confident mistakes"),
+        "mistakes": draw_images(
+            image_set, mistakes, predicted, f"{title}; the most confident mistakes"
+        ),
         "calibration": draw_calibration(metrics, title),
     }
     if convolution:
@@ -676,7 +925,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     if image_set.files:
         # Of a folder, the images that may have a wrong label.
         suspects, captions = find_suspects(image_set, probability, predicted, confidence)
-        what = "given class least likely" + ("; the model was trained on these labels" * (args.split == "train"))
+        what = "given class least likely" + (
+            "; the model was trained on these labels" * (args.split == "train")
+        )
         figures["suspects"] = draw_images(image_set, captions, predicted, f"{title}; {what}")
         files["suspects.csv"] = f"{as_csv(suspects)}\n".encode(errors="surrogateescape")
         galleries[f"Suspects: {what}"] = {
@@ -688,19 +939,34 @@ def evaluate(args: argparse.Namespace) -> dict:
     out = args.out or place_of(directory, args.split)
     write_files(out, files)
     predictions = {
-        "epoch": metrics["epoch"], "checksum": image_set.checksum, "labels": image_set.labels.short(),
-        "predicted": predicted.short(), "probability": probability.float(),
-    }  # fmt: skip
+        "epoch": metrics["epoch"],
+        "checksum": image_set.checksum,
+        "labels": image_set.labels.short(),
+        "predicted": predicted.short(),
+        "probability": probability.float(),
+    }
     common.save_checkpoint(out / "predictions.pt", predictions)
 
     status, tables = status_of(directory, record), metrics_tables(metrics)
-    flags = {f"--{flag.replace('_', '-')}": str(value) for flag, value in record["args"].items() if value is not None}
-    parts = [("table", "Run", "<<", ["run", common.shown(directory)], summary(record, status)), *table_parts(tables)]
+    flags = {
+        f"--{flag.replace('_', '-')}": str(value)
+        for flag, value in record["args"].items()
+        if value is not None
+    }
+    parts = [
+        ("table", "Run", "<<", ["run", common.shown(directory)], summary(record, status)),
+        *table_parts(tables),
+    ]
     for heading, captions in galleries.items():
         pictures = [(as_png(image_set.images[index]), text) for index, text in captions.items()]
         parts += [("heading", heading), ("images", pictures)]
-    shown = [file for file in figures if file not in ("mistakes", "suspects")]  # those are images of their own
-    parts += [("heading", "Pictures"), *(("picture", files[f"{file}.png"], file.replace("_", " ")) for file in shown)]
+    shown = [
+        file for file in figures if file not in ("mistakes", "suspects")
+    ]  # those are images of their own
+    parts += [
+        ("heading", "Pictures"),
+        *(("picture", files[f"{file}.png"], file.replace("_", " ")) for file in shown),
+    ]
     parts += [("table", "All settings", "<<", ["flag", "value"], [*map(list, flags.items())])]
     write_report(out / "report.html", title.replace("\n", ": "), parts)
 
@@ -715,7 +981,10 @@ def evaluate(args: argparse.Namespace) -> dict:
 
 
 def find_suspects(
-    image_set: ImageSet, probability: torch.Tensor, predicted: torch.Tensor, confidence: torch.Tensor
+    image_set: ImageSet,
+    probability: torch.Tensor,
+    predicted: torch.Tensor,
+    confidence: torch.Tensor,
 ) -> tuple[list[dict], dict[int, str]]:
     """The tenth of the images of a folder whose class has the lowest `probability` [N], lowest first: as rows, and the
     first forty with captions, {index: text}. A tenth is three times the wrong labels that C. G. Northcutt, A. Athalye
@@ -723,12 +992,17 @@ def find_suspects(
     (2021)."""
     rows, captions = [], {}
     for index in probability.argsort(stable=True)[: math.ceil(len(image_set) / 10)].tolist():
-        name, other = image_set.classes[image_set.labels[index]], image_set.classes[predicted[index]]
+        name, other = (
+            image_set.classes[image_set.labels[index]],
+            image_set.classes[predicted[index]],
+        )
         given, best = probability[index].item(), confidence[index].item()
         row = {"file": str(image_set.files[index]), "class": name, "probability": given}
         rows.append({**row, "predicted": other, "predicted_probability": best})
         if len(captions) < 40:
-            captions[index] = f"{shorten(name, 12)} ({given:.1%})\n{shorten(other, 10)}? ({best:.0%})"
+            captions[index] = (
+                f"{shorten(name, 12)} ({given:.1%})\n{shorten(other, 10)}? ({best:.0%})"
+            )
     return rows, captions
 
 
@@ -744,7 +1018,9 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
         common.write_atomically(out / name, content)
 
 
-def report(args: argparse.Namespace, content: dict | list, rows: list[dict], lines: list[str]) -> None:
+def report(
+    args: argparse.Namespace, content: dict | list, rows: list[dict], lines: list[str]
+) -> None:
     """Print a result: its whole content as --json, its rows as --csv, or the lines for a person."""
     if args.json or args.csv:
         common.say(json.dumps(content, indent=2) if args.json else as_csv(rows))
@@ -765,22 +1041,39 @@ def as_table(alignment: str, headings: list[str], rows: list[list[str]]) -> list
     """Lines of columns as wide as their widest cell; `alignment` has `<` or `>` for each."""
     widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
     return [
-        "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, alignment, widths, strict=True)).rstrip()
+        "  ".join(
+            f"{cell:{side}{width}}"
+            for cell, side, width in zip(row, alignment, widths, strict=True)
+        ).rstrip()
         for row in (headings, *rows)
     ]
 
 
 def summary(record: dict, status: str) -> list[list[str]]:
     """What a run is, in rows of a name and a value."""
-    data, versions = record["data"], ", ".join(" ".join(pair) for pair in record["versions"].items())
+    data, versions = (
+        record["data"],
+        ", ".join(" ".join(pair) for pair in record["versions"].items()),
+    )
     return [
         ["command", shlex.join(["python", f"{record['script']}.py", *record["argv"]])],
         ["model", f"{record['args']['model']}, {record['parameters']:,} parameters"],
-        ["data", f"{data['name']}: {data['train']:,} training and {data['val']:,} validation images"],
-        ["training", f"{record['epochs']} epochs in {record['seconds']:.0f} s, {status.replace('_', ' ')}"],
-        ["machine", f"{record['host']}, {record['device']}, {record['precision']}, {record['threads']} threads"],
-        ["begun", record["started"]], ["versions", versions], ["commit", (record["git"] or "-")[:12]],
-    ]  # fmt: skip
+        [
+            "data",
+            f"{data['name']}: {data['train']:,} training and {data['val']:,} validation images",
+        ],
+        [
+            "training",
+            f"{record['epochs']} epochs in {record['seconds']:.0f} s, {status.replace('_', ' ')}",
+        ],
+        [
+            "machine",
+            f"{record['host']}, {record['device']}, {record['precision']}, {record['threads']} threads",
+        ],
+        ["begun", record["started"]],
+        ["versions", versions],
+        ["commit", (record["git"] or "-")[:12]],
+    ]
 
 
 def as_png(pixels: torch.Tensor) -> bytes:
@@ -796,7 +1089,11 @@ def metrics_tables(metrics: dict) -> dict[str, tuple]:
     """The tables of `metrics` for a person, each under its heading: alignment, headings, rows."""
     rows, tta = metrics["classes"], metrics.get("tta")
     results = [
-        ["accuracy", f"{metrics['accuracy']:.2%}", "{:.2%} to {:.2%}".format(*metrics["accuracy_interval"])],
+        [
+            "accuracy",
+            f"{metrics['accuracy']:.2%}",
+            "{:.2%} to {:.2%}".format(*metrics["accuracy_interval"]),
+        ],
         ["loss", f"{metrics['loss']:.4f}", ""],
         ["macro F1", f"{metrics['macro_f1']:.4f}", ""],
         ["weighted F1", f"{metrics['weighted_f1']:.4f}", ""],
@@ -811,29 +1108,60 @@ def metrics_tables(metrics: dict) -> dict[str, tuple]:
         results.append(["top-5 accuracy", f"{metrics['top5_accuracy']:.2%}", ""])
     if tta:
         interval = "{:.2%} to {:.2%}".format(*tta["accuracy_interval"])
-        results.append([f"accuracy with test-time augmentation, {tta['views']}", f"{tta['accuracy']:.2%}", interval])
-        results.append([f"loss with test-time augmentation, {tta['views']}", f"{tta['loss']:.4f}", ""])
+        results.append(
+            [
+                f"accuracy with test-time augmentation, {tta['views']}",
+                f"{tta['accuracy']:.2%}",
+                interval,
+            ]
+        )
+        results.append(
+            [f"loss with test-time augmentation, {tta['views']}", f"{tta['loss']:.4f}", ""]
+        )
     classes = []
     for row in rows:
-        precision = f"{row['precision']:.2%}" if row["predicted"] else "-"  # no image was taken for one of this class
-        classes.append([row["name"], str(row["support"]), f"{row['recall']:.2%}", precision, f"{row['f1']:.4f}"])
+        precision = (
+            f"{row['precision']:.2%}" if row["predicted"] else "-"
+        )  # no image was taken for one of this class
+        classes.append(
+            [
+                row["name"],
+                str(row["support"]),
+                f"{row['recall']:.2%}",
+                precision,
+                f"{row['f1']:.4f}",
+            ]
+        )
     errors, confused = torch.tensor(metrics["confusion_matrix"]).fill_diagonal_(0).flatten(), []
-    for place in errors.argsort(descending=True, stable=True)[: min(10, int(errors.count_nonzero()))].tolist():
+    for place in errors.argsort(descending=True, stable=True)[
+        : min(10, int(errors.count_nonzero()))
+    ].tolist():
         actual, guess = divmod(place, len(rows))
         share = f"{errors[place] / rows[actual]['support']:.1%}"
         confused.append([rows[actual]["name"], rows[guess]["name"], str(int(errors[place])), share])
     return {
         "Results": ("<>>", ["result", "value", "95% interval"], results),
         "Classes": ("<>>>>", ["class", "images", "accuracy = recall", "precision", "F1"], classes),
-        "Most confused": ("<<>>", ["most confused: actual", "predicted", "images", "of the class"], confused),
+        "Most confused": (
+            "<<>>",
+            ["most confused: actual", "predicted", "images", "of the class"],
+            confused,
+        ),
     }
 
 
 # What a row of a comparison says of its pair, and of the runs that are equal to it but for the seed.
 PAIR = (
-    "pair_with", "pair_images", "pair_only_this_right", "pair_only_other_right", "pair_difference", "pair_low",
-    "pair_high", "pair_mid_p", "not_paired",
-)  # fmt: skip
+    "pair_with",
+    "pair_images",
+    "pair_only_this_right",
+    "pair_only_other_right",
+    "pair_difference",
+    "pair_low",
+    "pair_high",
+    "pair_mid_p",
+    "not_paired",
+)
 SEEDS = (
     "seeds",
     "seed_runs",
@@ -854,17 +1182,34 @@ def compare(args: argparse.Namespace) -> dict:
         best, test, dataset = record["best"] or {}, record["test"] or {}, record["data"]["name"]
         if dataset == "synthetic":  # each script draws its own
             dataset = f"synthetic ({record['script']})"
-        rows.append({
-            "run": str(directory), "dataset": dataset, "selection": record["data"]["selection"],
-            "model": record["args"]["model"], "parameters": record["parameters"], "epochs": record["epochs"],
-            "best_epoch": best.get("epoch"), "val_loss": best.get("val_loss"), "val_acc": best.get("val_acc"),
-            "test_acc": test.get("acc"), "label_smoothing": record["args"]["label_smoothing"],
-            "seconds": record["seconds"], "status": status_of(directory, record), **dict.fromkeys((*PAIR, *SEEDS)),
-        })  # fmt: skip
+        rows.append(
+            {
+                "run": str(directory),
+                "dataset": dataset,
+                "selection": record["data"]["selection"],
+                "model": record["args"]["model"],
+                "parameters": record["parameters"],
+                "epochs": record["epochs"],
+                "best_epoch": best.get("epoch"),
+                "val_loss": best.get("val_loss"),
+                "val_acc": best.get("val_acc"),
+                "test_acc": test.get("acc"),
+                "label_smoothing": record["args"]["label_smoothing"],
+                "seconds": record["seconds"],
+                "status": status_of(directory, record),
+                **dict.fromkeys((*PAIR, *SEEDS)),
+            }
+        )
         if rows[-1]["status"] in ("finished", "stopped_early"):
-            same = {name: value for name, value in record["args"].items() if name not in NOT_OF_THE_CONFIGURATION}
+            same = {
+                name: value
+                for name, value in record["args"].items()
+                if name not in NOT_OF_THE_CONFIGURATION
+            }
             key = json.dumps([record["script"], dataset, record["data"]["train"], same])
-            configurations.setdefault(key, {}).setdefault(record["seed"], rows[-1])  # a seed counts once
+            configurations.setdefault(key, {}).setdefault(
+                record["seed"], rows[-1]
+            )  # a seed counts once
     if not rows:
         raise RunError("none of these is a run directory")
     rows.sort(key=lambda row: row["dataset"])
@@ -873,16 +1218,24 @@ def compare(args: argparse.Namespace) -> dict:
     rows = [row for group in groups for row in group]
     if any(row["selection"] == "test set" for row in rows):
         remarks.append("* measured on the test set, which chose the epoch (--val-size 0)")
-    remarks += [remark for group in groups if len(group) > 1 for remark in pair_with_best(group, args.split)]
+    remarks += [
+        remark for group in groups if len(group) > 1 for remark in pair_with_best(group, args.split)
+    ]
     for seeds in configurations.values():
         add_seeds(list(seeds.values()))
     picture = render(draw_comparison(groups))
     out = args.out or Path(rows[0]["run"]).parent
     write_files(out, {"compare.png": picture})
     tables = comparison_tables(rows, args.split)
-    write_report(out / "compare.html", f"{len(rows)} runs", [
-        *table_parts(tables), *(("text", remark) for remark in remarks), ("picture", picture, "validation, run by run"),
-    ])  # fmt: skip
+    write_report(
+        out / "compare.html",
+        f"{len(rows)} runs",
+        [
+            *table_parts(tables),
+            *(("text", remark) for remark in remarks),
+            ("picture", picture, "validation, run by run"),
+        ],
+    )
     lines = [line for table in tables.values() for line in (*as_table(*table), "")]
     report(args, rows, rows, [*lines, *remarks, f"{common.shown(out)}: compare.png, compare.html"])
     return {"runs": rows}
@@ -896,25 +1249,53 @@ def comparison_tables(rows: list[dict], split: str) -> dict[str, tuple]:
 
     runs = [
         [
-            row["run"], row["dataset"], row["model"], f"{row['parameters']:,}", str(row["epochs"]),
-            text(".4f", row["val_loss"]) + "*" * (row["selection"] == "test set"), text(".2%", row["val_acc"]),
-            text(".2%", row["test_acc"]), f"{row['seconds']:.0f}", row["status"],
+            row["run"],
+            row["dataset"],
+            row["model"],
+            f"{row['parameters']:,}",
+            str(row["epochs"]),
+            text(".4f", row["val_loss"]) + "*" * (row["selection"] == "test set"),
+            text(".2%", row["val_acc"]),
+            text(".2%", row["test_acc"]),
+            f"{row['seconds']:.0f}",
+            row["status"],
         ]
         for row in rows
-    ]  # fmt: skip
-    headings = ["run", "dataset", "model", "parameters", "epochs", "val loss", "val acc", "test acc", "seconds"]
+    ]
+    headings = [
+        "run",
+        "dataset",
+        "model",
+        "parameters",
+        "epochs",
+        "val loss",
+        "val acc",
+        "test acc",
+        "seconds",
+    ]
     tables = {"Runs": ("<<<>>>>>><", [*headings, "status"], runs)}
     pairs = [
         [
-            row["run"], row["pair_with"], f"{row['pair_images']:,}", str(row["pair_only_this_right"]),
-            str(row["pair_only_other_right"]), f"{row['pair_difference']:+.2%}",
-            text("+.2%", row["pair_low"], row["pair_high"]), f"{row['pair_mid_p']:.3g}",
+            row["run"],
+            row["pair_with"],
+            f"{row['pair_images']:,}",
+            str(row["pair_only_this_right"]),
+            str(row["pair_only_other_right"]),
+            f"{row['pair_difference']:+.2%}",
+            text("+.2%", row["pair_low"], row["pair_high"]),
+            f"{row['pair_mid_p']:.3g}",
         ]
         for row in rows
         if row["pair_with"]
-    ]  # fmt: skip
+    ]
     if pairs:
-        headings = ["image by image: run", "against", f"{split} images", "only this right", "only that right"]
+        headings = [
+            "image by image: run",
+            "against",
+            f"{split} images",
+            "only this right",
+            "only that right",
+        ]
         headings += ["difference", "95% interval", "McNemar's mid-p"]
         tables["Image by image"] = "<<>>>>>>", headings, pairs
     seeds = [
@@ -927,7 +1308,11 @@ def comparison_tables(rows: list[dict], split: str) -> dict[str, tuple]:
         for row in {row["seed_runs"]: row for row in rows if row["seeds"]}.values()
     ]
     if seeds:
-        figures = [f"{name} acc: {what}" for name in ("val", "test") for what in ("mean", "sd", "95% interval")]
+        figures = [
+            f"{name} acc: {what}"
+            for name in ("val", "test")
+            for what in ("mean", "sd", "95% interval")
+        ]
         tables["Seeds"] = "<<>>>>>>>", ["equal but for the seed", "model", "seeds", *figures], seeds
     return tables
 
@@ -953,7 +1338,10 @@ def pair_with_best(rows: list[dict], split: str) -> list[str]:
         else:
             right, images = kept["predicted"] == kept["labels"], len(kept["labels"])
             counts = int((right & ~right_by_best).sum()), int((right_by_best & ~right).sum())
-            difference, interval = (counts[0] - counts[1]) / images, difference_interval(*counts, images)
+            difference, interval = (
+                (counts[0] - counts[1]) / images,
+                difference_interval(*counts, images),
+            )
             values = best, images, *counts, difference, *interval, mcnemar_mid_p(*counts), None
             row.update(zip(PAIR, values, strict=True))
             pairs += 1
@@ -964,7 +1352,9 @@ def pair_with_best(rows: list[dict], split: str) -> list[str]:
         for why, runs in others.items()
     ]
     if pairs > 1:
-        remarks.append("each mid-p is of one pair: of twenty pairs of equally good models one is below 0.05")
+        remarks.append(
+            "each mid-p is of one pair: of twenty pairs of equally good models one is below 0.05"
+        )
     return remarks
 
 
@@ -976,7 +1366,9 @@ def add_seeds(rows: list[dict]) -> None:
             values = [one[name] for one in rows]
             if None not in values:
                 mean, deviation, interval = mean_interval(values)
-                figures = zip(("mean", "sd", "low", "high"), (mean, deviation, *interval), strict=True)
+                figures = zip(
+                    ("mean", "sd", "low", "high"), (mean, deviation, *interval), strict=True
+                )
                 row.update({f"{name}_{what}": figure for what, figure in figures})
 
 
@@ -997,7 +1389,11 @@ def predict(args: argparse.Namespace) -> dict:
     top = args.top or 1
     if top > len(classes):
         raise UsageError(f"--top {top}: the model has {len(classes)} classes")
-    files = [file for path in args.predict for file in (common.image_files(path) if path.is_dir() else [path])]
+    files = [
+        file
+        for path in args.predict
+        for file in (common.image_files(path) if path.is_dir() else [path])
+    ]
     predictions, unreadable = [], 0
     for file in files:
         try:
@@ -1011,9 +1407,13 @@ def predict(args: argparse.Namespace) -> dict:
         for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             one = {"file": str(file), "class": classes[index], "probability": probability}
             if args.csv:
-                common.say("\n".join(as_csv([one]).split("\n", 1)[bool(predictions) :]))  # one header, on the first
+                common.say(
+                    "\n".join(as_csv([one]).split("\n", 1)[bool(predictions) :])
+                )  # one header, on the first
             else:
-                common.say(json.dumps(one) if args.json else f"{file}\t{one['class']}\t{probability:.4f}")
+                common.say(
+                    json.dumps(one) if args.json else f"{file}\t{one['class']}\t{probability:.4f}"
+                )
             predictions.append(one)
     if unreadable:
         raise RunError(f"{unreadable} of {len(files)} files could not be read")
@@ -1049,12 +1449,20 @@ def to_onnx(program, metadata: dict) -> tuple[bytes, Callable]:
     """The bytes of model.onnx, with the metadata in it, each value as JSON, and what they compute when loaded."""
     import onnxruntime
 
-    names = {"input_names": ["images"], "output_names": ["probabilities"], "dynamic_shapes": ({0: "batch"},)}
+    names = {
+        "input_names": ["images"],
+        "output_names": ["probabilities"],
+        "dynamic_shapes": ({0: "batch"},),
+    }
     exported = torch.onnx.export(program, **names, verbose=False)
-    exported.model.metadata_props.update({key: json.dumps(value) for key, value in metadata.items()})
+    exported.model.metadata_props.update(
+        {key: json.dumps(value) for key, value in metadata.items()}
+    )
     content = exported.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    return content, lambda images: torch.from_numpy(
+        session.run(None, {"images": images.numpy()})[0]
+    )
 
 
 # Kind: the file, what writes it, and the packages that this needs.
@@ -1069,23 +1477,34 @@ def export(args: argparse.Namespace) -> dict:
     file, convert, packages = EXPORTS[args.export]
     missing = [name for name in packages if not importlib.util.find_spec(name)]
     if missing:
-        raise RunError(f"--export {args.export} needs more packages: pip install {' '.join(missing)}")
+        raise RunError(
+            f"--export {args.export} needs more packages: pip install {' '.join(missing)}"
+        )
     trained = load_trained(args.runs[0], "cpu")
     model, shape = WithPreprocessing(trained).eval(), trained.config["image_shape"]
     # Noise of rising contrast: at full contrast alone a model can be so sure of itself that nothing is compared.
     noise = torch.rand(5, *shape, generator=common.generator_for("export"))
     images = (noise * torch.linspace(0, 255, 5).view(-1, 1, 1, 1)).byte()
-    program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    program = torch.export.export(
+        model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
     # What the file leaves to its user: as common.read_image does it.
     metadata = {
-        "classes": trained.config["classes"], "image_shape": shape, "mode": "L" if shape[0] == 1 else "RGB",
-        "resize": "bilinear, antialiased, as Pillow's Image.resize", "transparent pixels": "on white",
-    }  # fmt: skip
+        "classes": trained.config["classes"],
+        "image_shape": shape,
+        "mode": "L" if shape[0] == 1 else "RGB",
+        "resize": "bilinear, antialiased, as Pillow's Image.resize",
+        "transparent pixels": "on white",
+    }
     content, exported = convert(program, metadata)
     with torch.inference_mode():
-        difference = max(float((exported(some) - model(some)).abs().max()) for some in (images, images[:1]))
+        difference = max(
+            float((exported(some) - model(some)).abs().max()) for some in (images, images[:1])
+        )
     if not difference < 1e-4:
-        raise RunError(f"the exported model's probabilities differ from the model's by {difference:.2g}: not kept")
+        raise RunError(
+            f"the exported model's probabilities differ from the model's by {difference:.2g}: not kept"
+        )
     out = args.out or trained.directory
     write_files(out, {file: content})
     takes = f"{common.shown(out / file)}: uint8 images [N, {', '.join(map(str, shape))}] to probabilities [N, K]"

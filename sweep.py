@@ -47,8 +47,18 @@ from common import RunError, UsageError
 
 import optuna
 import torch
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, TrialPruned, UpdateFinishedTrialError
+from optuna.distributions import (
+    BaseDistribution,
+    CategoricalDistribution,
+    FloatDistribution,
+    IntDistribution,
+)
+from optuna.exceptions import (
+    ExperimentalWarning,
+    StorageInternalError,
+    TrialPruned,
+    UpdateFinishedTrialError,
+)
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -61,9 +71,10 @@ METRICS = {"val_loss": "minimize", "val_acc": "maximize"}
 
 # The tutorials' own searches: script, parameters, flags.
 CIFAR_SEARCH = (
-    "train_cifar.py", ["c1=48,96", "c2=96,192", "l1=256,512"],
+    "train_cifar.py",
+    ["c1=48,96", "c2=96,192", "l1=256,512"],
     ["--epochs", "10", "--lr", "0.001", "--batch-size", "512", "--tolerance", "3"],
-)  # fmt: skip
+)
 MNIST_SEARCH = ("train_mnist.py", ["lr=log:1e-4..1e-1", "batch_size=32,64,128,256"], [])
 DEFAULT_SEARCH = {"grid": CIFAR_SEARCH, "random": MNIST_SEARCH, "bayes": MNIST_SEARCH}
 
@@ -71,33 +82,93 @@ DEFAULT_SEARCH = {"grid": CIFAR_SEARCH, "random": MNIST_SEARCH, "bayes": MNIST_S
 # ------------------------ Options ------------------------
 def build_parser() -> argparse.ArgumentParser:
     """The flags of this script."""
-    parser = common.ArgumentParser(prog="sweep.py", description=__doc__, usage="sweep.py [flags] [-- FLAGS]")
+    parser = common.ArgumentParser(
+        prog="sweep.py", description=__doc__, usage="sweep.py [flags] [-- FLAGS]"
+    )
     count = common.number(int, 1)
     switch: dict = {"action": "store_true"}
 
     flag = parser.add_argument_group("the search").add_argument
-    flag("--method", choices=tuple(DEFAULT_SEARCH), help="grid: all combinations; bayes: Optuna proposes")
-    flag("--script", metavar="FILE", help="training script: one with main(argv, on_epoch), as train_mnist.py has")
+    flag(
+        "--method",
+        choices=tuple(DEFAULT_SEARCH),
+        help="grid: all combinations; bayes: Optuna proposes",
+    )
+    flag(
+        "--script",
+        metavar="FILE",
+        help="training script: one with main(argv, on_epoch), as train_mnist.py has",
+    )
     text = "48,96 or 0.0..0.5 or int:64..512 or log:1e-4..1e-1; as often as there are parameters"
     flag("--param", action="append", default=[], metavar="NAME=SPEC", help=text)
-    flag("--config", type=Path, metavar="FILE", help="the search from a YAML or JSON file in W&B's sweep schema")
-    flag("--metric", choices=tuple(METRICS), default="val_loss", help="compares the trials, each in its best epoch")
-    flag("--count", type=count, metavar="N", help="trials in all (a grid: every combination; else 20)")
+    flag(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="the search from a YAML or JSON file in W&B's sweep schema",
+    )
+    flag(
+        "--metric",
+        choices=tuple(METRICS),
+        default="val_loss",
+        help="compares the trials, each in its best epoch",
+    )
+    flag(
+        "--count",
+        type=count,
+        metavar="N",
+        help="trials in all (a grid: every combination; else 20)",
+    )
     text = "of the parameters that are drawn, and of every training"
     flag("--seed", type=common.number(int, 0), default=42, metavar="N", help=text)
-    flag("--seeds", type=count, default=1, metavar="K", help="run each configuration with K seeds; their mean decides")
+    flag(
+        "--seeds",
+        type=count,
+        default=1,
+        metavar="K",
+        help="run each configuration with K seeds; their mean decides",
+    )
     text = "stop bad trials early: after a ninth and a third of their epochs only the best third goes on (see --eta)"
     flag("--prune", **switch, help=text)
-    flag("--eta", type=common.number(int, 2), default=3, metavar="N", help="with --prune: one trial in N goes on")
+    flag(
+        "--eta",
+        type=common.number(int, 2),
+        default=3,
+        metavar="N",
+        help="with --prune: one trial in N goes on",
+    )
 
     flag = parser.add_argument_group("running it").add_argument
-    flag("--jobs", type=count, default=1, metavar="N", help="trials at a time, each in a process of its own")
+    flag(
+        "--jobs",
+        type=count,
+        default=1,
+        metavar="N",
+        help="trials at a time, each in a process of its own",
+    )
     text = "CPU threads of a trial (cores / --jobs); another number changes the last digits"
     flag("--threads", type=count, metavar="N", help=text)
-    flag("--max-failures", type=count, default=3, metavar="N", help="stop after so many failed trials in a row")
+    flag(
+        "--max-failures",
+        type=count,
+        default=3,
+        metavar="N",
+        help="stop after so many failed trials in a row",
+    )
     runs = common.HERE / "runs"
-    flag("--runs-dir", type=common.absolute_path, default=runs, metavar="DIR", help="where the sweep's directory is")
-    flag("--name", type=common.run_name, metavar="NAME", help="of the sweep; one that exists is continued")
+    flag(
+        "--runs-dir",
+        type=common.absolute_path,
+        default=runs,
+        metavar="DIR",
+        help="where the sweep's directory is",
+    )
+    flag(
+        "--name",
+        type=common.run_name,
+        metavar="NAME",
+        help="of the sweep; one that exists is continued",
+    )
     text = "continue the sweep in this directory, or make its report anew; no other flag is needed"
     flag("--resume", type=common.absolute_path, metavar="SWEEP", help=text)
     flag("--retry-failed", **switch, help="also run the trials again that failed")
@@ -111,15 +182,32 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--grace", type=common.number(int, 5), default=120, metavar="SECONDS", help=text)
     text = "auto: W&B for bayes where an API key is configured"
     flag("--engine", choices=("auto", "local", "wandb"), default="auto", help=text)
-    flag("--sweep-id", metavar="ID", help="take trials from this W&B sweep, with its script and its flags")
-    flag("--wandb-project", default="image-classifiers", metavar="NAME", help="where W&B files the sweep")
+    flag(
+        "--sweep-id",
+        metavar="ID",
+        help="take trials from this W&B sweep, with its script and its flags",
+    )
+    flag(
+        "--wandb-project",
+        default="image-classifiers",
+        metavar="NAME",
+        help="where W&B files the sweep",
+    )
     return parser
 
 
 # What `Objective` gives to every trial.
 SET_BY_SWEEP = {
-    "--runs-dir", "--run-name", "--resume", "--stop-after", "--quiet", "--no-quiet", "--test", "--no-test", "--seed",
-}  # fmt: skip
+    "--runs-dir",
+    "--run-name",
+    "--resume",
+    "--stop-after",
+    "--quiet",
+    "--no-quiet",
+    "--test",
+    "--no-test",
+    "--seed",
+}
 
 
 def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, "Search | None"]:
@@ -128,9 +216,21 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, "Search | None
     parser = build_parser()
     args, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     if args.resume:
-        may_change = {"resume", "count", "jobs", "threads", "max_failures", "retry_failed", "quiet", "storage", "grace"}
+        may_change = {
+            "resume",
+            "count",
+            "jobs",
+            "threads",
+            "max_failures",
+            "retry_failed",
+            "quiet",
+            "storage",
+            "grace",
+        }
         defaults = vars(parser.parse_args([]))
-        given = [name for name in defaults.keys() - may_change if getattr(args, name) != defaults[name]]
+        given = [
+            name for name in defaults.keys() - may_change if getattr(args, name) != defaults[name]
+        ]
         if given or flags:
             what = f"--{given[0].replace('_', '-')}" if given else "the flags after --"
             raise UsageError(f"--resume takes the search from the directory: leave out {what}")
@@ -152,7 +252,9 @@ def parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, "Search | None
     return args, search
 
 
-def search_from(args: argparse.Namespace, parameters: list, rule: dict | None, flags: list[str]) -> "Search":
+def search_from(
+    args: argparse.Namespace, parameters: list, rule: dict | None, flags: list[str]
+) -> "Search":
     """The Search that is asked for: `parameters` as from `parse_parameter`, `rule` as W&B's early_terminate, and
     `flags` for each trial. UsageError."""
     if not args.method:
@@ -162,31 +264,54 @@ def search_from(args: argparse.Namespace, parameters: list, rule: dict | None, f
     script = path.name if path.parent == common.HERE else str(path)
     if not parameters:
         if script != default_script:
-            raise UsageError(f"--script {script} needs its own search: --param NAME=SPEC or --config FILE")
+            raise UsageError(
+                f"--script {script} needs its own search: --param NAME=SPEC or --config FILE"
+            )
         parameters, flags = list(map(parse_parameter, default_space)), [*default_flags, *flags]
     space = dict(parameters)
     if len(space) < len(parameters):
         raise UsageError("a parameter is there twice")
     for word in [*flags, *(f"--{name}" for name in space)]:
         if word.split("=")[0].replace("_", "-") in SET_BY_SWEEP:
-            raise UsageError(f"{word} is set by the sweep for every trial; --seed and --seeds of sweep.py choose seeds")
+            raise UsageError(
+                f"{word} is set by the sweep for every trial; --seed and --seeds of sweep.py choose seeds"
+            )
     threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
-    search = Search(script, args.method, space, flags, args.metric, 20, args.seed, args.seeds, rule, threads)
+    search = Search(
+        script, args.method, space, flags, args.metric, 20, args.seed, args.seeds, rule, threads
+    )
     for parameter in search.parameters:
         if parameter.size() == math.inf and args.method == "grid":
             raise UsageError(f"{parameter.name}: a grid needs a list of values, not a range")
-        changes_loss = args.metric == "val_loss" and parameter.name in ("label_smoothing", "val_size", "dataset")
+        changes_loss = args.metric == "val_loss" and parameter.name in (
+            "label_smoothing",
+            "val_size",
+            "dataset",
+        )
         if changes_loss and parameter.size() > 1:
-            raise UsageError(f"{parameter.name} changes what val_loss means: choose by --metric val_acc")
-    search.count = int(min(search.size(), args.count or (math.inf if args.method == "grid" else 20)))
+            raise UsageError(
+                f"{parameter.name} changes what val_loss means: choose by --metric val_acc"
+            )
+    search.count = int(
+        min(search.size(), args.count or (math.inf if args.method == "grid" else 20))
+    )
     epochs = check_trials(search)
     search.epochs = search.seeds * max(epochs)
     if args.prune:
         if rule or len(epochs) > 1 or max(epochs) < args.eta:
-            why = "the config's early_terminate" if rule else f"--epochs {', '.join(map(str, sorted(epochs)))}"
+            why = (
+                "the config's early_terminate"
+                if rule
+                else f"--epochs {', '.join(map(str, sorted(epochs)))}"
+            )
             need = f"it needs one number of epochs, at least --eta {args.eta}"
             raise UsageError(f"--prune does not go with {why}: {need}")
-        search.early_terminate = {"type": "hyperband", "max_iter": max(epochs), "s": 12, "eta": args.eta}
+        search.early_terminate = {
+            "type": "hyperband",
+            "max_iter": max(epochs),
+            "s": 12,
+            "eta": args.eta,
+        }
     if search.early_terminate and search.seeds > 1:
         raise UsageError("pruning and --seeds: one at a time")
     return search
@@ -198,14 +323,31 @@ def load_yaml(path: Path):
 
     try:
         return yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+    except (
+        OSError,
+        yaml.YAMLError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        RecursionError,
+    ) as error:
         raise UsageError(f"it cannot be read: {error}") from error  # PyYAML lets its own errors out
 
 
 CONFIG_KEYS = {
-    "program", "method", "metric", "parameters", "early_terminate", "run_cap", "name", "command", "description",
-    "project", "entity",
-}  # fmt: skip
+    "program",
+    "method",
+    "metric",
+    "parameters",
+    "early_terminate",
+    "run_cap",
+    "name",
+    "command",
+    "description",
+    "project",
+    "entity",
+}
 
 
 def read_config(config: dict) -> tuple[list[str], list[tuple[str, dict]]]:
@@ -231,7 +373,9 @@ def read_config(config: dict) -> tuple[list[str], list[tuple[str, dict]]]:
             raise UsageError("parameters must have at least one entry")
         for name, content in parameters.items():
             if isinstance(content, dict) and "parameters" in content:
-                walk(content["parameters"])  # a group: W&B nests its parameters, a flag is known by its own name
+                walk(
+                    content["parameters"]
+                )  # a group: W&B nests its parameters, a flag is known by its own name
             else:
                 if isinstance(content, dict):
                     content = {key: scalar(value) for key, value in content.items()}
@@ -251,7 +395,12 @@ def flags_of_command(command: list) -> list[str]:
         variable = re.fullmatch(r"\$\{envvar:(\w+)\}", word)
         if variable and variable[1] in os.environ:
             words.append(os.environ[variable[1]])
-        elif word.startswith("${") and word not in ("${env}", "${interpreter}", "${program}", "${args}"):
+        elif word.startswith("${") and word not in (
+            "${env}",
+            "${interpreter}",
+            "${program}",
+            "${args}",
+        ):
             raise UsageError(f"command: {word} is not supported, or not set")
         elif not word.startswith("${") and word not in ("python", "python3"):
             words.append(word)
@@ -272,7 +421,9 @@ def bands(rule: dict | None) -> list[int]:
     if "min_iter" in rule:
         return [rule["min_iter"] * eta**power for power in range(12)]
     if "max_iter" in rule and "s" in rule:
-        return sorted({rule["max_iter"] // eta**power for power in range(1, min(rule["s"], 64) + 1)} - {0})
+        return sorted(
+            {rule["max_iter"] // eta**power for power in range(1, min(rule["s"], 64) + 1)} - {0}
+        )
     raise UsageError("early_terminate: give min_iter, or max_iter with s")
 
 
@@ -299,12 +450,18 @@ class Parameter:
         d = self.distribution
         if isinstance(d, CategoricalDistribution):
             return list(d.choices)
-        return [self.rounded(d.low + index * (self.step or d.step)) for index in range(int(self.size()))]
+        return [
+            self.rounded(d.low + index * (self.step or d.step)) for index in range(int(self.size()))
+        ]
 
     def ends(self) -> list:
         """All words, or the bounds of a range: what the script refuses lies there."""
         d = self.distribution
-        return self.values() if isinstance(d, CategoricalDistribution) else [self.rounded(x) for x in (d.low, d.high)]
+        return (
+            self.values()
+            if isinstance(d, CategoricalDistribution)
+            else [self.rounded(x) for x in (d.low, d.high)]
+        )
 
     def rounded(self, value):
         """A value as it is shown and used: six digits are enough, and can be read and copied."""
@@ -313,7 +470,11 @@ class Parameter:
             return value
         if self.step:
             value = round(value / self.step) * self.step
-        return value if isinstance(value, int) else min(max(float(f"{value:.{12 if d.step else 6}g}"), d.low), d.high)
+        return (
+            value
+            if isinstance(value, int)
+            else min(max(float(f"{value:.{12 if d.step else 6}g}"), d.low), d.high)
+        )
 
     def suggest(self, trial: Trial):
         """The value of a trial."""
@@ -340,7 +501,9 @@ def parse_parameter(text: str) -> tuple[str, dict]:
     """`c1=48,96`, `d1=0.0..0.5`, `l1=int:64..512` or `lr=log:1e-4..1e-1` as a name and W&B's entry. UsageError."""
     found = re.fullmatch(r"([A-Za-z][\w-]*)=(?:(int|log):)?(.*)", text, re.DOTALL)
     if not found:
-        raise UsageError(f"--param {text}: expected NAME=VALUE,VALUE or NAME=LOW..HIGH, with int: or log: before LOW")
+        raise UsageError(
+            f"--param {text}: expected NAME=VALUE,VALUE or NAME=LOW..HIGH, with int: or log: before LOW"
+        )
     name, kind, values = found[1].replace("-", "_"), found[2], found[3].split(",")
     bounds = [scalar(bound) for bound in found[3].split("..")]
     if len(bounds) == 2:
@@ -357,10 +520,15 @@ def parse_parameter(text: str) -> tuple[str, dict]:
 
 # W&B's distributions, and the keys of each.
 DISTRIBUTIONS = {
-    "constant": "value", "categorical": "values", "int_uniform": "min max", "uniform": "min max",
-    "log_uniform": "min max", "log_uniform_values": "min max", "q_uniform": "min max q",
+    "constant": "value",
+    "categorical": "values",
+    "int_uniform": "min max",
+    "uniform": "min max",
+    "log_uniform": "min max",
+    "log_uniform_values": "min max",
+    "q_uniform": "min max q",
     "q_log_uniform_values": "min max q",
-}  # fmt: skip
+}
 
 
 def make_parameter(name: str, content: dict) -> Parameter:
@@ -391,7 +559,10 @@ def make_parameter(name: str, content: dict) -> Parameter:
                 refuse(f"{value!r} is there twice")
         return Parameter(name, CategoricalDistribution(values))
 
-    if any(isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < 1e15 for x in content.values()):
+    if any(
+        isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < 1e15
+        for x in content.values()
+    ):
         refuse("the bounds and the step must be finite numbers")
     low, high, step, log = content["min"], content["max"], content.get("q"), "log" in kind
     if kind == "log_uniform":  # there the bounds are exponents of e
@@ -415,7 +586,9 @@ def make_parameter(name: str, content: dict) -> Parameter:
         refuse(f"there is no multiple of {step} within the bounds")
     if log:
         return Parameter(name, FloatDistribution(low, high, log=True), step)
-    distribution = IntDistribution if isinstance(low, int) and isinstance(step, int) else FloatDistribution
+    distribution = (
+        IntDistribution if isinstance(low, int) and isinstance(step, int) else FloatDistribution
+    )
     return Parameter(name, distribution(low, high, step=step))
 
 
@@ -447,7 +620,10 @@ class Search:
 
     def params(self, drawn: dict) -> dict:
         """What Optuna has drawn, as it is used."""
-        return {parameter.name: parameter.rounded(drawn[parameter.name]) for parameter in self.parameters}
+        return {
+            parameter.name: parameter.rounded(drawn[parameter.name])
+            for parameter in self.parameters
+        }
 
     def size(self) -> float:
         """How many configurations there are."""
@@ -458,7 +634,7 @@ class Search:
         return (
             dict(zip(self.space, values, strict=True))
             for values in itertools.product(*(parameter.values() for parameter in self.parameters))
-        )  # fmt: skip
+        )
 
     @property
     def sign(self) -> int:
@@ -480,7 +656,10 @@ class Search:
             return list(itertools.islice(self.combinations(), self.count))
         if self.method == "bayes":
             return [{}] * self.count
-        chosen, study = [], optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.seed))
+        chosen, study = (
+            [],
+            optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=self.seed)),
+        )
         while len(chosen) < self.count:
             chosen.append(self.propose(study, chosen))
         return chosen
@@ -493,7 +672,9 @@ class Search:
             params = self.params(study.ask(self.distributions).params)
             if params not in known:
                 return params
-        return next(params for params in self.combinations() if params not in known)  # the last of a small space
+        return next(
+            params for params in self.combinations() if params not in known
+        )  # the last of a small space
 
 
 # ------------------------ The script ------------------------
@@ -517,7 +698,11 @@ def load_script(path: Path):
             module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        where = error if isinstance(error, SyntaxError) else traceback.extract_tb(error.__traceback__)[-1]
+        where = (
+            error
+            if isinstance(error, SyntaxError)
+            else traceback.extract_tb(error.__traceback__)[-1]
+        )
         text = f"{type(error).__name__}: {getattr(error, 'msg', None) or error}"
         raise UsageError(f"--script {where.filename}, line {where.lineno}: {text}") from error
     if not hasattr(module, "main"):
@@ -534,8 +719,13 @@ def check_trials(search: Search) -> set[int]:
     if search.method == "bayes":  # its corners
         ends = {parameter.name: parameter.ends() for parameter in search.parameters}
         first = {name: values[0] for name, values in ends.items()}
-        configurations = [{**first, name: value} for name, values in ends.items() for value in values]
-    words = ([*trial_words(search, params, search.seed), "--no-test", "--quiet"] for params in configurations)
+        configurations = [
+            {**first, name: value} for name, values in ends.items() for value in values
+        ]
+    words = (
+        [*trial_words(search, params, search.seed), "--no-test", "--quiet"]
+        for params in configurations
+    )
     return {getattr(module.parse_arguments(argv), "epochs", 0) for argv in words}
 
 
@@ -544,7 +734,9 @@ def check_data(search: Search) -> None:
     module = load_script(find_script(search.script))
     if not hasattr(module, "parse_arguments") or not hasattr(module, "synthetic"):
         return
-    for choice in [{p.name: value} for p in search.parameters if p.name == "dataset" for value in p.values()] or [{}]:
+    for choice in [
+        {p.name: value} for p in search.parameters if p.name == "dataset" for value in p.values()
+    ] or [{}]:
         args = module.parse_arguments(trial_words(search, choice, search.seed))
         try:
             if args.dataset in common.TORCHVISION:
@@ -567,7 +759,9 @@ def trial_words(search: Search, params: dict, seed: int) -> list[str]:
 
 def as_command(search: Search, params: dict, seed: int) -> str:
     """The command line of a configuration, to be copied."""
-    return shlex.join(["python", common.shown(find_script(search.script)), *trial_words(search, params, seed)])
+    return shlex.join(
+        ["python", common.shown(find_script(search.script)), *trial_words(search, params, seed)]
+    )
 
 
 # ------------------------ The study ------------------------
@@ -588,7 +782,9 @@ class Journal(JournalStorage):
 class Database(RDBStorage):
     """The same for many machines. The database may be away for a while: each call is tried again for two minutes."""
 
-    def _create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None):  # Optuna's cache calls it
+    def _create_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None = None
+    ):  # Optuna's cache calls it
         if template_trial is None:
             raise NothingWaits
         return super()._create_new_trial(study_id, template_trial)
@@ -637,9 +833,13 @@ def patient(method: Callable) -> Callable:
 
 # What a study, its cache and its heartbeat call.
 for name in (
-    *optuna.storages.BaseStorage.__abstractmethods__, "_get_trials", "_create_new_trial", "_set_trial_param",
-    "record_heartbeat", "_get_stale_trial_ids",
-):  # fmt: skip
+    *optuna.storages.BaseStorage.__abstractmethods__,
+    "_get_trials",
+    "_create_new_trial",
+    "_set_trial_param",
+    "record_heartbeat",
+    "_get_stale_trial_ids",
+):
     setattr(Database, name, patient(getattr(Database, name)))
 
 
@@ -656,7 +856,9 @@ def open_storage(directory: Path, url: str | None, grace: int) -> optuna.storage
     from sqlalchemy import exc
 
     # A network that is gone must not hold up a machine for as long as the system would wait.
-    arguments = {"connect_timeout": 10, "tcp_user_timeout": 30_000} if url.startswith("postgresql") else {}
+    arguments = (
+        {"connect_timeout": 10, "tcp_user_timeout": 30_000} if url.startswith("postgresql") else {}
+    )
     engine = {"pool_pre_ping": True, "connect_args": arguments}
     heart = {"heartbeat_interval": max(1, grace // 8), "grace_period": grace}
     for attempt in itertools.count():
@@ -669,7 +871,9 @@ def open_storage(directory: Path, url: str | None, grace: int) -> optuna.storage
             raise UsageError(f"--storage {without_password(url)}: {reason}") from error
         except exc.SQLAlchemyError as error:
             # Another machine may make the tables at this moment.
-            if attempt == 60 or not re.search("already exists|duplicate|unique", str(error), re.IGNORECASE):
+            if attempt == 60 or not re.search(
+                "already exists|duplicate|unique", str(error), re.IGNORECASE
+            ):
                 reason = str(error.__cause__ or error).splitlines()[0]
                 raise RunError(f"--storage {without_password(url)}: {reason}") from error
             time.sleep(1)
@@ -690,7 +894,9 @@ def lines(study: optuna.Study, machine: str) -> list[dict]:
     """The lines of trials.jsonl: what the trials gave, in the order in which they ended. `run` is a directory beside
     that file, with the machine before it where that is not this one."""
     found = []
-    for trial in sorted(latest(study).values(), key=lambda trial: trial.datetime_complete or datetime.max):
+    for trial in sorted(
+        latest(study).values(), key=lambda trial: trial.datetime_complete or datetime.max
+    ):
         if trial.state.is_finished():
             line = trial.user_attrs.get("line") or new_line(trial, {}, "it ended without a result")
             where = trial.user_attrs.get("worker", [machine])[0]
@@ -701,9 +907,16 @@ def lines(study: optuna.Study, machine: str) -> list[dict]:
 def new_line(trial: FrozenTrial | Trial, params: dict, error: str | None = None) -> dict:
     """The line of a trial that has no result."""
     return {
-        "trial": number_of(trial), "run": f"trial-{number_of(trial):04}", "status": "failed", "val_loss": None,
-        "val_acc": None, "epochs": 0, "seconds": 0.0, "params": params, "error": error,
-    }  # fmt: skip
+        "trial": number_of(trial),
+        "run": f"trial-{number_of(trial):04}",
+        "status": "failed",
+        "val_loss": None,
+        "val_acc": None,
+        "epochs": 0,
+        "seconds": 0.0,
+        "params": params,
+        "error": error,
+    }
 
 
 def write_lines(study: optuna.Study, directory: Path, machine: str) -> list[dict]:
@@ -717,10 +930,15 @@ def write_lines(study: optuna.Study, directory: Path, machine: str) -> list[dict
 
 def queue_again(study: optuna.Study, trial: FrozenTrial) -> None:
     """Queue a trial that has ended once more, with the parameters that it had."""
-    study.add_trial(optuna.create_trial(
-        state=TrialState.WAITING, params=trial.params, distributions=trial.distributions,
-        user_attrs={"trial": number_of(trial)}, system_attrs=trial.system_attrs,
-    ))  # fmt: skip
+    study.add_trial(
+        optuna.create_trial(
+            state=TrialState.WAITING,
+            params=trial.params,
+            distributions=trial.distributions,
+            user_attrs={"trial": number_of(trial)},
+            system_attrs=trial.system_attrs,
+        )
+    )
 
 
 def set_waiting(study: optuna.Study, trial: FrozenTrial) -> None:
@@ -754,10 +972,16 @@ class Proposer(optuna.samplers.RandomSampler):
         search = self.search
         if search.method != "bayes" or trial.params.keys() == search_space.keys():
             return {}
-        others = [other for number, other in sorted(latest(study).items()) if number != number_of(trial)]
+        others = [
+            other for number, other in sorted(latest(study).items()) if number != number_of(trial)
+        ]
         others = [other for other in others if other.params.keys() == search_space.keys()]
         results = {other.number: other.user_attrs.get("line", {}) for other in others}
-        values = [line[search.metric] for line in results.values() if line.get("status") in ("finished", "pruned")]
+        values = [
+            line[search.metric]
+            for line in results.values()
+            if line.get("status") in ("finished", "pruned")
+        ]
         # A Gaussian process with few random trials before it finds better points sooner; its cost grows with the cube
         # of the trials, and past some two hundred the tree-structured estimator takes over.
         seed = common.random_seed(search.seed, "proposals", number_of(trial)) % 2**32
@@ -765,7 +989,10 @@ class Proposer(optuna.samplers.RandomSampler):
         sampler = (gaussian if len(values) <= 200 else optuna.samplers.TPESampler)(seed=seed)
         told = optuna.create_study(sampler=sampler, direction=METRICS[search.metric])
         for other in others:
-            value, status = results[other.number].get(search.metric), results[other.number].get("status")
+            value, status = (
+                results[other.number].get(search.metric),
+                results[other.number].get("status"),
+            )
             if status == "diverged" and values:
                 value = max(values, key=lambda value: search.sign * value)
             if value is not None or other.state == TrialState.RUNNING:
@@ -781,7 +1008,9 @@ class Bands(optuna.pruners.BasePruner):
 
     def __init__(self, search: Search):
         # At its last epoch a trial has finished.
-        self.bands = [band for band in bands(search.early_terminate) if band < (search.epochs or math.inf)]
+        self.bands = [
+            band for band in bands(search.early_terminate) if band < (search.epochs or math.inf)
+        ]
         self.eta = (search.early_terminate or {}).get("eta", 3)
         self.sign = search.sign
 
@@ -805,14 +1034,24 @@ class TrialFailed(Exception):
 
 
 # The statuses of a run that has ended, and what they are in a sweep.
-ENDED = {"finished": "finished", "stopped_early": "finished", "diverged": "diverged", "pruned": "pruned"}
+ENDED = {
+    "finished": "finished",
+    "stopped_early": "finished",
+    "diverged": "diverged",
+    "pruned": "pruned",
+}
 
 
 class Objective:
     """What Optuna calls for each trial: parameters -> command line -> main(argv, on_epoch) -> value."""
 
     def __init__(self, search: Search, directory: Path, machine: str, *more_flags: str):
-        self.search, self.directory, self.machine, self.more_flags = search, directory, machine, more_flags
+        self.search, self.directory, self.machine, self.more_flags = (
+            search,
+            directory,
+            machine,
+            more_flags,
+        )
         self.stopped = []  # W&B's agent: the signal that stopped it
         self.main = load_script(find_script(search.script)).main
 
@@ -828,14 +1067,18 @@ class Objective:
         try:
             for seed in range(search.seed, search.seed + search.seeds):
                 line["run"] = name if search.seeds == 1 else f"{name}-seed-{seed}"
-                records.append(self.train(trial, params, seed, self.directory / line["run"], records))
+                records.append(
+                    self.train(trial, params, seed, self.directory / line["run"], records)
+                )
                 if ENDED[records[-1]["status"]] != "finished":
                     break
             line.update(self.outcome(records))
         except UpdateFinishedTrialError:
             raise  # this machine was silent for so long that another has taken the trial over
         except StorageInternalError as error:
-            raise SystemExit(f"the database is away: {error}") from error  # and the trial stays as it is
+            raise SystemExit(
+                f"the database is away: {error}"
+            ) from error  # and the trial stays as it is
         except SystemExit as error:
             line["error"] = f"the script ended with exit status {error.code}"
         except Exception as error:
@@ -867,7 +1110,9 @@ class Objective:
                     trial.study.enqueue_trial({}, user_attrs={"trial": number_of(trial)})
                 raise TrialFailed("superfluous")
 
-    def train(self, trial: Trial, params: dict, seed: int, directory: Path, before: list[dict]) -> dict:
+    def train(
+        self, trial: Trial, params: dict, seed: int, directory: Path, before: list[dict]
+    ) -> dict:
         """The record of one run, from the start or from where it was interrupted. Its epochs are reported to Optuna
         after those of the runs `before`. What `main` raises, TrialFailed, Interrupted."""
         record = read_record(directory)
@@ -892,15 +1137,24 @@ class Objective:
         else:
             if directory.exists():  # it was killed before it could be continued
                 shutil.rmtree(directory)
-            argv = [*trial_words(self.search, params, seed), "--no-test", "--quiet", *self.more_flags]
+            argv = [
+                *trial_words(self.search, params, seed),
+                "--no-test",
+                "--quiet",
+                *self.more_flags,
+            ]
             argv += ["--runs-dir", str(directory.parent), "--run-name", directory.name]
         record = self.main(argv, report)
         if not isinstance(record, dict) or record.get("status") not in (*ENDED, "interrupted"):
-            raise TrialFailed(f"main(argv, on_epoch) returned no record with a status of {', '.join(ENDED)}")
+            raise TrialFailed(
+                f"main(argv, on_epoch) returned no record with a status of {', '.join(ENDED)}"
+            )
         if record["status"] == "interrupted":
             raise common.Interrupted(record.get("error") or "SIGTERM")
         metric = (record.get("best") or {}).get(self.search.metric)
-        if record["status"] != "diverged" and not (isinstance(metric, int | float) and math.isfinite(metric)):
+        if record["status"] != "diverged" and not (
+            isinstance(metric, int | float) and math.isfinite(metric)
+        ):
             raise TrialFailed(f"its record has no best {self.search.metric} that is a number")
         return {**BLANK_RECORD, **record, "run": directory.name}
 
@@ -908,16 +1162,19 @@ class Objective:
         """What the runs of a trial, one for each seed, mean for its line."""
         bests = [record["best"] or {} for record in records]
         outcome = {
-            "status": ENDED[records[-1]["status"]], "error": records[-1]["error"],
+            "status": ENDED[records[-1]["status"]],
+            "error": records[-1]["error"],
             "epochs": max(record["epochs"] for record in records),
             "seconds": sum(record["seconds"] for record in records),
-        }  # fmt: skip
+        }
         for name in METRICS:
             values = [best.get(name) for best in bests]
             outcome[name] = statistics.fmean(values) if None not in values else None
         if len(records) > 1 and outcome["status"] == "finished":
             outcome["std"] = statistics.stdev(best[self.search.metric] for best in bests)
-            outcome["run"] = min(records, key=lambda record: self.search.loss(record["best"]))["run"]
+            outcome["run"] = min(records, key=lambda record: self.search.loss(record["best"]))[
+                "run"
+            ]
         return outcome
 
 
@@ -928,7 +1185,9 @@ BLANK_RECORD = {"epochs": 0, "seconds": 0.0, "best": None, "error": None}
 def read_record(directory: Path) -> dict:
     """run.json of a trial, and the name of its directory; {} where there is none."""
     path = directory / "run.json"
-    return {**BLANK_RECORD, **common.read_json(path), "run": directory.name} if path.exists() else {}
+    return (
+        {**BLANK_RECORD, **common.read_json(path), "run": directory.name} if path.exists() else {}
+    )
 
 
 # ------------------------ Workers ------------------------
@@ -940,7 +1199,9 @@ def open_study(storage: optuna.storages.BaseStorage, name: str) -> tuple[optuna.
     return study, search
 
 
-def work(connection, directory: Path, machine: str, url: str | None, grace: int, name: str, threads: int) -> None:
+def work(
+    connection, directory: Path, machine: str, url: str | None, grace: int, name: str, threads: int
+) -> None:
     """A worker process: run trials while any waits. It keeps torch and the images from one to the next."""
 
     def end_with_parent():
@@ -951,7 +1212,9 @@ def work(connection, directory: Path, machine: str, url: str | None, grace: int,
     signal.signal(signal.SIGTERM, common.interrupt)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which passes it on
     threading.Thread(target=end_with_parent, daemon=True).start()
-    tqdm.set_lock(threading.RLock())  # tqdm's own is shared by processes, and stays when one is killed
+    tqdm.set_lock(
+        threading.RLock()
+    )  # tqdm's own is shared by processes, and stays when one is killed
     alive = open(directory / ".workers.lock", "a")  # noqa: SIM115 (as long as this process lives)
     common.fcntl.flock(alive, common.fcntl.LOCK_SH)
     try:
@@ -963,7 +1226,9 @@ def work(connection, directory: Path, machine: str, url: str | None, grace: int,
         torch.set_num_threads(threads)
         objective = Objective(search, directory, machine)
         while True:
-            with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # another machine has taken it over
+            with contextlib.suppress(
+                UpdateFinishedTrialError, ValueError
+            ):  # another machine has taken it over
                 study.optimize(objective, n_trials=1, catch=Exception)
             connection.send("a trial has ended")
     except NothingWaits:
@@ -1037,7 +1302,9 @@ def run_trials(
         workers.signal(signal.SIGKILL if stopped else signal.SIGTERM)
         stopped.append(signal.Signals(number).name)
 
-    workers = Workers(directory, machine, args.storage, args.grace, study.study_name, search.threads)
+    workers = Workers(
+        directory, machine, args.storage, args.grace, study.study_name, search.threads
+    )
     told = {line["trial"] for line in lines(study, machine)}
     before = len(told)
     bar = TrialBar(search, len(latest(study)), args.quiet)
@@ -1052,12 +1319,16 @@ def run_trials(
                     if bar.disable:
                         common.say(line_as_text(line, search), args.quiet)
             running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-            here = [trial for trial in running if trial.user_attrs.get("worker", [""])[0] == machine]
+            here = [
+                trial for trial in running if trial.user_attrs.get("worker", [""])[0] == machine
+            ]
             bar.show(len(ended), len(trials), here, ended)
 
             # Start workers for what waits, or stop.
             last = ended[before:][-args.max_failures :]
-            failed = len(last) == args.max_failures and all(line["status"] == "failed" for line in last)
+            failed = len(last) == args.max_failures and all(
+                line["status"] == "failed" for line in last
+            )
             if not failure and (failed or lost >= args.max_failures):
                 failure = f"the processes of {lost} trials in a row died before they began"
                 if failed:
@@ -1076,7 +1347,11 @@ def run_trials(
 
             for process in workers.wait(1):
                 if process.exitcode != 0 and not stopped and not failure:
-                    lost = 0 if worker_died(study, search, [machine, process.pid], process.exitcode) else lost + 1
+                    lost = (
+                        0
+                        if worker_died(study, search, [machine, process.pid], process.exitcode)
+                        else lost + 1
+                    )
         give_back(study, machine)
     if failure:
         raise RunError(
@@ -1097,21 +1372,29 @@ def worker_died(study: optuna.Study, search: Search, worker: list, exit_code: in
                 set_waiting(study, trial)
             else:
                 error = f"its process died twice (exit code {exit_code})"
-                params = search.params(trial.params) if trial.params.keys() == search.space.keys() else {}
+                params = (
+                    search.params(trial.params)
+                    if trial.params.keys() == search.space.keys()
+                    else {}
+                )
                 storage.set_trial_user_attr(trial._trial_id, "line", new_line(trial, params, error))
                 study.tell(trial.number, state=TrialState.FAIL)
             return True
     return False
 
 
-def take_over(study: optuna.Study, running: list[FrozenTrial], first_seen: dict, grace: int) -> None:
+def take_over(
+    study: optuna.Study, running: list[FrozenTrial], first_seen: dict, grace: int
+) -> None:
     """Queue the trials again of machines that have died. Optuna hears of them by their heartbeats, but not of one that
     died before the first; such a trial has no `worker` yet."""
     optuna.storages.fail_stale_trials(study)
     for trial in running:
         since = first_seen.setdefault(trial.number, time.monotonic())
         if "worker" not in trial.user_attrs and time.monotonic() - since > grace:
-            with contextlib.suppress(UpdateFinishedTrialError, ValueError):  # by another machine, at the same moment
+            with contextlib.suppress(
+                UpdateFinishedTrialError, ValueError
+            ):  # by another machine, at the same moment
                 study.tell(trial.number, state=TrialState.FAIL)
                 queue_again(study, trial)
 
@@ -1121,7 +1404,9 @@ class TrialBar(tqdm):
 
     def __init__(self, search: Search, total: int, quiet: bool):
         form = "{desc} |{bar}| {elapsed}<{remaining}{postfix}"
-        super().__init__(total=total, bar_format=form, smoothing=0, leave=False, disable=quiet or None)
+        super().__init__(
+            total=total, bar_format=form, smoothing=0, leave=False, disable=quiet or None
+        )
         self.search, self.known = search, False
 
     def show(self, ended: int, total: int, running: list[FrozenTrial], lines: list[dict]) -> None:
@@ -1131,7 +1416,11 @@ class TrialBar(tqdm):
         if not self.known:  # the time left follows from what is done in this session
             self.initial, self.known = self.n, True
         self.set_description_str(f"{ended} of {total} trials", refresh=False)
-        parts = [f"epoch {' and '.join(map(str, epochs))} of {self.search.epochs or '?'}"] if epochs else []
+        parts = (
+            [f"epoch {' and '.join(map(str, epochs))} of {self.search.epochs or '?'}"]
+            if epochs
+            else []
+        )
         finished = [line for line in lines if line["status"] == "finished"]
         if finished:
             best = min(finished, key=self.search.loss)
@@ -1142,7 +1431,9 @@ class TrialBar(tqdm):
 def how_to_go_on(directory: Path, args: argparse.Namespace) -> str:
     """The command that continues a sweep."""
     storage = ["--storage", without_password(args.storage)] if args.storage else []
-    return shlex.join(["python", common.shown(__file__), "--resume", common.shown(directory), *storage])
+    return shlex.join(
+        ["python", common.shown(__file__), "--resume", common.shown(directory), *storage]
+    )
 
 
 def as_text(name: str, value) -> str:
@@ -1169,8 +1460,14 @@ def choose_engine(args: argparse.Namespace, search: Search) -> str:
         online = os.environ.get("WANDB_MODE", "online") == "online"
         key = online and importlib.util.find_spec("wandb") and common.has_wandb_key(quiet=True)
         engine = "wandb" if key else "local"
-        reason = f"{'an' if key else 'no'} API key is configured" if online else "WANDB_MODE is not online"
-        common.say(f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)", args.quiet)
+        reason = (
+            f"{'an' if key else 'no'} API key is configured"
+            if online
+            else "WANDB_MODE is not online"
+        )
+        common.say(
+            f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)", args.quiet
+        )
     if engine == "wandb":
         reach_wandb(args)
         if args.storage or search.seeds > 1:
@@ -1189,7 +1486,9 @@ def reach_wandb(args: argparse.Namespace) -> None:
     except urllib.error.HTTPError:
         return  # it answers
     except (OSError, ValueError) as error:
-        raise RunError(f"W&B's server {address} cannot be reached ({error}); --engine local does without") from error
+        raise RunError(
+            f"W&B's server {address} cannot be reached ({error}); --engine local does without"
+        ) from error
 
 
 def wandb_config(args: argparse.Namespace) -> dict:
@@ -1204,7 +1503,9 @@ def wandb_config(args: argparse.Namespace) -> dict:
         raise UsageError(str(error)) from error
 
 
-def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argparse.Namespace) -> str | None:
+def run_wandb(
+    study: optuna.Study, search: Search, directory: Path, args: argparse.Namespace
+) -> str | None:
     """Run the trials that a W&B sweep gives out, in this process; each becomes a trial of the study as well.
 
     Returns the name of the signal that stopped it, or None. RunError where all trials failed.
@@ -1223,15 +1524,20 @@ def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argpar
     if not sweep_id:
         # The best so far is what W&B is to compare: `fit` logs it.
         config = {
-            "program": search.script, "method": search.method, "run_cap": search.count, "parameters": search.space,
+            "program": search.script,
+            "method": search.method,
+            "run_cap": search.count,
+            "parameters": search.space,
             "metric": {"name": f"best_{search.metric}", "goal": METRICS[search.metric]},
             "command": ["${env}", "${interpreter}", "${program}", *search.flags, "${args}"],
-        }  # fmt: skip
+        }
         if search.early_terminate:
             config["early_terminate"] = search.early_terminate
         sweep_id = wandb.sweep(config, project=project)
     study.set_user_attr("sweep_id", sweep_id)
-    common.say(f"W&B sweep {sweep_id}; another machine joins with --sweep-id {sweep_id}", args.quiet)
+    common.say(
+        f"W&B sweep {sweep_id}; another machine joins with --sweep-id {sweep_id}", args.quiet
+    )
     flags = "--wandb", "online", "--wandb-project", project
     objective = Objective(replace(search, early_terminate=None), directory, "", *flags)
     stopped = objective.stopped
@@ -1239,7 +1545,9 @@ def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argpar
     def trial():
         # The agent leaves the parameters of the run in this file.
         content = yaml.safe_load(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]).read_text())
-        params = {name: entry["value"] for name, entry in content.items() if isinstance(entry, dict)}
+        params = {
+            name: entry["value"] for name, entry in content.items() if isinstance(entry, dict)
+        }
         study.enqueue_trial(params, user_attrs={"trial": len(study.get_trials(deepcopy=False))})
         try:
             with contextlib.suppress(common.Interrupted):
@@ -1263,7 +1571,9 @@ def run_wandb(study: optuna.Study, search: Search, directory: Path, args: argpar
 
 
 # ------------------------ The report ------------------------
-def report(study: optuna.Study, search: Search, directory: Path, machine: str, complete: bool, quiet: bool) -> dict:
+def report(
+    study: optuna.Study, search: Search, directory: Path, machine: str, complete: bool, quiet: bool
+) -> dict:
     """Print and write the leaderboard, the pictures and the best configuration; test the winner of a complete sweep."""
 
     def place(line):
@@ -1276,7 +1586,16 @@ def report(study: optuna.Study, search: Search, directory: Path, machine: str, c
     result = {"directory": str(directory), "trials": ended, "best": None}
     if not ended:
         return result
-    columns = ["trial", "run", "status", "val_loss", "val_acc", *["std"] * (search.seeds > 1), "epochs", "seconds"]
+    columns = [
+        "trial",
+        "run",
+        "status",
+        "val_loss",
+        "val_acc",
+        *["std"] * (search.seeds > 1),
+        "epochs",
+        "seconds",
+    ]
     names = {name: name if name not in columns else f"--{name}" for name in search.space}
     rows = []
     for line in ended:
@@ -1294,13 +1613,17 @@ def report(study: optuna.Study, search: Search, directory: Path, machine: str, c
         ("table", "Trials, best first", *table),
     ]
     parts += [("picture", picture, name) for name, picture in pictures.items()]
-    evaluate.write_report(directory / "report.html", f"{directory.name}: {len(ended)} trials", parts)
+    evaluate.write_report(
+        directory / "report.html", f"{directory.name}: {len(ended)} trials", parts
+    )
     winner, link = ended[0], directory / "best"
     link.unlink(missing_ok=True)
     if winner["status"] != "finished":
         return result
     text = as_text(search.metric, winner[search.metric])
-    command = as_command(search, winner["params"], int(winner["run"].partition("-seed-")[2] or search.seed))
+    command = as_command(
+        search, winner["params"], int(winner["run"].partition("-seed-")[2] or search.seed)
+    )
     common.say(f"best: {winner['run']}, {search.metric} {text}\n  {command}", quiet)
     if (directory / winner["run"]).is_dir():
         link.symlink_to(winner["run"])
@@ -1311,7 +1634,10 @@ def report(study: optuna.Study, search: Search, directory: Path, machine: str, c
 
 def test_winner(directory: Path, run: str, quiet: bool) -> None:
     """Test the weights of the winner's best epoch, and say for which trials the test set has been read."""
-    metrics = {path.parent.name: common.read_json(path) for path in sorted(directory.glob("trial-*/metrics.json"))}
+    metrics = {
+        path.parent.name: common.read_json(path)
+        for path in sorted(directory.glob("trial-*/metrics.json"))
+    }
     before = [name for name, content in metrics.items() if content["split"] == "test"]
     if run not in before:
         evaluate.main([str(directory / run), "--quiet"])
@@ -1332,7 +1658,9 @@ def draw_sweep(study: optuna.Study, search: Search, ended: list[dict], directory
 
     shown = [line for line in ended if line["status"] in ("finished", "pruned")]
     finished = [line for line in shown if line["status"] == "finished"]
-    varied = [name for name in search.space if len({str(line["params"][name]) for line in finished}) > 1]
+    varied = [
+        name for name in search.space if len({str(line["params"][name]) for line in finished}) > 1
+    ]
     pictures = {"curves": evaluate.render(draw_curves(search, ended, directory))}
     if shown:
         pictures["parallel"] = evaluate.render(draw_parallel(search, shown))
@@ -1340,13 +1668,19 @@ def draw_sweep(study: optuna.Study, search: Search, ended: list[dict], directory
         pictures["grid"] = evaluate.render(draw_grid(search, shown))
     drawings = {"timeline": lambda: optunas.plot_timeline(study)}
     if finished:
-        drawings["history"] = lambda: optunas.plot_optimization_history(study, target_name=search.metric)
+        drawings["history"] = lambda: optunas.plot_optimization_history(
+            study, target_name=search.metric
+        )
     if varied:
         drawings["slices"] = lambda: optunas.plot_slice(study, varied, target_name=search.metric)
     if len(varied) > 1 and len(finished) >= 8:
         # PED-ANOVA (S. Watanabe et al., 2023), the best quarter against all: the default tenth is a trial or two.
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25, region_quantile=1.0)
-        drawings["importance"] = lambda: optunas.plot_param_importances(study, evaluator=evaluator, params=varied)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(
+            target_quantile=0.25, region_quantile=1.0
+        )
+        drawings["importance"] = lambda: optunas.plot_param_importances(
+            study, evaluator=evaluator, params=varied
+        )
     for name, draw in drawings.items():
         # They set a style, and write powers of ten.
         with matplotlib.rc_context({"text.parse_math": True, "savefig.bbox": "tight"}):
@@ -1365,7 +1699,10 @@ def draw_parallel(search: Search, shown: list[dict]):
     import matplotlib
 
     values, last = [line[search.metric] for line in shown], len(search.space)
-    scale, colours = matplotlib.colors.Normalize(min(values), max(values)), evaluate.colormap(search.colours)
+    scale, colours = (
+        matplotlib.colors.Normalize(min(values), max(values)),
+        evaluate.colormap(search.colours),
+    )
     figure = evaluate.new_figure(3 + 2 * last, 5.5, f"{len(shown)} trials; the best is thick")
     axis, places = figure.subplots(), {line["trial"]: [] for line in shown}
     for index, parameter in enumerate(search.parameters):
@@ -1373,17 +1710,33 @@ def draw_parallel(search: Search, shown: list[dict]):
         axis.axvline(index, color="black", linewidth=1)
         for tick in ticks:
             text = f"{tick:.3g}" if isinstance(tick, float) else str(tick)
-            axis.annotate(text, (index, height(tick)), (4, 0), textcoords="offset points", va="center", bbox=LABEL)
+            axis.annotate(
+                text,
+                (index, height(tick)),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                bbox=LABEL,
+            )
         for line in shown:
             places[line["trial"]].append(height(line["params"][parameter.name]))
     for line in reversed(shown):
-        look = {"linewidth": 4, "zorder": 2.5} if line is shown[0] else {"linewidth": 1, "alpha": 0.7}
+        look = (
+            {"linewidth": 4, "zorder": 2.5} if line is shown[0] else {"linewidth": 1, "alpha": 0.7}
+        )
         end = scale(line[search.metric])
         axis.plot([*places[line["trial"]], end], color=colours(end), **look)
-    names = [f"{p.name} (log)" if getattr(p.distribution, "log", False) else p.name for p in search.parameters]
-    axis.set(xticks=range(last + 1), xticklabels=[*names, search.metric], yticks=[], xlim=(-0.15, last))
+    names = [
+        f"{p.name} (log)" if getattr(p.distribution, "log", False) else p.name
+        for p in search.parameters
+    ]
+    axis.set(
+        xticks=range(last + 1), xticklabels=[*names, search.metric], yticks=[], xlim=(-0.15, last)
+    )
     axis.spines[:].set_visible(False)
-    figure.colorbar(matplotlib.cm.ScalarMappable(scale, colours), ax=axis, label=search.metric, pad=0)
+    figure.colorbar(
+        matplotlib.cm.ScalarMappable(scale, colours), ax=axis, label=search.metric, pad=0
+    )
     return figure
 
 
@@ -1393,8 +1746,12 @@ def scale_of(d: BaseDistribution) -> tuple[list, Callable]:
         return d.choices, lambda value: d.choices.index(value) / max(1, len(d.choices) - 1)
     low, high, quarters = float(d.low), float(d.high), (0, 0.25, 0.5, 0.75, 1)
     if d.log:
-        return [low * (high / low) ** q for q in quarters], lambda value: math.log(value / low) / math.log(high / low)
-    return [low + (high - low) * q for q in quarters], lambda value: (value - low) / ((high - low) or 1)
+        return [
+            low * (high / low) ** q for q in quarters
+        ], lambda value: math.log(value / low) / math.log(high / low)
+    return [
+        low + (high - low) * q for q in quarters
+    ], lambda value: (value - low) / ((high - low) or 1)
 
 
 def draw_grid(search: Search, shown: list[dict]):
@@ -1422,7 +1779,9 @@ def draw_curves(search: Search, ended: list[dict], directory: Path):
     axes = evaluate.curves_axes(figure)
     for index, line in enumerate(ended):
         path = directory / line["run"] / "log.jsonl"
-        history = common.read_log(path.parent) if path.exists() else []  # it may be on another machine
+        history = (
+            common.read_log(path.parent) if path.exists() else []
+        )  # it may be on another machine
         look = {"color": "silver", "linewidth": 1}
         if index == 0 and line["status"] == "finished":
             look = {"color": evaluate.ORANGE, "linewidth": 2.5, "zorder": 3}
@@ -1438,7 +1797,9 @@ def draw_curves(search: Search, ended: list[dict], directory: Path):
 def main(argv: list[str] | None = None) -> dict:
     """Run or continue a search, and report; return its directory, the lines of trials.jsonl and that of the best."""
     if not common.fcntl:
-        raise UsageError("sweep.py needs the file locks of Linux or macOS; on Windows it runs in WSL")
+        raise UsageError(
+            "sweep.py needs the file locks of Linux or macOS; on Windows it runs in WSL"
+        )
     args, search = parse_arguments(sys.argv[1:] if argv is None else list(argv))
     if args.dry_run:
         dry_run(search, args.quiet)
@@ -1469,7 +1830,9 @@ def main(argv: list[str] | None = None) -> dict:
         except StorageInternalError as error:
             reason = str(error.__cause__ or error).splitlines()[0]
             go_on = how_to_go_on(directory, args)
-            raise RunError(f"--storage {without_password(args.storage)}: {reason}; go on with: {go_on}") from error
+            raise RunError(
+                f"--storage {without_password(args.storage)}: {reason}; go on with: {go_on}"
+            ) from error
     common.say(f"{common.shown(directory)}: {len(result['trials'])} trials have ended", args.quiet)
     if complete and not result["best"]:
         where = common.shown(directory / "trials.jsonl")
@@ -1487,9 +1850,13 @@ def check_directory(directory: Path, args: argparse.Namespace) -> None:
         raise UsageError(f"{shown} is a sweep of the first version, which this one cannot continue")
     if not args.storage and not (directory / "study.journal").exists():
         if args.resume:
-            raise UsageError(f"--resume {shown}: it has no study.journal; for a shared sweep give its --storage again")
+            raise UsageError(
+                f"--resume {shown}: it has no study.journal; for a shared sweep give its --storage again"
+            )
         if any(directory.glob("[!.]*")):
-            raise UsageError(f"--name {args.name}: {shown} exists and is not a sweep of one machine")
+            raise UsageError(
+                f"--name {args.name}: {shown} exists and is not a sweep of one machine"
+            )
 
 
 def open_search(
@@ -1508,13 +1875,19 @@ def open_search(
     if search and "search" not in study.user_attrs:
         study.set_user_attr("search", asdict(search))
     if not study or "search" not in study.user_attrs:
-        raise UsageError(f"--resume {shown}: it was stopped before it began; start it again with --name {name}")
+        raise UsageError(
+            f"--resume {shown}: it was stopped before it began; start it again with --name {name}"
+        )
     before = study.user_attrs["search"]
     for key, value in asdict(search).items() if search else ():
         if key not in ("count", "threads") and value != before[key]:
-            raise UsageError(f"{shown} is another search: its {key} is {before[key]}; take another --name")
+            raise UsageError(
+                f"{shown} is another search: its {key} is {before[key]}; take another --name"
+            )
     stored = Search(**before)
-    stored.count = int(min(max(stored.count, search.count if search else args.count or 0), stored.size()))
+    stored.count = int(
+        min(max(stored.count, search.count if search else args.count or 0), stored.size())
+    )
     if args.threads or args.storage:
         stored.threads = args.threads or max(1, torch.get_num_threads() // args.jobs)
     study.set_user_attr("search", asdict(stored))
@@ -1527,7 +1900,11 @@ def queue(study: optuna.Study, search: Search, machine: str, args: argparse.Name
     deadline = time.monotonic() + args.grace
     if "maker" not in study.user_attrs:
         study.set_user_attr("maker", machine)
-    while "queued" not in study.user_attrs and study.user_attrs["maker"] != machine and time.monotonic() < deadline:
+    while (
+        "queued" not in study.user_attrs
+        and study.user_attrs["maker"] != machine
+        and time.monotonic() < deadline
+    ):
         time.sleep(1)  # the machine that made the study is at it
     known = latest(study)
     for number, params in enumerate(search.configurations()):
@@ -1536,16 +1913,23 @@ def queue(study: optuna.Study, search: Search, machine: str, args: argparse.Name
     study.set_user_attr("queued", True)
     if args.retry_failed:
         for trial in latest(study).values():
-            if trial.state == TrialState.FAIL and trial.user_attrs.get("line", {}).get("status") != "diverged":
+            if (
+                trial.state == TrialState.FAIL
+                and trial.user_attrs.get("line", {}).get("status") != "diverged"
+            ):
                 queue_again(study, trial)
 
 
 def dry_run(search: Search, quiet: bool) -> None:
     """Print the command line of each trial; of a Bayesian search the space, since each trial follows from the last."""
     if search.method == "bayes":
-        common.say(f"{search.count} trials of {search.script}, proposed one after the other from", quiet)
+        common.say(
+            f"{search.count} trials of {search.script}, proposed one after the other from", quiet
+        )
         for name, content in search.space.items():
-            common.say(f"  {name}: {', '.join(f'{key} {value}' for key, value in content.items())}", quiet)
+            common.say(
+                f"  {name}: {', '.join(f'{key} {value}' for key, value in content.items())}", quiet
+            )
         return
     for number, params in enumerate(search.configurations()):
         for seed in range(search.seed, search.seed + search.seeds):

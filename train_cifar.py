@@ -25,7 +25,18 @@ import torch
 
 def synthetic_shapes(count, seed):
     """`count` noisy 32x32 images of six shapes and four textures, each anywhere, of any size and in two colours."""
-    classes = ["disc", "ring", "square", "triangle", "cross", "crescent", "rows", "columns", "checkerboard", "dots"]
+    classes = [
+        "disc",
+        "ring",
+        "square",
+        "triangle",
+        "cross",
+        "crescent",
+        "rows",
+        "columns",
+        "checkerboard",
+        "dots",
+    ]
     random = common.generator_for("shapes", seed)
 
     def uniform(low, high):
@@ -47,7 +58,8 @@ def synthetic_shapes(count, seed):
         size * 0.85 - torch.maximum(x.abs(), y.abs()),
         torch.minimum(size * 0.6 - y, y / 2 + size * 0.6 - x.abs()),
         torch.maximum(
-            torch.minimum(size / 4 - x.abs(), size - y.abs()), torch.minimum(size / 4 - y.abs(), size - x.abs())
+            torch.minimum(size / 4 - x.abs(), size - y.abs()),
+            torch.minimum(size / 4 - y.abs(), size - x.abs()),
         ),
         torch.minimum(size - radius, moon - size * 0.8),
         wave_y.expand(-1, -1, 32),
@@ -55,11 +67,15 @@ def synthetic_shapes(count, seed):
         wave_x * wave_y,
         wave_x + wave_y - 1.5,
     ]
-    inside = torch.stack([figure.expand(count, 32, 32) for figure in figures])[labels, torch.arange(count)]
+    inside = torch.stack([figure.expand(count, 32, 32) for figure in figures])[
+        labels, torch.arange(count)
+    ]
     cover = (inside + 0.5).clamp(0, 1)[:, None]
     paint, ground = torch.rand(2, count, 3, 1, 1, generator=random)
     # Push the two colours apart where they would be hard to tell from one another.
-    ground = torch.where((paint - ground).abs().mean(1, keepdim=True) < 0.25, (paint + 0.5) % 1, ground)
+    ground = torch.where(
+        (paint - ground).abs().mean(1, keepdim=True) < 0.25, (paint + 0.5) % 1, ground
+    )
     images = ground + (paint - ground) * cover
     images += torch.randn(images.shape, generator=random) * uniform(0.02, 0.2)[:, None]
     return common.ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, classes)
@@ -73,19 +89,46 @@ def synthetic(train):
 # Sets of defaults for the flags. What a recipe does not name is as in `default`.
 RECIPES = {
     "default": {
-        "dataset": "cifar10", "model": "confignet", "epochs": 50, "batch_size": 512, "lr": 0.0008, "tolerance": 6,
-        "augment": True, "rotation": 20.0, "brightness": 0.2, "hue": 0.1, "flip": 0.5, "image_size": 32, "grey": False,
+        "dataset": "cifar10",
+        "model": "confignet",
+        "epochs": 50,
+        "batch_size": 512,
+        "lr": 0.0008,
+        "tolerance": 6,
+        "augment": True,
+        "rotation": 20.0,
+        "brightness": 0.2,
+        "hue": 0.1,
+        "flip": 0.5,
+        "image_size": 32,
+        "grey": False,
     },
     # The tutorial to the letter, but for dropout at evaluation and choosing on the test set.
     "tutorial": {"tutorial_layers": True},
     # After K. Jordan's airbench94_muon. A fiftieth of the images validates: only the epoch is chosen.
     "fast": {
-        "val_size": 0.02, "normalize": "dataset", "model": "fastnet", "epochs": 11, "batch_size": 500, "tolerance": 0,
-        "optimizer": "muon", "lr": 0.12, "aux_lr": 0.015, "momentum": 0.6, "weight_decay": 0.1, "schedule": "linear",
-        "label_smoothing": 0.2, "rotation": 0.0, "brightness": 0.0, "hue": 0.0, "alternate_flip": True, "shift": 2,
-        "sizes": [20, 24, 32], "tta": "mirror+shift",
+        "val_size": 0.02,
+        "normalize": "dataset",
+        "model": "fastnet",
+        "epochs": 11,
+        "batch_size": 500,
+        "tolerance": 0,
+        "optimizer": "muon",
+        "lr": 0.12,
+        "aux_lr": 0.015,
+        "momentum": 0.6,
+        "weight_decay": 0.1,
+        "schedule": "linear",
+        "label_smoothing": 0.2,
+        "rotation": 0.0,
+        "brightness": 0.0,
+        "hue": 0.0,
+        "alternate_flip": True,
+        "shift": 2,
+        "sizes": [20, 24, 32],
+        "tta": "mirror+shift",
     },
-}  # fmt: skip
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

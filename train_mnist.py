@@ -35,8 +35,12 @@ def synthetic_digits(count, seed):
         for digit in range(10):
             for thickness in range(3):
                 image = Image.new("L", (56, 56))
-                ImageDraw.Draw(image).text((28, 28), str(digit), 255, font, anchor="mm", stroke_width=thickness)
-                glyphs.append(torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 56, 56))
+                ImageDraw.Draw(image).text(
+                    (28, 28), str(digit), 255, font, anchor="mm", stroke_width=thickness
+                )
+                glyphs.append(
+                    torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 56, 56)
+                )
     glyphs = torch.stack(glyphs).float().view(len(fonts), 10, 3, 1, 56, 56) / 255
 
     random = common.generator_for("digits", seed)
@@ -50,10 +54,14 @@ def synthetic_digits(count, seed):
     angle, scale, squeeze = uniform(-0.35, 0.35), uniform(0.8, 1.4), uniform(0.8, 1.25)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     rows = (cos * squeeze, -sin, uniform(-0.3, 0.3), sin * squeeze, cos, uniform(-0.3, 0.3))
-    grid = F.affine_grid(torch.stack(rows, 1).view(count, 2, 3), (count, 1, 28, 28), align_corners=False)
+    grid = F.affine_grid(
+        torch.stack(rows, 1).view(count, 2, 3), (count, 1, 28, 28), align_corners=False
+    )
     images = F.grid_sample(chosen, grid, align_corners=False) * uniform(0.5, 1).view(-1, 1, 1, 1)
     images += torch.randn(images.shape, generator=random) * uniform(0, 0.25).view(-1, 1, 1, 1)
-    return common.ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, [str(digit) for digit in range(10)])
+    return common.ImageSet(
+        (images.clamp(0, 1) * 255).round().byte(), labels, [str(digit) for digit in range(10)]
+    )
 
 
 def synthetic(train):
@@ -64,22 +72,56 @@ def synthetic(train):
 # Sets of defaults for the flags. What a recipe does not name is as in `default`.
 RECIPES = {
     "default": {
-        "dataset": "mnist", "model": "cnn", "epochs": 10, "batch_size": 64, "lr": 0.001, "schedule": "onecycle",
-        "tolerance": 0, "augment": False, "rotation": 10.0, "brightness": 0.2, "hue": 0.0, "flip": 0.0,
-        "image_size": 28, "grey": True,
+        "dataset": "mnist",
+        "model": "cnn",
+        "epochs": 10,
+        "batch_size": 64,
+        "lr": 0.001,
+        "schedule": "onecycle",
+        "tolerance": 0,
+        "augment": False,
+        "rotation": 10.0,
+        "brightness": 0.2,
+        "hue": 0.0,
+        "flip": 0.0,
+        "image_size": 28,
+        "grey": True,
     },
     # The tutorial to the letter, but for choosing on the test set.
     "tutorial": {"schedule": "constant", "tutorial_layers": True},
     "fast": {
-        "normalize": "dataset", "model": "patchnet", "epochs": 1, "batch_size": 500, "optimizer": "muon", "lr": 0.24,
-        "aux_lr": 0.06, "momentum": 0.6, "schedule": "linear", "label_smoothing": 0.2,
+        "normalize": "dataset",
+        "model": "patchnet",
+        "epochs": 1,
+        "batch_size": 500,
+        "optimizer": "muon",
+        "lr": 0.24,
+        "aux_lr": 0.06,
+        "momentum": 0.6,
+        "schedule": "linear",
+        "label_smoothing": 0.2,
     },
     "fast996": {
-        "normalize": "dataset", "model": "fastnet", "c1": 32, "c2": 64, "c3": 96, "epochs": 12, "batch_size": 500,
-        "augment": True, "brightness": 0.0, "shift": 2, "optimizer": "muon", "lr": 0.12, "aux_lr": 0.015,
-        "momentum": 0.6, "weight_decay": 0.1, "schedule": "linear", "label_smoothing": 0.1, "tta": "shift",
+        "normalize": "dataset",
+        "model": "fastnet",
+        "c1": 32,
+        "c2": 64,
+        "c3": 96,
+        "epochs": 12,
+        "batch_size": 500,
+        "augment": True,
+        "brightness": 0.0,
+        "shift": 2,
+        "optimizer": "muon",
+        "lr": 0.12,
+        "aux_lr": 0.015,
+        "momentum": 0.6,
+        "weight_decay": 0.1,
+        "schedule": "linear",
+        "label_smoothing": 0.1,
+        "tta": "shift",
     },
-}  # fmt: skip
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

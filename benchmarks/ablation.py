@@ -61,7 +61,16 @@ def measure(script, flags, left_out, seed):
         runs = stack.enter_context(tempfile.TemporaryDirectory())
         for name, definition in definitions.items():
             stack.enter_context(mock.patch.object(common, name, definition))
-        where = ["--val-size", "0.1", "--no-test", "--quiet", "--runs-dir", runs, "--seed", str(seed)]
+        where = [
+            "--val-size",
+            "0.1",
+            "--no-test",
+            "--quiet",
+            "--runs-dir",
+            runs,
+            "--seed",
+            str(seed),
+        ]
         record = script.main(["--recipe", "fast", *flags, *changed, *where])
         if record["status"] != "finished":
             raise common.RunError(f"{' '.join(changed)}: {record['status']}")
@@ -72,28 +81,43 @@ def measure(script, flags, left_out, seed):
 
 def main(argv):
     parser = common.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=common.number(int, 1), default=3, help="runs of each, seeds from 0")
+    parser.add_argument(
+        "--seeds", type=common.number(int, 1), default=3, help="runs of each, seeds from 0"
+    )
     parser.add_argument("script", choices=("train_mnist.py", "train_cifar.py"))
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of every run")
     args = parser.parse_args(argv)
     script = importlib.import_module(Path(args.script).stem)
-    variants = {name: how for name, how in LEFT_OUT.items() if script.RECIPES["fast"].keys() >= set(how[2:])}
+    variants = {
+        name: how for name, how in LEFT_OUT.items() if script.RECIPES["fast"].keys() >= set(how[2:])
+    }
 
     common.loaded_images = {}
     results = {name: [] for name in variants}
     for seed in range(args.seeds):
         for name, left_out in variants.items():
             results[name].append(measure(script, args.flags, left_out, seed))
-            print("{}: {:.2%}, loss {:.4f}, {:.1f} s".format(name, *results[name][-1]), file=sys.stderr)
+            print(
+                "{}: {:.2%}, loss {:.4f}, {:.1f} s".format(name, *results[name][-1]),
+                file=sys.stderr,
+            )
 
-    print(f"{args.script} --recipe fast, {args.seeds} seeds, {machine()}, torch {torch.__version__}")
+    print(
+        f"{args.script} --recipe fast, {args.seeds} seeds, {machine()}, torch {torch.__version__}"
+    )
     print(f"{'left out':45}{'accuracy':>12}{'change':>10}{'loss':>10}{'training, s':>14}")
-    means = {name: [statistics.mean(column) for column in zip(*rows, strict=True)] for name, rows in results.items()}
+    means = {
+        name: [statistics.mean(column) for column in zip(*rows, strict=True)]
+        for name, rows in results.items()
+    }
     for name, (accuracy, loss, seconds) in means.items():
         change = accuracy - means["nothing"][0]
         print(f"{name:45}{accuracy:>12.2%}{change * 100:>+10.2f}{loss:10.4f}{seconds:14.1f}")
     columns = ("val_acc", "val_loss", "seconds")
-    rows = {name: [dict(zip(columns, row, strict=True)) for row in rows] for name, rows in results.items()}
+    rows = {
+        name: [dict(zip(columns, row, strict=True)) for row in rows]
+        for name, rows in results.items()
+    }
     about = {"script": args.script, "flags": args.flags, "threads": torch.get_num_threads()}
     write_result("ablation", {**about, "left_out": rows})
     return {}

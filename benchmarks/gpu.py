@@ -54,14 +54,20 @@ def fast(args, few):
     yield "fast recipe: accuracy", statistics.mean(accuracies)
     yield "fast recipe: seconds", statistics.mean(seconds)
     if args.seeds > 1:
-        yield "fast recipe: p of 94.0%", stats.ttest_1samp(accuracies, 0.94, alternative="greater").pvalue
+        yield (
+            "fast recipe: p of 94.0%",
+            stats.ttest_1samp(accuracies, 0.94, alternative="greater").pvalue,
+        )
     for text in args.against:
         name, _, command = text.partition("=")
         printed, _ = time_to_accuracy.timed([*shlex.split(command), str(args.seeds)])
         theirs = json.loads(printed.strip().splitlines()[-1])
         yield f"{name}: accuracy", statistics.mean(theirs["accuracy"])
         yield f"{name}: seconds", statistics.mean(theirs["seconds"])
-        yield f"fast recipe: seconds, of {name}'s", statistics.mean(seconds) / statistics.mean(theirs["seconds"])
+        yield (
+            f"fast recipe: seconds, of {name}'s",
+            statistics.mean(seconds) / statistics.mean(theirs["seconds"]),
+        )
 
 
 def tutorial(args, few):
@@ -78,26 +84,59 @@ def grid(args, few):
     """(c) The tutorial's search: eight configurations of ten epochs, 49 min 44 s there."""
     with tempfile.TemporaryDirectory() as runs:
         began = time.perf_counter()
-        sweep.main(["--method", "grid", "--runs-dir", runs, "--quiet", "--", *few, *(["--epochs", "1"] if few else [])])
+        sweep.main(
+            [
+                "--method",
+                "grid",
+                "--runs-dir",
+                runs,
+                "--quiet",
+                "--",
+                *few,
+                *(["--epochs", "1"] if few else []),
+            ]
+        )
         yield "grid of eight: seconds", time.perf_counter() - began
 
 
 def exact(args, few):
     """(d) Exact resume, the first epoch in each precision and compiled, beside fp32 on a CPU."""
     few = [*FEW, "--epochs", "3", "--quiet"]
-    for script, recipe in ((train_mnist, "default"), (train_cifar, "default"), (train_cifar, "fast")):
+    for script, recipe in (
+        (train_mnist, "default"),
+        (train_cifar, "default"),
+        (train_cifar, "fast"),
+    ):
         with tempfile.TemporaryDirectory() as runs:
             argv = ["--recipe", recipe, *few, "--runs-dir", runs]
-            whole, cut = script.main(argv)["directory"], script.main([*argv, "--stop-after", "1"])["directory"]
+            whole, cut = (
+                script.main(argv)["directory"],
+                script.main([*argv, "--stop-after", "1"])["directory"],
+            )
             script.main(["--resume", cut, "--quiet"])
             one, other = weights_of(whole), weights_of(cut)
         name = f"{script.__name__} --recipe {recipe}"
         yield f"{name}: exact resume", all(torch.equal(one[key], other[key]) for key in one)
-        expected = run(script, "--recipe", recipe, *FEW, "--epochs", 1, "--device", "cpu", "--precision", "fp32")[1]
-        ways = [["--precision", precision] for precision in ("fp32", "bf16", "fp16")] + [["--compile"]]
+        expected = run(
+            script,
+            "--recipe",
+            recipe,
+            *FEW,
+            "--epochs",
+            1,
+            "--device",
+            "cpu",
+            "--precision",
+            "fp32",
+        )[1]
+        ways = [["--precision", precision] for precision in ("fp32", "bf16", "fp16")] + [
+            ["--compile"]
+        ]
         for way in ways[:2] + ways[3:] if args.device == "cpu" else ways:
             found = run(script, "--recipe", recipe, *FEW, "--epochs", 1, *way)[1]
-            difference = abs(found[0]["train_loss"] - expected[0]["train_loss"]) / expected[0]["train_loss"]
+            difference = (
+                abs(found[0]["train_loss"] - expected[0]["train_loss"]) / expected[0]["train_loss"]
+            )
             yield f"{name} {' '.join(way)}: first epoch's loss, relative difference", difference
 
 
@@ -106,10 +145,22 @@ def memory(args, few):
     with tempfile.TemporaryDirectory() as folder:
         for index in range(20 if few else 2000):
             Path(folder, f"class{index % 2}").mkdir(exist_ok=True)
-            Image.new("RGB", (224, 224), (index % 256, 0, 0)).save(Path(folder, f"class{index % 2}", f"{index}.png"))
+            Image.new("RGB", (224, 224), (index % 256, 0, 0)).save(
+                Path(folder, f"class{index % 2}", f"{index}.png")
+            )
         if args.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        run(train_cifar, "--dataset", folder, "--image-size", 224, "--batch-size", 8 if few else 256, "--epochs", 1)
+        run(
+            train_cifar,
+            "--dataset",
+            folder,
+            "--image-size",
+            224,
+            "--batch-size",
+            8 if few else 256,
+            "--epochs",
+            1,
+        )
     if args.device == "cuda":
         yield "folder of 224 pixels, batches of 256: GB", torch.cuda.max_memory_allocated() / 1e9
 
@@ -123,7 +174,9 @@ def deterministic(args, few):
             def choose(row, choice=choice):
                 torch.backends.cudnn.deterministic = choice
 
-            _, rows = run(train_cifar, "--c1", 48, "--epochs", 2, "--no-test", *few, on_epoch=choose)
+            _, rows = run(
+                train_cifar, "--c1", 48, "--epochs", 2, "--no-test", *few, on_epoch=choose
+            )
             rates[choice].append(rows[1]["images_per_second"])
     yield (
         "cudnn.deterministic: part of the speed without it",
@@ -133,11 +186,19 @@ def deterministic(args, few):
 
 def main(argv):
     parser = common.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=common.number(int, 1), default=20, help="runs of the fast recipe")
-    parser.add_argument("--against", action="append", default=[], metavar="NAME=COMMAND", help="a reference")
-    parser.add_argument("--flags", default="", help='of the fast recipe, as one word: "--batch-size 2000"')
+    parser.add_argument(
+        "--seeds", type=common.number(int, 1), default=20, help="runs of the fast recipe"
+    )
+    parser.add_argument(
+        "--against", action="append", default=[], metavar="NAME=COMMAND", help="a reference"
+    )
+    parser.add_argument(
+        "--flags", default="", help='of the fast recipe, as one word: "--batch-size 2000"'
+    )
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
-    parser.add_argument("--only", choices=[part.__name__ for part in PARTS], action="append", help="these parts")
+    parser.add_argument(
+        "--only", choices=[part.__name__ for part in PARTS], action="append", help="these parts"
+    )
     parser.add_argument("--quick", action="store_true", help="a handful of steps of each")
     args = parser.parse_args(argv)
     args.device = "cuda" if torch.cuda.is_available() else "cpu"

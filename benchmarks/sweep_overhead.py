@@ -49,14 +49,27 @@ def run(name, trials, jobs, data_dir, root=ROOT):
         commands = [[str(ROOT / "train_mnist.py"), *flags, *quiet, "--lr", rate] for rate in rates]
     elif name != "alone":
         space = "lr=log:1e-4..1e-2" if name == "bayes" else f"lr={','.join(rates)}"
-        search = ["--method", name, "--script", "train_mnist.py", "--param", space, "--jobs", str(jobs)]
+        search = [
+            "--method",
+            name,
+            "--script",
+            "train_mnist.py",
+            "--param",
+            space,
+            "--jobs",
+            str(jobs),
+        ]
         search += ["--count", str(trials), "--engine", "local", "--name", "s", *runs]
         commands = [[str(root / "sweep.py"), *search, "--", *flags]]
     began, times = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as here:
         for command in commands:
-            process = subprocess.Popen([sys.executable, *command], cwd=here, stdout=subprocess.PIPE, text=True)
-            times += [time.perf_counter() for line in process.stdout if line.startswith("trial")][:trials]
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=here, stdout=subprocess.PIPE, text=True
+            )
+            times += [time.perf_counter() for line in process.stdout if line.startswith("trial")][
+                :trials
+            ]
             if process.wait():
                 raise SystemExit(f"{name} failed")
         seconds = time.perf_counter() - began
@@ -66,9 +79,13 @@ def run(name, trials, jobs, data_dir, root=ROOT):
 def main():
     parser = common.ArgumentParser(description=__doc__)
     parser.add_argument("--trials", type=common.number(int, 2), default=16)
-    parser.add_argument("--pairs", type=common.number(int, 1), default=3, help="measurements of each")
+    parser.add_argument(
+        "--pairs", type=common.number(int, 1), default=3, help="measurements of each"
+    )
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
-    parser.add_argument("--beside", type=Path, metavar="DIR", help="another checkout of this repository")
+    parser.add_argument(
+        "--beside", type=Path, metavar="DIR", help="another checkout of this repository"
+    )
     args = parser.parse_args()
     names, where = ["alone", "grid", "bayes", "loop", "sweep"], args.data_dir.resolve()
     names += ["grid beside", "bayes beside"] if args.beside else []
@@ -77,18 +94,27 @@ def main():
         for name in names if pair % 2 == 0 else reversed(names):
             kind, root = name.split()[0], args.beside.resolve() if "beside" in name else ROOT
             jobs = 2 if name == "sweep" else 1
-            seconds, times = run("grid" if name == "sweep" else kind, args.trials, jobs, where, root)
+            seconds, times = run(
+                "grid" if name == "sweep" else kind, args.trials, jobs, where, root
+            )
             in_all[name].append(seconds)
             a_trial[name] += times
             print(f"{name}: {seconds:.1f} s for {args.trials} trials", file=sys.stderr)
-    write_result("sweep_overhead", {"trials": args.trials, "seconds_a_trial": a_trial, "seconds_in_all": in_all})
+    write_result(
+        "sweep_overhead",
+        {"trials": args.trials, "seconds_a_trial": a_trial, "seconds_in_all": in_all},
+    )
     print(f"{args.trials} trials, {args.pairs} times, {machine()}")
     print(f"{'':14}{'s a trial':>10}{'overhead':>10}{'s in all':>10}")
     alone = statistics.median(a_trial["alone"])
     for name in names:
         whole = f"{statistics.median(in_all[name]):10.1f}"
         median = statistics.median(a_trial[name]) if name not in ("loop", "sweep") else None
-        print(f"{name:14}" + (f"{median:10.3f}{median - alone:10.3f}" if median else f"{'':20}") + whole)
+        print(
+            f"{name:14}"
+            + (f"{median:10.3f}{median - alone:10.3f}" if median else f"{'':20}")
+            + whole
+        )
     ratio = statistics.median(a / b for a, b in zip(in_all["loop"], in_all["sweep"], strict=True))
     print(f"a shell's loop takes {ratio:.1f} times as long as sweep.py --jobs 2")
 

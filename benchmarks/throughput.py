@@ -58,11 +58,17 @@ def measure_tutorial(task, images, data_dir):
     args = argparse.Namespace(**TASKS[task]["script"].RECIPES["default"])
     half = [transforms.ToTensor(), transforms.Normalize((0.5,), (0.5,))]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cudnn.deterministic = False  # torch's own default, where ours has been measured before
+    torch.backends.cudnn.deterministic = (
+        False  # torch's own default, where ours has been measured before
+    )
     torch.manual_seed(42)
     if task == "cifar":
         jitter = transforms.ColorJitter(brightness=args.brightness, hue=args.hue)
-        changes = [transforms.RandomRotation(args.rotation), jitter, transforms.RandomHorizontalFlip(args.flip)]
+        changes = [
+            transforms.RandomRotation(args.rotation),
+            jitter,
+            transforms.RandomHorizontalFlip(args.flip),
+        ]
         dataset = datasets.CIFAR10(data_dir, transform=transforms.Compose(changes + half))
         model = common.ConfigNet((3, 32, 32), 10)
         model.dropout1, model.dropout2 = nn.Dropout(0.1), nn.Dropout(0.5)
@@ -88,7 +94,9 @@ def measure_tutorial(task, images, data_dir):
 
 def flop_per_image(task):
     """Floating-point operations of the forward and the backward pass, an image."""
-    model = common.MODELS[TASKS[task]["script"].parse_arguments(TASKS[task]["argv"]).model](TASKS[task]["shape"], 10)
+    model = common.MODELS[TASKS[task]["script"].parse_arguments(TASKS[task]["argv"]).model](
+        TASKS[task]["shape"], 10
+    )
     images = torch.zeros(8, *TASKS[task]["shape"])
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(model(images), torch.zeros(8, dtype=torch.long)).backward()
@@ -110,8 +118,12 @@ def matrix_rate(precision):
 def main():
     parser = common.ArgumentParser(description=__doc__)
     parser.add_argument("task", choices=tuple(TASKS))
-    parser.add_argument("--images", type=common.number(int, 1), help="an epoch (all that are not for validation)")
-    parser.add_argument("--pairs", type=common.number(int, 1), default=3, help="measurements of each")
+    parser.add_argument(
+        "--images", type=common.number(int, 1), help="an epoch (all that are not for validation)"
+    )
+    parser.add_argument(
+        "--pairs", type=common.number(int, 1), default=3, help="measurements of each"
+    )
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     parser.add_argument("--measure", choices=("ours", "tutorial"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -122,30 +134,55 @@ def main():
         return
 
     results = {"ours": [], "tutorial": []}
-    command = [sys.executable, __file__, args.task, "--images", str(images), "--data-dir", str(args.data_dir)]
+    command = [
+        sys.executable,
+        __file__,
+        args.task,
+        "--images",
+        str(images),
+        "--data-dir",
+        str(args.data_dir),
+    ]
     for pair in range(args.pairs):
         for name in ("ours", "tutorial") if pair % 2 == 0 else ("tutorial", "ours"):
-            done = subprocess.run([*command, "--measure", name], stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(
+                [*command, "--measure", name], stdout=subprocess.PIPE, text=True, check=True
+            )
             results[name].append(json.loads(done.stdout))
             print(f"{name}: {results[name][-1]['images_per_second']:.0f} images/s", file=sys.stderr)
     precision = results["ours"][0]["precision"]
-    rates = {name: [one["images_per_second"] for one in measured] for name, measured in results.items()}
+    rates = {
+        name: [one["images_per_second"] for one in measured] for name, measured in results.items()
+    }
     median = {name: statistics.median(values) for name, values in rates.items()}
     ratio = statistics.median(a / b for a, b in zip(*rates.values(), strict=True))
     rate, flop = matrix_rate(precision), flop_per_image(args.task)
     row = {
-        "task": args.task, "images": images, "pairs": args.pairs, "threads": torch.get_num_threads(), "seed": 42,
-        "precision": precision, "images_per_second": rates, "ratio": ratio, "matrix_gflops": rate / 1e9,
+        "task": args.task,
+        "images": images,
+        "pairs": args.pairs,
+        "threads": torch.get_num_threads(),
+        "seed": 42,
+        "precision": precision,
+        "images_per_second": rates,
+        "ratio": ratio,
+        "matrix_gflops": rate / 1e9,
         "part_of_matrix_rate": flop * median["ours"] / rate,
-    }  # fmt: skip
+    }
     write_result("throughput", row)
-    print(f"{args.task}, {images:,} images, {args.pairs} pairs, {machine()}, torch {torch.__version__}")
-    print(f"{'':10}{'precision':>10}{'images/s':>10}{'s/epoch':>10}{'ratio':>8}{'of matrix rate':>16}")
+    print(
+        f"{args.task}, {images:,} images, {args.pairs} pairs, {machine()}, torch {torch.__version__}"
+    )
+    print(
+        f"{'':10}{'precision':>10}{'images/s':>10}{'s/epoch':>10}{'ratio':>8}{'of matrix rate':>16}"
+    )
     for name in ("tutorial", "ours"):
         part = flop * median[name] / rate
         speed = 1 if name == "tutorial" else ratio
         used = results[name][0]["precision"]
-        print(f"{name:10}{used:>10}{median[name]:10.0f}{images / median[name]:10.1f}{speed:8.2f}{part:16.0%}")
+        print(
+            f"{name:10}{used:>10}{median[name]:10.0f}{images / median[name]:10.1f}{speed:8.2f}{part:16.0%}"
+        )
 
 
 if __name__ == "__main__":

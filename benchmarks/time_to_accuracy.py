@@ -50,7 +50,9 @@ def timed(command):
 
 def code_digest(script):
     """Of the files that a recipe is made of: results of different code are not of one table."""
-    return hashlib.sha256(b"".join(Path(ROOT, name).read_bytes() for name in ("common.py", script))).hexdigest()
+    return hashlib.sha256(
+        b"".join(Path(ROOT, name).read_bytes() for name in ("common.py", script))
+    ).hexdigest()
 
 
 def measure_ours(recipe, seed):
@@ -59,9 +61,12 @@ def measure_ours(recipe, seed):
         _, wall = timed([sys.executable, *recipe, "--seed", str(seed), *where])
         record = common.read_record(Path(runs, "run"))
     return {
-        "accuracy": record["test"]["acc"], "seconds": record["seconds"], "wall": wall, "device": record["device"],
+        "accuracy": record["test"]["acc"],
+        "seconds": record["seconds"],
+        "wall": wall,
+        "device": record["device"],
         "precision": record["precision"],
-    }  # fmt: skip
+    }
 
 
 def measure_reference(command, seed):
@@ -83,7 +88,10 @@ def judge(target, ours, theirs=None):
     if theirs:
         p = stats.ttest_ind(*accuracies, equal_var=False).pvalue
         print(f"the accuracies differ: p = {p:.4f}, Welch's test")
-        logs = [math.log(one["seconds"] / other["seconds"]) for one, other in zip(ours, theirs, strict=True)]
+        logs = [
+            math.log(one["seconds"] / other["seconds"])
+            for one, other in zip(ours, theirs, strict=True)
+        ]
         mean, error = statistics.mean(logs), stats.sem(logs)
         low, high = stats.t.interval(0.95, len(logs) - 1, mean, error)
         ratio = f"{math.exp(mean):.3f} of the other's seconds, 95% interval {math.exp(low):.3f} to {math.exp(high):.3f}"
@@ -92,11 +100,17 @@ def judge(target, ours, theirs=None):
 
 def main(argv):
     parser = common.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=common.number(int, 1), default=5, help="runs of each, seeds from 0")
-    parser.add_argument("--target", type=common.number(float, 0, 1), help="the accuracy that our mean is to exceed")
+    parser.add_argument(
+        "--seeds", type=common.number(int, 1), default=5, help="runs of each, seeds from 0"
+    )
+    parser.add_argument(
+        "--target", type=common.number(float, 0, 1), help="the accuracy that our mean is to exceed"
+    )
     parser.add_argument("--against", metavar="COMMAND", help="of a reference implementation")
     parser.add_argument("--label", help="what to call it")
-    parser.add_argument("--resume", action="store_true", help="do not repeat what has been measured")
+    parser.add_argument(
+        "--resume", action="store_true", help="do not repeat what has been measured"
+    )
     parser.add_argument("recipe", nargs=argparse.REMAINDER, help="training script and its flags")
     args = parser.parse_args(argv)
     if not args.recipe:
@@ -120,7 +134,10 @@ def main(argv):
                 row = measures[implementation](seed)
                 write_result(name, {**key, **row})
             results[implementation].append(row)
-            print("{0}: {accuracy:.2%} in {seconds:.1f} s".format(implementation, **row), file=sys.stderr)
+            print(
+                "{0}: {accuracy:.2%} in {seconds:.1f} s".format(implementation, **row),
+                file=sys.stderr,
+            )
 
     print(f"{shlex.join(args.recipe)}, {args.seeds} seeds, {machine()}, torch {torch.__version__}")
     width = max(map(len, results)) + 2

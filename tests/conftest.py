@@ -49,7 +49,10 @@ def mnist_dir(tmp_path):
     raw.mkdir(parents=True)
     for part, count in (("train", 200), ("t10k", 50)):
         images, labels = random.integers(0, 256, (count, 28, 28)), np.arange(count) % 10
-        for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
+        for name, array in (
+            (f"{part}-images-idx3-ubyte", images),
+            (f"{part}-labels-idx1-ubyte", labels),
+        ):
             header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
             (raw / name).write_bytes(header + array.astype(np.uint8).tobytes())
     return tmp_path / "data"
@@ -57,9 +60,27 @@ def mnist_dir(tmp_path):
 
 # A small ConfigNet with dropout, augmentation, label smoothing, a schedule and early stopping, on 150 images.
 EVERYTHING_ON = [
-    "--dataset", "synthetic", "--limit-train", "150", "--c1", "4", "--c2", "8", "--l1", "16", "--augment",
-    "--batch-size", "64", "--schedule", "onecycle", "--tolerance", "5", "--label-smoothing", "0.1", "--quiet",
-]  # fmt: skip
+    "--dataset",
+    "synthetic",
+    "--limit-train",
+    "150",
+    "--c1",
+    "4",
+    "--c2",
+    "8",
+    "--l1",
+    "16",
+    "--augment",
+    "--batch-size",
+    "64",
+    "--schedule",
+    "onecycle",
+    "--tolerance",
+    "5",
+    "--label-smoothing",
+    "0.1",
+    "--quiet",
+]
 
 
 def run(script, *argv, on_epoch=None):
@@ -75,7 +96,9 @@ def read_run(directory):
 
 
 def without_times(rows):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
+    ]
 
 
 def states_are_equal(a, b):
@@ -92,7 +115,9 @@ def check_same(whole, other):
     """Two runs have the same weights, optimiser, history and results, to the bit."""
     (record, rows), (other_record, other_rows) = read_run(whole), read_run(other)
     assert without_times(rows) == without_times(other_rows)
-    assert all(record[key] == other_record[key] for key in ("status", "error", "epochs", "best", "test"))
+    assert all(
+        record[key] == other_record[key] for key in ("status", "error", "epochs", "best", "test")
+    )
     for name in ("last.pt", "best.pt"):
         a, b = (common.load_checkpoint(directory / name) for directory in (whole, other))
         for state in (a, b):

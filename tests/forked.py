@@ -59,10 +59,14 @@ def as_a_program(script, argv, before, each_epoch, out, err):
     train_mnist.synthetic, train_cifar.synthetic = few_digits, few_shapes
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
-    sys.stdout, sys.stderr = (io.TextIOWrapper(io.FileIO(descriptor, "w"), write_through=True) for descriptor in (1, 2))
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(io.FileIO(descriptor, "w"), write_through=True) for descriptor in (1, 2)
+    )
     sys.argv = [f"{script}.py", *argv]
     exec(before, globals())
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # what a sweep has started before has it blocked
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, {signal.SIGINT}
+    )  # what a sweep has started before has it blocked
     main = importlib.import_module(script).main
     if script != "sweep":
         main = functools.partial(main, on_epoch=lambda row: exec(each_epoch, globals()))

@@ -17,8 +17,12 @@ def augment(images, *settings):
 def epochs(images, *settings, batch_size=4, seed=0, numbers=(1,)):
     """All images, and their places in the set, in the order in which a Loader gives them in these epochs."""
     image_set = common.ImageSet((images * 255).byte(), torch.arange(len(images)), [])
-    loader = common.Loader(image_set, batch_size, [0] * 3, [1] * 3, common.Augmentation(*settings), seed)
-    pixels, places = zip(*(batch for number in numbers for batch in loader.batches(number)), strict=True)
+    loader = common.Loader(
+        image_set, batch_size, [0] * 3, [1] * 3, common.Augmentation(*settings), seed
+    )
+    pixels, places = zip(
+        *(batch for number in numbers for batch in loader.batches(number)), strict=True
+    )
     return torch.cat(pixels), torch.cat(places)
 
 
@@ -26,7 +30,9 @@ def epochs(images, *settings, batch_size=4, seed=0, numbers=(1,)):
 def test_equals_torchvision_image_by_image(size):
     images = torch.rand(100, 3, *size)
     ours, drawn = augment(images, 20, 0.2, 0.1, 0.5)
-    drawn = zip(*(drawn[name].tolist() for name in ("angle", "brightness", "hue", "flip")), strict=True)
+    drawn = zip(
+        *(drawn[name].tolist() for name in ("angle", "brightness", "hue", "flip")), strict=True
+    )
     for image, result, (angle, brightness, hue, flip) in zip(images, ours, drawn, strict=True):
         theirs = reference.adjust_brightness(reference.rotate(image, angle), brightness)
         theirs = reference.adjust_hue(theirs, hue)
@@ -49,16 +55,22 @@ def test_what_is_off_changes_nothing_and_grey_has_no_hue_to_turn():
     images, grey = torch.rand(8, 3, 32, 32), torch.rand(8, 1, 32, 32)
     assert torch.equal(augment(images, 0, 0, 0, 0)[0], images)
     assert torch.equal(augment(grey, 0, 0, 0.5, 0)[0], grey)
-    assert torch.allclose(augment(grey.expand(-1, 3, -1, -1), 0, 0, 0.5, 0)[0], grey.expand(-1, 3, -1, -1))
+    assert torch.allclose(
+        augment(grey.expand(-1, 3, -1, -1), 0, 0, 0.5, 0)[0], grey.expand(-1, 3, -1, -1)
+    )
 
 
 def test_order_and_augmentation_follow_from_seed_and_epoch_alone_and_every_image_has_its_own():
     images, settings = torch.rand(1, 3, 32, 32).expand(8, -1, -1, -1), (20, 0.2, 0.1, 0.5)
-    (first, order), (again, same), (other, another) = (epochs(images, *settings, seed=seed) for seed in (0, 0, 1))
+    (first, order), (again, same), (other, another) = (
+        epochs(images, *settings, seed=seed) for seed in (0, 0, 1)
+    )
     later, third = epochs(images, *settings, numbers=(2, 3))
     assert torch.equal(first, again) and torch.equal(order, same)
     assert len(torch.cat([first, other, later]).flatten(1).unique(dim=0)) == 32
-    orders = {tuple(places.tolist()) for places in (order, another, *third.split(8), torch.arange(8))}
+    orders = {
+        tuple(places.tolist()) for places in (order, another, *third.split(8), torch.arange(8))
+    }
     assert len(orders) == 5 and len({tuple(sorted(places)) for places in orders}) == 1
 
 
@@ -66,7 +78,10 @@ def test_shifts_move_each_image_by_its_own_pixels_and_mirror_the_border():
     images = torch.rand(50, 3, 32, 32)
     moved, drawn = augment(images, 0, 0, 0, 0, False, 2)
     shifts = list(zip(*drawn["shift"].tolist(), strict=True))
-    assert {(-2, 2), (0, 1)} <= set(shifts) and {-2, 2} == {min(map(min, shifts)), max(map(max, shifts))}
+    assert {(-2, 2), (0, 1)} <= set(shifts) and {-2, 2} == {
+        min(map(min, shifts)),
+        max(map(max, shifts)),
+    }
     for image, result, (down, right) in zip(images, moved, shifts, strict=True):
         padded = reference.pad(image, 2, padding_mode="reflect")
         assert torch.equal(result, reference.crop(padded, 2 - down, 2 - right, 32, 32))
@@ -77,4 +92,8 @@ def test_alternating_flips_are_drawn_once_and_inverted_every_epoch():
     for number in (1, 2, 3):
         pixels, places = epochs(rows, 0, 0, 0, 0.5, True, batch_size=64, numbers=[number])
         flipped.append((pixels[:, 0, 0, 0] > 0)[places.argsort()])
-    assert torch.equal(flipped[0], flipped[2]) and torch.equal(flipped[0], ~flipped[1]) and 70 < flipped[0].sum() < 130
+    assert (
+        torch.equal(flipped[0], flipped[2])
+        and torch.equal(flipped[0], ~flipped[1])
+        and 70 < flipped[0].sum() < 130
+    )

@@ -17,13 +17,38 @@ import torch
 from conftest import ROOT, read_run
 from forked import Forked
 
-DENSE = ["--dataset", "synthetic", "--model", "dense", "--schedule", "constant", "--runs-dir", "runs"]
+DENSE = [
+    "--dataset",
+    "synthetic",
+    "--model",
+    "dense",
+    "--schedule",
+    "constant",
+    "--runs-dir",
+    "runs",
+]
 PIPES = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
 NAMED = [
-    "--optimizer adamm", "--c1 0", "--epochs -1", f"--epochs {'9' * 400}", "--batch-size 0", "--batch-size", "--lr nan",
-    "--lr inf", "--lr 0", "--val-size 1", "--d1 2", "--rotation -5", "--seed -1", "--run-name a/b", "--run-name ..",
-    "--dataset cifra", "--device cuda", "--no-test --val-size 0", "--precision fp16 --device cpu",
-]  # fmt: skip
+    "--optimizer adamm",
+    "--c1 0",
+    "--epochs -1",
+    f"--epochs {'9' * 400}",
+    "--batch-size 0",
+    "--batch-size",
+    "--lr nan",
+    "--lr inf",
+    "--lr 0",
+    "--val-size 1",
+    "--d1 2",
+    "--rotation -5",
+    "--seed -1",
+    "--run-name a/b",
+    "--run-name ..",
+    "--dataset cifra",
+    "--device cuda",
+    "--no-test --val-size 0",
+    "--precision fp16 --device cpu",
+]
 BAD = {argv: argv.split()[0] for argv in NAMED} | {
     "--epochs ten": "--epochs: expected a whole number at least 1, not 'ten'",
     "--epoch 3": "unrecognized arguments: --epoch 3 (did you mean --epochs?)",
@@ -41,7 +66,11 @@ def test_bad_arguments_are_one_line_and_status_2(script, capsys, tmp_path, monke
         with pytest.raises(SystemExit, match="2"):
             script.main(argv.split())
         error = capsys.readouterr().err
-        assert error.startswith(f"{script.__name__}.py: error: ") and expected in error and error.count("\n") == 1
+        assert (
+            error.startswith(f"{script.__name__}.py: error: ")
+            and expected in error
+            and error.count("\n") == 1
+        )
     assert not list(tmp_path.iterdir()), "nothing is made"
 
 
@@ -52,7 +81,11 @@ def test_what_only_the_net_or_the_disk_tell_is_one_line_and_status_2_too():
         (["--run-name", "taken"], "--run-name taken: runs/taken exists already"),
     ):
         status, error = Forked("train_mnist", *DENSE, *argv).finish()
-        assert status == 2 and error.startswith(f"train_mnist.py: error: {expected}") and error.count("\n") == 1
+        assert (
+            status == 2
+            and error.startswith(f"train_mnist.py: error: {expected}")
+            and error.count("\n") == 1
+        )
     assert [str(path) for path in Path("runs").rglob("[!.]*")] == ["runs/taken", "runs/taken/file"]
 
 
@@ -63,7 +96,9 @@ def test_help_shows_the_defaults_of_the_recipe(script, capsys):
             script.main(["--recipe", recipe, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         model = {**script.RECIPES["default"], **defaults}["model"]
-        assert f"architecture ({model})" in text and "python train_" in text and "(None)" not in text
+        assert (
+            f"architecture ({model})" in text and "python train_" in text and "(None)" not in text
+        )
 
 
 def test_a_run_without_a_terminal_prints_a_line_per_epoch_and_last_the_directory(few_images, capfd):
@@ -83,7 +118,9 @@ def test_ctrl_c_during_the_import_of_torch_is_one_line(tmp_path):
     with subprocess.Popen([sys.executable, ROOT / "train_mnist.py"], env=env, **PIPES) as process:
         assert process.stdout.readline() == "here\n"
         process.send_signal(signal.SIGINT)
-        assert process.communicate(timeout=300) == ("", "interrupted\n") and process.returncode == 130
+        assert (
+            process.communicate(timeout=300) == ("", "interrupted\n") and process.returncode == 130
+        )
 
 
 @pytest.mark.parametrize(("number", "status"), [(15, 143), (2, 130)])
@@ -94,14 +131,18 @@ def test_a_signal_while_loading_is_one_line(number, status):
     assert not Path("runs").exists()
 
 
-def test_a_copy_of_a_script_runs_from_anywhere_with_nothing_but_torch_and_resumes_by_its_hint(mnist_dir, tmp_path):
+def test_a_copy_of_a_script_runs_from_anywhere_with_nothing_but_torch_and_resumes_by_its_hint(
+    mnist_dir, tmp_path
+):
     """As from cron: in /, with no environment but PATH. Data and runs lie beside the scripts."""
     place = tmp_path / "my scripts"
     place.mkdir()
     shutil.copy(ROOT / "common.py", place)
     shutil.copy(ROOT / "train_mnist.py", place / "train_digits.py")
     for name in ("wandb", "optuna", "scipy", "matplotlib"):
-        (place / f"{name}.py").write_text(f"raise ModuleNotFoundError('not installed', name={name!r})\n")
+        (place / f"{name}.py").write_text(
+            f"raise ModuleNotFoundError('not installed', name={name!r})\n"
+        )
     mnist_dir.rename(place / "data")
     options = {"cwd": "/", "env": {"PATH": "/usr/bin:/bin"}, **PIPES}
     argv = ["--model", "dense", "--schedule", "constant", "--epochs", "1000"]
@@ -113,9 +154,14 @@ def test_a_copy_of_a_script_runs_from_anywhere_with_nothing_but_torch_and_resume
     record, rows = read_run(directory)
     assert directory.name.startswith("train_digits-") and record["status"] == "interrupted" and rows
     assert process.returncode == 130 and error.count("\n") == 1
-    assert [record["args"][name] for name in ("runs_dir", "data_dir")] == [str(place / "runs"), str(place / "data")]
+    assert [record["args"][name] for name in ("runs_dir", "data_dir")] == [
+        str(place / "runs"),
+        str(place / "data"),
+    ]
     python, *hint = shlex.split(error.split("go on with: ")[1])
-    done = subprocess.run([sys.executable, *hint, "--epochs", str(len(rows) + 1)], **options, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *hint, "--epochs", str(len(rows) + 1)], **options, timeout=300
+    )
     record, more = read_run(directory)
     assert (python, done.returncode, done.stderr, record["status"]) == ("python", 0, "", "finished")
     assert record["test"] and len(more) == len(rows) + 1 and more[:-1] == rows

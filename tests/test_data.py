@@ -30,7 +30,10 @@ from PIL import Image
 from torchvision import datasets
 from tqdm import tqdm
 
-IDX = [f"{part}-ubyte" for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")]
+IDX = [
+    f"{part}-ubyte"
+    for part in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+]
 ARCHIVES = {train_mnist: [f"{name}.gz" for name in IDX], train_cifar: ["cifar-10-python.tar.gz"]}
 IMAGES = {train_mnist: 200, train_cifar: 100}
 both_scripts = pytest.mark.parametrize("script", [train_mnist, train_cifar])
@@ -87,43 +90,75 @@ def origin(cifar_dir, mnist_dir, monkeypatch):
     """The server from which torchvision downloads in this test what is in these directories."""
     cifar, mnist = datasets.CIFAR10, datasets.MNIST
     files = {path.name: path.read_bytes() for path in cifar_dir.rglob("*") if path.is_file()}
-    files |= {f"{path.name}.gz": gzip.compress(path.read_bytes()) for path in (mnist_dir / "MNIST/raw").iterdir()}
+    files |= {
+        f"{path.name}.gz": gzip.compress(path.read_bytes())
+        for path in (mnist_dir / "MNIST/raw").iterdir()
+    }
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.fault, server.gate, server.events = files, None, threading.Event(), queue.Queue()
+        server.files, server.fault, server.gate, server.events = (
+            files,
+            None,
+            threading.Event(),
+            queue.Queue(),
+        )
         server.gate.set()
         server.handle_error = lambda *_: None  # of a client that was killed
         url = f"http://127.0.0.1:{server.server_port}/"
         monkeypatch.setattr(mnist, "mirrors", [url])
-        monkeypatch.setattr(mnist, "resources", [(name, md5[name]) for name in ARCHIVES[train_mnist]])
+        monkeypatch.setattr(
+            mnist, "resources", [(name, md5[name]) for name in ARCHIVES[train_mnist]]
+        )
         monkeypatch.setattr(cifar, "url", url + cifar.filename)
         monkeypatch.setattr(cifar, "tgz_md5", md5[cifar.filename])
         monkeypatch.setattr(cifar, "meta", {**cifar.meta, "md5": md5["batches.meta"]})
         for part in ("train_list", "test_list"):
-            monkeypatch.setattr(cifar, part, [[name, md5[name]] for name, _ in getattr(cifar, part)])
+            monkeypatch.setattr(
+                cifar, part, [[name, md5[name]] for name, _ in getattr(cifar, part)]
+            )
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
 
 def test_the_files_of_mnist_and_cifar_are_read_as_they_are(origin):
-    for script, theirs, folder in ((train_mnist, datasets.MNIST, "data"), (train_cifar, datasets.CIFAR10, "origin")):
-        for part, count in (("train", IMAGES[script]), ("test", {"data": 50, "origin": 20}[folder])):
-            found, expected = load(script, "--data-dir", folder, part=part), theirs(folder, train=part == "train")
-            assert found.images.dtype == torch.uint8 and found.labels.dtype == torch.int64 and len(found) == count
+    for script, theirs, folder in (
+        (train_mnist, datasets.MNIST, "data"),
+        (train_cifar, datasets.CIFAR10, "origin"),
+    ):
+        for part, count in (
+            ("train", IMAGES[script]),
+            ("test", {"data": 50, "origin": 20}[folder]),
+        ):
+            found, expected = (
+                load(script, "--data-dir", folder, part=part),
+                theirs(folder, train=part == "train"),
+            )
+            assert (
+                found.images.dtype == torch.uint8
+                and found.labels.dtype == torch.int64
+                and len(found) == count
+            )
             assert np.array_equal(found.images.permute(0, 2, 3, 1).squeeze(3), expected.data)
-            assert np.array_equal(found.labels, expected.targets) and found.classes == expected.classes
+            assert (
+                np.array_equal(found.labels, expected.targets) and found.classes == expected.classes
+            )
 
 
 @pytest.mark.parametrize("name", [*IDX, "data_batch_3", "test_batch"])
 def test_damage_is_told_before_the_training(origin, cifar_dir, name):
     origin.fault, mnist = "offline", name in IDX
-    script, folder = (train_mnist, "data/MNIST/raw") if mnist else (train_cifar, "origin/cifar-10-batches-py")
+    script, folder = (
+        (train_mnist, "data/MNIST/raw") if mnist else (train_cifar, "origin/cifar-10-batches-py")
+    )
     path, content = Path(folder, name), Path(folder, name).read_bytes()
     (cifar_dir / ARCHIVES[train_cifar][0]).unlink()
     damaged = [content[:-1], content + b"0", b"", b"<html>", None]
     if name == IDX[1]:
-        damaged += [b"\0\0\x08\x01\0\0\0\x01\0", content[:-1] + b"\x0a"]  # one label alone, a label of 10
+        damaged += [
+            b"\0\0\x08\x01\0\0\0\x01\0",
+            content[:-1] + b"\x0a",
+        ]  # one label alone, a label of 10
     for damage in damaged:
         path.unlink() if damage is None else path.write_bytes(damage)
         with pytest.raises(common.RunError, match=folder):
@@ -134,7 +169,9 @@ def test_damage_is_told_before_the_training(origin, cifar_dir, name):
 @pytest.mark.parametrize("terminal", [True, False])
 @pytest.mark.parametrize("quiet", [["--quiet"], []])
 @both_scripts
-def test_a_download_is_made_once_and_shown_on_a_terminal_only(origin, script, quiet, terminal, monkeypatch, capfd):
+def test_a_download_is_made_once_and_shown_on_a_terminal_only(
+    origin, script, quiet, terminal, monkeypatch, capfd
+):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert len(load(script, "--data-dir", "fresh", *quiet)) == IMAGES[script]
     out, err = capfd.readouterr()
@@ -144,7 +181,9 @@ def test_a_download_is_made_once_and_shown_on_a_terminal_only(origin, script, qu
     assert len(load(script, "--data-dir", "fresh", part="test")) in (50, 20)
     for path in Path("fresh").rglob("*[!z]"):  # all but the archives
         path.is_dir() or path.unlink()
-    assert len(load(script, "--data-dir", "fresh")) == IMAGES[script], "an archive that lies there is used"
+    assert len(load(script, "--data-dir", "fresh")) == IMAGES[script], (
+        "an archive that lies there is used"
+    )
 
 
 @pytest.mark.parametrize("fault", ["cut", "altered", "404", "offline", "killed"])
@@ -153,7 +192,9 @@ def test_what_a_failed_download_leaves_is_never_taken_for_data(origin, script, f
     argv, origin.fault = (script, "--data-dir", "fresh"), fault
     if fault == "killed":
         origin.gate.clear()
-        tqdm.set_lock(threading.RLock())  # its own is shared with forked ones: one that dies could hold it for ever
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own is shared with forked ones: one that dies could hold it for ever
         process = multiprocessing.get_context("fork").Process(target=load, args=argv)
         process.start()
         assert origin.events.get(timeout=100) == ARCHIVES[script][0]
@@ -163,14 +204,18 @@ def test_what_a_failed_download_leaves_is_never_taken_for_data(origin, script, f
     else:
         with pytest.raises(common.RunError) as failure:
             run(*argv, "--quiet")
-        assert all(part in str(failure.value) for part in ("fresh/", "see README", "--dataset synthetic"))
+        assert all(
+            part in str(failure.value) for part in ("fresh/", "see README", "--dataset synthetic")
+        )
     origin.fault = None
     assert len(load(*argv)) == IMAGES[script]
 
 
 def test_a_second_download_waits_for_the_first(origin, monkeypatch):
     flock = fcntl.flock
-    monkeypatch.setattr(fcntl, "flock", lambda *arguments: origin.events.put("lock") or flock(*arguments))
+    monkeypatch.setattr(
+        fcntl, "flock", lambda *arguments: origin.events.put("lock") or flock(*arguments)
+    )
     origin.gate.clear()
     with ThreadPoolExecutor() as pool:
         first = pool.submit(load, train_cifar, "--data-dir", "fresh")
@@ -194,12 +239,21 @@ def pictures(root, counts, level=None):
 def test_a_run_on_a_folder_skips_what_is_no_image_and_names_a_broken_one(capfd):
     pictures("photos", {"red ones": 20, "blåa/deeper": 19})
     Image.new("RGB", (64, 48)).save("photos/blåa/LAST.JPG")
-    for stray in ("Thumbs.db", "red ones/notes.txt", "blåa/.DS_Store", "red ones/.cache/0.png", ".hidden/0.png"):
+    for stray in (
+        "Thumbs.db",
+        "red ones/notes.txt",
+        "blåa/.DS_Store",
+        "red ones/.cache/0.png",
+        ".hidden/0.png",
+    ):
         Path("photos", stray).parent.mkdir(exist_ok=True)
         Path("photos", stray).write_text("no image")
     argv = "--dataset", "photos", "--val-size", 0.2, "--epochs", 1, "--batch-size", 10, "--quiet"
     directory, record, _ = run(train_cifar, *argv)
-    assert record["data"].items() >= {"name": str(Path("photos").absolute()), "train": 29, "val": 7, "test": 4}.items()
+    assert (
+        record["data"].items()
+        >= {"name": str(Path("photos").absolute()), "train": 29, "val": 7, "test": 4}.items()
+    )
     assert common.load_checkpoint(directory / "best.pt")["classes"] == ["blåa", "red ones"]
     for path in Path("photos/red ones").glob("*.png"):
         path.write_bytes(b"\x89PNG and no more")
@@ -210,7 +264,10 @@ def test_a_run_on_a_folder_skips_what_is_no_image_and_names_a_broken_one(capfd):
 
 def test_the_parts_of_a_folder_are_used_and_a_class_may_be_called_train():
     def parts():
-        found = [*load(train_mnist, "--dataset", "p", part="both"), load(train_mnist, "--dataset", "p", part="test")]
+        found = [
+            *load(train_mnist, "--dataset", "p", part="both"),
+            load(train_mnist, "--dataset", "p", part="test"),
+        ]
         return [(len(part), part.images.unique().tolist()) for part in found]
 
     for part, level, count in (("train", 10, 6), ("val", 20, 2), ("test", 30, 3)):
@@ -231,16 +288,24 @@ def test_the_parts_of_a_folder_are_used_and_a_class_may_be_called_train():
 @pytest.mark.parametrize("counts", [{}, {"a": 20}, {"a": 20, "b": 0}, {"a": 4, "b": 5}])
 def test_a_folder_with_too_little_in_it_is_an_error(counts):
     pictures(".", counts)
-    with pytest.raises(common.RunError, match=r"expected at least two classes|9 images are too few"):
+    with pytest.raises(
+        common.RunError, match=r"expected at least two classes|9 images are too few"
+    ):
         load(train_cifar, "--dataset", ".")
 
 
 def test_an_image_of_any_mode_comes_upright_in_its_colours_on_white():
     for mode, colour, expected, options in [
-        ("RGB", (10, 20, 30), [10, 20, 30], {}), ("L", 80, [80] * 3, {}), ("I;16", 80 * 257, [80] * 3, {}),
-        ("1", 1, [255] * 3, {}), ("RGBA", (9, 9, 9, 255), [9] * 3, {}), ("RGBA", (9, 9, 9, 0), [255] * 3, {}),
-        ("LA", (0, 51), [204] * 3, {}), ("P", "red", [255, 0, 0], {}), ("P", 0, [255] * 3, {"transparency": 0}),
-    ]:  # fmt: skip
+        ("RGB", (10, 20, 30), [10, 20, 30], {}),
+        ("L", 80, [80] * 3, {}),
+        ("I;16", 80 * 257, [80] * 3, {}),
+        ("1", 1, [255] * 3, {}),
+        ("RGBA", (9, 9, 9, 255), [9] * 3, {}),
+        ("RGBA", (9, 9, 9, 0), [255] * 3, {}),
+        ("LA", (0, 51), [204] * 3, {}),
+        ("P", "red", [255, 0, 0], {}),
+        ("P", 0, [255] * 3, {"transparency": 0}),
+    ]:
         Image.new(mode, (20, 30), colour).save("a.png", **options)
         image = common.read_image(Path("a.png"), 5, grey=False)
         assert image.dtype == torch.uint8 and image.flatten(1).T.tolist() == [expected] * 25, mode
@@ -249,7 +314,9 @@ def test_an_image_of_any_mode_comes_upright_in_its_colours_on_white():
     exif[0x0112] = 6  # to be turned clockwise
     photo.save("plain.png")
     photo.rotate(90).save("turned.png", exif=exif)
-    assert torch.equal(*(common.read_image(Path(name), 16, grey=True) for name in ("plain.png", "turned.png")))
+    assert torch.equal(
+        *(common.read_image(Path(name), 16, grey=True) for name in ("plain.png", "turned.png"))
+    )
 
 
 def test_the_parts_are_stratified_apart_and_drawn_with_the_seed_what_is_left_over_by_lot():
@@ -264,27 +331,44 @@ def test_the_parts_are_stratified_apart_and_drawn_with_the_seed_what_is_left_ove
         train, val = load(*argv, "--seed", seed, part="both")
         labels = torch.cat([train.labels, val.labels, test.labels])
         parts = [images.images[:, 0, 0, 0] for images in (train, val, test)]
-        assert torch.equal(torch.cat(parts).sort().values, torch.arange(100)) and [*map(len, parts)] == [81, 9, 10]
+        assert torch.equal(torch.cat(parts).sort().values, torch.arange(100)) and [
+            *map(len, parts)
+        ] == [81, 9, 10]
         assert torch.equal(labels, (torch.cat(parts) // 5).clamp(max=10))
         assert fair(test.labels, labels) and fair(val.labels, labels[:90])
         draws.add(tuple(parts[1].tolist()))
         lots.add(tuple(val.labels.tolist()))
-    assert len(draws) == 8 and len(lots) > 1 and test.labels.tolist()[:5] not in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+    assert (
+        len(draws) == 8
+        and len(lots) > 1
+        and test.labels.tolist()[:5] not in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
+    )
     limited, same_val = load(*argv, "--seed", 7, "--limit-train", 40, part="both")
-    assert len(limited) == 40 and fair(limited.labels, train.labels) and torch.equal(same_val.images, val.images)
+    assert (
+        len(limited) == 40
+        and fair(limited.labels, train.labels)
+        and torch.equal(same_val.images, val.images)
+    )
     assert set(limited.images[:, 0, 0, 0].tolist()) < set(parts[0].tolist())
-    for flag, value, message in (("--limit-train", 82, "only 81"), ("--val-size", 0.001, "leaves none for validation")):
+    for flag, value, message in (
+        ("--limit-train", 82, "only 81"),
+        ("--val-size", 0.001, "leaves none for validation"),
+    ):
         with pytest.raises(common.RunError, match=message):
             load(*argv, flag, value, part="both")
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux counts memory so")
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="only Linux counts memory so"
+)
 def test_a_folder_takes_twice_its_pixels_while_it_is_loaded_and_once_after():
     def memory(kind):
         return 1024 * int(re.search(rf"{kind}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
 
     pictures("large", {"a": 150, "b": 150})
-    load(train_cifar, "--dataset", "large", "--image-size", 8, part="both")  # what this imports does not count
+    load(
+        train_cifar, "--dataset", "large", "--image-size", 8, part="both"
+    )  # what this imports does not count
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     before = memory("VmRSS")
@@ -292,21 +376,31 @@ def test_a_folder_takes_twice_its_pixels_while_it_is_loaded_and_once_after():
     train, val = load(train_cifar, "--dataset", "large", "--image-size", 640, part="both")
     size = train.images.nbytes + val.images.nbytes
     assert size == 270 * 3 * 640**2 and memory("VmHWM") - before < 2.6 * size
-    tensors = [each for each in gc.get_objects() if type(each) is torch.Tensor and each.dtype == torch.uint8]
-    storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
+    tensors = [
+        each
+        for each in gc.get_objects()
+        if type(each) is torch.Tensor and each.dtype == torch.uint8
+    ]
+    storages = {
+        each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors
+    }
     assert sum(storages.values()) < 1.1 * size
 
 
 def test_a_folder_that_does_not_fit_the_memory_is_refused_before_it_is_read(monkeypatch):
     def load_with(free, side):
-        monkeypatch.setattr(Path, "read_text", lambda path: f"MemTotal: 9 kB\nMemAvailable: {free} kB")
+        monkeypatch.setattr(
+            Path, "read_text", lambda path: f"MemTotal: 9 kB\nMemAvailable: {free} kB"
+        )
         return load(train_cifar, "--dataset", "small", "--image-size", side)
 
     pictures("small", {"a": 5, "b": 5})
     assert len(load_with(6, 10)) == 9, "twice 9 images of 300 bytes"
     monkeypatch.setattr(Image, "open", None)
     for free, side in ((5, 10), (100_000_000, 50_000)):
-        with pytest.raises(common.RunError, match=f"9 images of {side}x{side} pixels .* --image-size"):
+        with pytest.raises(
+            common.RunError, match=f"9 images of {side}x{side} pixels .* --image-size"
+        ):
             load_with(free, side)
 
 
@@ -320,7 +414,17 @@ def test_the_checksum_is_of_every_pixel_and_label_in_any_layout():
 
 
 def test_normalize_dataset_takes_mean_and_std_of_the_training_part(few_images):
-    argv = ("--dataset", "synthetic", "--normalize", "dataset", "--model", "cnn", "--epochs", 1, "--quiet")
+    argv = (
+        "--dataset",
+        "synthetic",
+        "--normalize",
+        "dataset",
+        "--model",
+        "cnn",
+        "--epochs",
+        1,
+        "--quiet",
+    )
     directory, *_ = run(train_cifar, *argv)
     values = load(train_cifar, *argv, part="both")[0].images.double() / 255
     best = common.load_checkpoint(directory / "best.pt")
@@ -331,9 +435,18 @@ def test_normalize_dataset_takes_mean_and_std_of_the_training_part(few_images):
 @pytest.mark.parametrize("draw", [train_mnist.synthetic_digits, train_cifar.synthetic_shapes])
 def test_synthetic_images_follow_from_the_seed_and_have_to_be_learnt(draw):
     train, test = draw(3000, seed=0), draw(1000, seed=1)
-    assert torch.equal(train.images, draw(3000, seed=0).images) and not torch.equal(train.images[:1000], test.images)
+    assert torch.equal(train.images, draw(3000, seed=0).images) and not torch.equal(
+        train.images[:1000], test.images
+    )
     assert torch.bincount(train.labels).min() > 200 and len(train.classes) == 10
-    assert train.images.float().std((1, 2, 3)).min() > 2 and len(train.images.flatten(1).unique(dim=0)) == 3000
-    means = torch.stack([train.images[train.labels == c].float().mean(0) for c in range(10)]).flatten(1)
+    assert (
+        train.images.float().std((1, 2, 3)).min() > 2
+        and len(train.images.flatten(1).unique(dim=0)) == 3000
+    )
+    means = torch.stack(
+        [train.images[train.labels == c].float().mean(0) for c in range(10)]
+    ).flatten(1)
     nearest = torch.cdist(test.images.float().flatten(1), means).argmin(1)
-    assert (nearest == test.labels).float().mean() < 0.67, "the nearest mean, which needs no learning"
+    assert (nearest == test.labels).float().mean() < 0.67, (
+        "the nearest mean, which needs no learning"
+    )

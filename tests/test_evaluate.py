@@ -26,14 +26,25 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image
 
-PICTURES = {"curves", "per_class", "confusion", "predictions", "mistakes", "calibration", "filters", "activations"}
+PICTURES = {
+    "curves",
+    "per_class",
+    "confusion",
+    "predictions",
+    "mistakes",
+    "calibration",
+    "filters",
+    "activations",
+}
 
 FILES = {"metrics.json", "predictions.pt", "report.html", *(f"{name}.png" for name in PICTURES)}
 
 
 def digits(train):
     drawn = train_mnist.synthetic_digits(600 if train else 170, int(train))
-    return drawn if train else drawn.select((drawn.labels != 9).nonzero().flatten()[:150])  # no nines in the test
+    return (
+        drawn if train else drawn.select((drawn.labels != 9).nonzero().flatten()[:150])
+    )  # no nines in the test
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +85,9 @@ def show(directory, *argv):
     files = {path.stem: path.read_bytes() for path in directory.glob("*.png")}
     axes = {name: drawn[content].axes for name, content in files.items()}
     titles = {name: drawn[content].get_suptitle() for name, content in files.items()}
-    return SimpleNamespace(result=result, out=out.getvalue(), err=error.getvalue(), axes=axes, titles=titles)
+    return SimpleNamespace(
+        result=result, out=out.getvalue(), err=error.getvalue(), axes=axes, titles=titles
+    )
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +98,9 @@ def shown(runs):
 @pytest.fixture(scope="module")
 def hundred(runs):
     shown = show(runs / "hundred", runs / "hundred", "--image", "7")
-    shown.images = torch.stack([common.read_image(file, 16, False) for file in sorted(runs.glob("images/test/*/*"))])
+    shown.images = torch.stack(
+        [common.read_image(file, 16, False) for file in sorted(runs.glob("images/test/*/*"))]
+    )
     shown.classes = [path.name for path in sorted(runs.glob("images/test/*"))]
     return shown
 
@@ -101,7 +116,9 @@ def copy(runs, tmp_path):
 
     def make(name="copy", **changes):
         record, made = common.read_record(runs / "digits"), shutil.ignore_patterns(*FILES)
-        directory = shutil.copytree(runs / "digits", tmp_path / "runs" / name, ignore=made, dirs_exist_ok=True)
+        directory = shutil.copytree(
+            runs / "digits", tmp_path / "runs" / name, ignore=made, dirs_exist_ok=True
+        )
         record["args"] = {key: changes.get(key, value) for key, value in record["args"].items()}
         common.write_json(directory / "run.json", {**record, **changes})
         return directory
@@ -123,7 +140,11 @@ def logits_of(directory, images):
 def expected(runs):
     """The test images of `digits`, their classes, and the confidences and classes that are predicted."""
     images = digits(False)
-    return images.images, images.labels, *logits_of(runs / "digits", images.images).softmax(1).max(1)
+    return (
+        images.images,
+        images.labels,
+        *logits_of(runs / "digits", images.images).softmax(1).max(1),
+    )
 
 
 def wilson(correct, count):
@@ -133,31 +154,51 @@ def wilson(correct, count):
 
 
 def test_the_figures_are_those_of_run_json_to_the_bit(runs, shown, hundred, undrawn, copy, capsys):
-    metrics, tta, test = shown.result, shown.result["tta"], common.read_record(runs / "digits")["test"]
+    metrics, tta, test = (
+        shown.result,
+        shown.result["tta"],
+        common.read_record(runs / "digits")["test"],
+    )
     assert {"loss": tta["loss"], "acc": tta["accuracy"]} == test and tta["loss"] != metrics["loss"]
     words = " ".join(shown.out.split())
     assert f"accuracy with test-time augmentation, mirror+shift {tta['accuracy']:.2%}" in words
     assert f"loss with test-time augmentation, mirror+shift {tta['loss']:.4f}" in words
     bf16, record = hundred.result, common.read_record(runs / "hundred")
     assert {"loss": bf16["loss"], "acc": bf16["accuracy"]} == record["test"] and "tta" not in bf16
-    assert evaluate.main([str(runs / "digits"), "--tta=mirror", "--out=out", "--json"])["tta"]["views"] == "mirror"
+    assert (
+        evaluate.main([str(runs / "digits"), "--tta=mirror", "--out=out", "--json"])["tta"]["views"]
+        == "mirror"
+    )
     printed = json.loads(capsys.readouterr().out)
-    assert printed.pop("tta")["loss"] != tta["loss"] and printed == {k: v for k, v in metrics.items() if k != "tta"}
+    assert printed.pop("tta")["loss"] != tta["loss"] and printed == {
+        k: v for k, v in metrics.items() if k != "tta"
+    }
     # fp16 needs a GPU; the number of threads is the run's.
     evaluate.main([str(copy(precision="fp16", threads=2)), "--device", "cpu", "--csv"])
     printed = capsys.readouterr()
     assert "computed in fp32" in printed.err and torch.get_num_threads() == 2
     rows = list(csv.DictReader(io.StringIO(printed.out)))
-    assert [float(row["precision"]) for row in rows] == [row["precision"] for row in metrics["classes"]]
+    assert [float(row["precision"]) for row in rows] == [
+        row["precision"] for row in metrics["classes"]
+    ]
 
 
 def test_views_of_an_unsure_image_are_averaged(runs, shown):
     images = digits(False)
     padded = F.pad(images.images.float(), (1, 1, 1, 1), "reflect")
     whole, up, down = (padded[..., start : start + 28, start : start + 28] for start in (1, 2, 0))
-    views = {whole: 0.25, whole.flip(3): 0.25, up: 0.125, up.flip(3): 0.125, down: 0.125, down.flip(3): 0.125}
+    views = {
+        whole: 0.25,
+        whole.flip(3): 0.25,
+        up: 0.125,
+        up.flip(3): 0.125,
+        down: 0.125,
+        down.flip(3): 0.125,
+    }
     temperature = common.load_checkpoint(runs / "digits" / "best.pt")["temperature"]
-    averaged = sum(weight * logits_of(runs / "digits", view) * temperature for view, weight in views.items())
+    averaged = sum(
+        weight * logits_of(runs / "digits", view) * temperature for view, weight in views.items()
+    )
     plain = logits_of(runs / "digits", whole) * temperature
     unsure = plain.softmax(1).amax(1) <= 0.75
     assert 0 < unsure.sum() < len(unsure)
@@ -168,11 +209,23 @@ def test_views_of_an_unsure_image_are_averaged(runs, shown):
 def test_other_splits_lie_in_a_directory_of_their_own(undrawn, copy, capsys):
     run = copy()
     record, files = common.read_record(run), set(run.iterdir())
-    val, train = (evaluate.main([str(run), "--quiet", "--split", split]) for split in ("val", "train"))
-    assert capsys.readouterr().out == "" and set(run.iterdir()) == {*files, run / "val", run / "train"}
+    val, train = (
+        evaluate.main([str(run), "--quiet", "--split", split]) for split in ("val", "train")
+    )
+    assert capsys.readouterr().out == "" and set(run.iterdir()) == {
+        *files,
+        run / "val",
+        run / "train",
+    }
     assert {path.name for path in (run / "val").iterdir()} == FILES
-    assert (val["images"], train["images"]) == (record["data"]["val"], record["data"]["train"]) == (60, 540)
-    assert val["accuracy"] == record["best"]["val_acc"] and val == common.read_json(run / "val" / "metrics.json")
+    assert (
+        (val["images"], train["images"])
+        == (record["data"]["val"], record["data"]["train"])
+        == (60, 540)
+    )
+    assert val["accuracy"] == record["best"]["val_acc"] and val == common.read_json(
+        run / "val" / "metrics.json"
+    )
 
 
 @pytest.mark.developers
@@ -184,20 +237,40 @@ def test_metrics_agree_with_scikit_learn_and_the_screen_with_them(runs, shown, h
     for key, values in zip(("precision", "recall", "f1", "support"), figures, strict=True):
         assert [row[key] for row in metrics["classes"]] == pytest.approx(values.tolist())
     for key in ("macro", "weighted"):
-        assert metrics[f"{key}_f1"] == pytest.approx(sklearn.f1_score(labels, predicted, average=key, **everything))
-    assert metrics["confusion_matrix"] == sklearn.confusion_matrix(labels, predicted, labels=range(10)).tolist()
+        assert metrics[f"{key}_f1"] == pytest.approx(
+            sklearn.f1_score(labels, predicted, average=key, **everything)
+        )
+    assert (
+        metrics["confusion_matrix"]
+        == sklearn.confusion_matrix(labels, predicted, labels=range(10)).tolist()
+    )
     assert metrics["accuracy"] == (predicted == labels).sum().item() / 150
     assert metrics["accuracy_interval"] == pytest.approx(wilson(metrics["accuracy"] * 150, 150))
-    top5 = logits_of(runs / "hundred", hundred.images).topk(5).indices == torch.arange(200)[:, None] // 2
-    assert hundred.result["top5_accuracy"] == pytest.approx(top5.sum().item() / 200, abs=0.02)  # bf16
+    top5 = (
+        logits_of(runs / "hundred", hundred.images).topk(5).indices
+        == torch.arange(200)[:, None] // 2
+    )
+    assert hundred.result["top5_accuracy"] == pytest.approx(
+        top5.sum().item() / 200, abs=0.02
+    )  # bf16
     lines = [line.split() for line in shown.out.splitlines()]
     interval = "{:.2%} to {:.2%}".format(*metrics["accuracy_interval"])
     assert ["accuracy", f"{metrics['accuracy']:.2%}", *interval.split()] in lines
-    assert ["loss", f"{metrics['loss']:.4f}"] in lines and ["macro", "F1", f"{metrics['macro_f1']:.4f}"] in lines
+    assert ["loss", f"{metrics['loss']:.4f}"] in lines and [
+        "macro",
+        "F1",
+        f"{metrics['macro_f1']:.4f}",
+    ] in lines
     start = lines.index(["class", "images", "accuracy", "=", "recall", "precision", "F1"]) + 1
     for row, line in zip(metrics["classes"], lines[start : start + 10], strict=True):
         precision = f"{row['precision']:.2%}" if row["predicted"] else "-"
-        assert line == [row["name"], str(row["support"]), f"{row['recall']:.2%}", precision, f"{row['f1']:.4f}"]
+        assert line == [
+            row["name"],
+            str(row["support"]),
+            f"{row['recall']:.2%}",
+            precision,
+            f"{row['f1']:.4f}",
+        ]
     matrix = np.array(metrics["confusion_matrix"])
     actual, guess, images = map(int, lines[start + 12][:3])
     assert images == matrix[actual, guess] == (matrix * (1 - np.eye(10))).max()
@@ -214,14 +287,26 @@ def test_calibration_is_shown_with_and_without_the_temperature(runs, shown, expe
         gaps = []  # of fifteen bins, each open below and closed above
         for index, one in enumerate(metrics[f"calibration{name}"]):
             inside = (confidences > index / 15) & (confidences <= (index + 1) / 15)
-            assert (one["low"], one["high"], one["images"]) == (index / 15, (index + 1) / 15, inside.sum())
-            means = confidences[inside].mean().item(), (predicted == labels)[inside].float().mean().item()
-            assert (one["confidence"], one["accuracy"]) == (pytest.approx(means) if one["images"] else (None, None))
+            assert (one["low"], one["high"], one["images"]) == (
+                index / 15,
+                (index + 1) / 15,
+                inside.sum(),
+            )
+            means = (
+                confidences[inside].mean().item(),
+                (predicted == labels)[inside].float().mean().item(),
+            )
+            assert (one["confidence"], one["accuracy"]) == (
+                pytest.approx(means) if one["images"] else (None, None)
+            )
             gaps.append(one["images"] / 150 * abs(means[0] - means[1]))
         errors.append(metrics[f"expected_calibration_error{name}"])
         assert len(gaps) == 15 and errors[-1] == pytest.approx(np.nansum(gaps))
     words = " ".join(shown.out.split())
-    assert f"calibration error {errors[0]:.2%} ... before the temperature {temperature:.3f} {errors[1]:.2%}" in words
+    assert (
+        f"calibration error {errors[0]:.2%} ... before the temperature {temperature:.3f} {errors[1]:.2%}"
+        in words
+    )
     assert shown.axes["calibration"][0].get_title() == (
         f"expected calibration error {errors[0]:.2%} (before: {errors[1]:.2%})"
     )
@@ -231,7 +316,10 @@ def test_curves_confusion_classes_and_calibration_are_drawn_from_the_figures(run
     metrics, best = shown.result, common.read_record(runs / "digits")["best"]
     rows = common.read_log(runs / "digits")
     for axis, name in zip(shown.axes["curves"], ("loss", "acc"), strict=True):
-        lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines}
+        lines = {
+            line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+            for line in axis.lines
+        }
         assert lines["training"] == ([1, 2, 3], [row[f"train_{name}"] for row in rows])
         assert lines["validation split"] == ([1, 2, 3], [row[f"val_{name}"] for row in rows])
         assert lines[f"best: {best['epoch']}"] == ([best["epoch"]], [best[f"val_{name}"]])
@@ -242,17 +330,31 @@ def test_curves_confusion_classes_and_calibration_are_drawn_from_the_figures(run
     for axis, along in ((recall, 1), (precision, 0)):
         percent = 100 * matrix / np.maximum(matrix.sum(along, keepdims=True), 1)
         np.testing.assert_allclose(axis.images[0].get_array().filled(0), percent, rtol=1e-5)
-    assert {text.get_position(): text.get_text() for text in counts.texts}[(1, 0)] == str(matrix[0, 1])
+    assert {text.get_position(): text.get_text() for text in counts.texts}[(1, 0)] == str(
+        matrix[0, 1]
+    )
     (axis,) = shown.axes["per_class"]
-    seen = sorted((row for row in metrics["classes"] if row["support"]), key=lambda row: row["recall"])
-    assert [bar.get_width() for bar in axis.patches] == pytest.approx([row["recall"] for row in seen])
-    assert [label.get_text().split()[0] for label in axis.get_yticklabels()] == [row["name"] for row in seen]
+    seen = sorted(
+        (row for row in metrics["classes"] if row["support"]), key=lambda row: row["recall"]
+    )
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx(
+        [row["recall"] for row in seen]
+    )
+    assert [label.get_text().split()[0] for label in axis.get_yticklabels()] == [
+        row["name"] for row in seen
+    ]
     for row, segment in zip(seen, axis.collections[0].get_segments(), strict=True):
-        assert segment[:, 0] == pytest.approx(wilson(row["recall"] * row["support"], row["support"]), abs=1e-5)
+        assert segment[:, 0] == pytest.approx(
+            wilson(row["recall"] * row["support"], row["support"]), abs=1e-5
+        )
     bins = [one for one in metrics["calibration"] if one["images"]]
     for axis, key in zip(shown.axes["calibration"], ("accuracy", "images"), strict=True):
-        assert [bar.get_xy()[0] for bar in axis.patches] == pytest.approx([one["low"] for one in bins])
-        assert [bar.get_height() for bar in axis.patches] == pytest.approx([one[key] for one in bins])
+        assert [bar.get_xy()[0] for bar in axis.patches] == pytest.approx(
+            [one["low"] for one in bins]
+        )
+        assert [bar.get_height() for bar in axis.patches] == pytest.approx(
+            [one[key] for one in bins]
+        )
 
 
 def test_mistakes_and_predictions_show_the_images_with_their_classes(shown, expected):
@@ -262,13 +364,20 @@ def test_mistakes_and_predictions_show_the_images_with_their_classes(shown, expe
     worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40].tolist()
     (mistakes,), (predictions,) = shown.axes["mistakes"], shown.axes["predictions"]
     for drawn, text, index in zip(mistakes.images, mistakes.texts, worst, strict=True):
-        assert text.get_text() == f"{labels[index]}, taken for\n{predicted[index]} ({confidence[index]:.0%})"
+        assert (
+            text.get_text()
+            == f"{labels[index]}, taken for\n{predicted[index]} ({confidence[index]:.0%})"
+        )
         assert (drawn.get_array() == images[index, 0].numpy()).all()
     sample = []
     for drawn, text in zip(predictions.images, predictions.texts, strict=True):
-        sample += [index for index in range(150) if (images[index, 0].numpy() == drawn.get_array()).all()]
+        sample += [
+            index for index in range(150) if (images[index, 0].numpy() == drawn.get_array()).all()
+        ]
         right = labels[sample[-1]] == predicted[sample[-1]]
-        assert text.get_text().startswith(f"{labels[sample[-1]]}" + ("\n" if right else ", taken for\n"))
+        assert text.get_text().startswith(
+            f"{labels[sample[-1]]}" + ("\n" if right else ", taken for\n")
+        )
     assert len(set(sample)) == 40 and not set(sample).issubset(wrong.tolist())
 
 
@@ -278,10 +387,18 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.tables, self.images, self.texts, self.content = [], [], [], [], path.read_text()
+        self.open, self.tables, self.images, self.texts, self.content = (
+            [],
+            [],
+            [],
+            [],
+            path.read_text(),
+        )
         self.feed(self.content)
         self.close()
-        assert self.open == [] and not any(word in self.content for word in ("http:", "https:", "//cdn", "@import"))
+        assert self.open == [] and not any(
+            word in self.content for word in ("http:", "https:", "//cdn", "@import")
+        )
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
@@ -316,7 +433,10 @@ def test_the_report_is_one_page_with_the_tables_and_pictures(runs, shown, hundre
     assert page.texts == ["digits, epoch {epoch}: 150 test images of synthetic".format(**metrics)]
     about, results, classes, _, settings = page.tables
     assert " ".join(about[1]).startswith("command python train_mnist.py --epochs 3")
-    assert ["--label-smoothing", "0.1"] in settings and ["accuracy", f"{metrics['accuracy']:.2%}"] == results[1][:2]
+    assert ["--label-smoothing", "0.1"] in settings and [
+        "accuracy",
+        f"{metrics['accuracy']:.2%}",
+    ] == results[1][:2]
     assert [row[2] for row in classes[1:]] == [f"{row['recall']:.2%}" for row in metrics["classes"]]
     # The mistakes are images of their own, with the classes beside them; then the pictures, without their mosaic.
     images, labels, confidence, predicted = expected
@@ -325,8 +445,13 @@ def test_the_report_is_one_page_with_the_tables_and_pictures(runs, shown, hundre
     for (png, text), index in zip(page.images[:40], worst, strict=True):
         assert (np.asarray(Image.open(io.BytesIO(png))) == images[index, 0].numpy()).all()
         assert text == f"{labels[index]}, taken for\n{predicted[index]} ({confidence[index]:.0%})"
-    pictures = [(runs / "digits" / f"{text.replace(' ', '_')}.png").read_bytes() for _, text in page.images[40:]]
-    assert pictures == [png for png, _ in page.images[40:]] and len(pictures) == len(PICTURES - {"mistakes"})
+    pictures = [
+        (runs / "digits" / f"{text.replace(' ', '_')}.png").read_bytes()
+        for _, text in page.images[40:]
+    ]
+    assert pictures == [png for png, _ in page.images[40:]] and len(pictures) == len(
+        PICTURES - {"mistakes"}
+    )
     for png, _ in Page(runs / "hundred" / "report.html").images:
         Image.open(io.BytesIO(png)).verify()
 
@@ -334,7 +459,9 @@ def test_the_report_is_one_page_with_the_tables_and_pictures(runs, shown, hundre
 def test_text_in_a_report_is_escaped(tmp_path):
     tag = "<script>alert(1)</script>"
     table = "table", tag, "<>", ["<i>", "n"], [["<b>&\udcff", "1"]]
-    evaluate.write_report(tmp_path / "new" / "report.html", tag, [("heading", tag), ("text", tag), table])
+    evaluate.write_report(
+        tmp_path / "new" / "report.html", tag, [("heading", tag), ("text", tag), table]
+    )
     page = Page(tmp_path / "new" / "report.html")
     assert page.tables == [[["<i>", "n"], ["<b>&?", "1"]]] and page.texts == [tag, tag]
     assert page.content.count("<script>") == 1
@@ -356,26 +483,46 @@ document.body.textContent = JSON.stringify({seen, loaded, wide});
 
 
 def test_a_browser_shows_the_report_and_sorts_its_tables(runs, shown, tmp_path):
-    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    browser = next(
+        filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+    )
     if not browser:
         pytest.skip("no chromium on this machine: apt-get install chromium")
     png = (runs / "digits" / "curves.png").read_bytes()
     rows = [["b", "9.5%", "1,000"], ["class 10", "100.0%", "-"], ["class 9", "-1%", "999"]]
     table = "table", "", "<>>", ["a long name " * 9, "share", "count"], rows
-    evaluate.write_report(tmp_path / "page.html", "page", [table, ("picture", png, "c"), ("images", [(png, "d")])])
+    evaluate.write_report(
+        tmp_path / "page.html", "page", [table, ("picture", png, "c"), ("images", [(png, "d")])]
+    )
     html = (tmp_path / "page.html").read_text()
     (tmp_path / "page.html").write_text(html.replace("</body>", f"{PROBE}</body>"))
 
     def opened(path):
-        command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--window-size=500,900", "--dump-dom"]
-        command += [f"--user-data-dir={tmp_path}/profile", "--enable-logging=stderr", "--virtual-time-budget=5000"]
-        shown = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=100)
+        command = [
+            browser,
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--window-size=500,900",
+            "--dump-dom",
+        ]
+        command += [
+            f"--user-data-dir={tmp_path}/profile",
+            "--enable-logging=stderr",
+            "--virtual-time-budget=5000",
+        ]
+        shown = subprocess.run(
+            [*command, path.as_uri()], capture_output=True, text=True, timeout=100
+        )
         assert shown.returncode == 0 and "CONSOLE" not in shown.stderr
         return shown.stdout
 
     told = json.loads(re.search(r"<body>(.*)</body>", opened(tmp_path / "page.html"), re.DOTALL)[1])
     assert told["loaded"] and all(told["loaded"]) and not told["wide"]
-    order = [[{"b": 0, "class 10": 1, "class 9": 2}[row.split("\t")[0]] for row in rows] for _, rows in told["seen"]]
+    order = [
+        [{"b": 0, "class 10": 1, "class 9": 2}[row.split("\t")[0]] for row in rows]
+        for _, rows in told["seen"]
+    ]
     # A name by its number, then a missing value last in both directions.
     assert order == [[0, 2, 1], [1, 2, 0], [2, 0, 1], [1, 0, 2], [2, 0, 1], [0, 2, 1]]
     assert [sort for sort, _ in told["seen"]] == ["ascending", "descending"] * 3
@@ -393,19 +540,30 @@ def test_suspects_are_the_images_whose_class_is_least_likely(runs, hundred, expe
     assert [row["file"] for row in rows] == [str(files[index]) for index in order]
     names, (axis,) = hundred.classes, hundred.axes["suspects"]
     for row, index, drawn in zip(rows, order, axis.images, strict=True):
-        assert row["class"] == names[labels[index]] and row["predicted"] == names[kept["predicted"][index]]
+        assert (
+            row["class"] == names[labels[index]]
+            and row["predicted"] == names[kept["predicted"][index]]
+        )
         assert float(row["probability"]) == pytest.approx(given[index])
         assert float(row["predicted_probability"]) >= float(row["probability"])
         assert (drawn.get_array() == hundred.images[index].permute(1, 2, 0).numpy()).all()
     assert f"({given[order[0]]:.1%})\n" in axis.texts[0].get_text()
     page = Page(runs / "hundred" / "report.html")
-    assert [text.splitlines()[2] for _, text in page.images[40:60]] == [files[index].name for index in order]
+    assert [text.splitlines()[2] for _, text in page.images[40:60]] == [
+        files[index].name for index in order
+    ]
     assert "20 images, given class least likely\n" in hundred.out
     # The validation images are some of those in images/train; of training images it says that they were seen.
     val = show(tmp_path / "val", runs / "hundred", "--split", "val", "--out", tmp_path / "val")
-    train = show(tmp_path / "train", runs / "hundred", "--split", "train", "--out", tmp_path / "train")
+    train = show(
+        tmp_path / "train", runs / "hundred", "--split", "train", "--out", tmp_path / "train"
+    )
     told = "the model was trained on these labels"
-    assert told in train.out and told in train.titles["suspects"] and told not in val.out + val.titles["suspects"]
+    assert (
+        told in train.out
+        and told in train.titles["suspects"]
+        and told not in val.out + val.titles["suspects"]
+    )
     found = []
     for split in ("val", "train"):
         content = (tmp_path / split / "suspects.csv").read_bytes().decode(errors="replace")
@@ -417,30 +575,50 @@ def test_suspects_are_the_images_whose_class_is_least_likely(runs, hundred, expe
 def test_filters_and_feature_maps_are_those_of_the_layer(runs, shown, hundred, tmp_path):
     weights = common.load_checkpoint(runs / "hundred" / "best.pt")["weights"]
     first, images = weights["conv1.weight"], hundred.images
-    assert hundred.err == "" and set(hundred.axes) == {*PICTURES, "suspects"} and "conv1" in hundred.titles["filters"]
+    assert (
+        hundred.err == ""
+        and set(hundred.axes) == {*PICTURES, "suspects"}
+        and "conv1" in hundred.titles["filters"]
+    )
     sheet = hundred.axes["filters"][0].images[0].get_array()
-    assert np.allclose(sheet[1:4, 5:8], (first[1] / (2 * first.abs().max()) + 0.5).permute(1, 2, 0), atol=1e-6)
+    assert np.allclose(
+        sheet[1:4, 5:8], (first[1] / (2 * first.abs().max()) + 0.5).permute(1, 2, 0), atol=1e-6
+    )
     assert "conv1, 4 feature maps of image 7: class 03 $x$" in hundred.titles["activations"]
     image, maps, _ = hundred.axes["activations"]
     assert (image.images[0].get_array() == images[7].permute(1, 2, 0).numpy()).all()
     # Caught before the ReLU in place that follows.
-    outputs = torch.nn.functional.conv2d((images[[7]] / 255 - 0.5) / 0.5, first, weights["conv1.bias"])[0]
+    outputs = torch.nn.functional.conv2d(
+        (images[[7]] / 255 - 0.5) / 0.5, first, weights["conv1.bias"]
+    )[0]
     assert np.allclose(maps.images[0].get_array()[1:15, 16:30], outputs[1], atol=0.02)
-    assert maps.images[0].get_array().min() == pytest.approx(outputs.min().item(), abs=0.02) and outputs.min() < -0.1
+    assert (
+        maps.images[0].get_array().min() == pytest.approx(outputs.min().item(), abs=0.02)
+        and outputs.min() < -0.1
+    )
     second = common.load_checkpoint(runs / "digits" / "best.pt")["weights"]["conv2.weight"]
-    assert np.allclose(shown.axes["filters"][0].images[0].get_array()[1:4, 1:4], second[0, 3], atol=1e-6)
+    assert np.allclose(
+        shown.axes["filters"][0].images[0].get_array()[1:4, 1:4], second[0, 3], atol=1e-6
+    )
     assert "conv2" in shown.titles["filters"] and "conv2" in shown.titles["activations"]
     argv = [str(runs / "digits"), "--layer", "conv2", "--out", str(tmp_path)]
     sheet = show(tmp_path, *argv, "--all-kernels").axes["filters"][0].images[0].get_array()
     assert sheet.shape[:2] == (33, 17) and np.allclose(sheet[5:8, 9:12], second[1, 2], atol=1e-6)
-    for flag, message in (("--layer=3", "are conv1, conv2$"), ("--channel=4", "has 4"), ("--image=150", "150 images")):
+    for flag, message in (
+        ("--layer=3", "are conv1, conv2$"),
+        ("--channel=4", "has 4"),
+        ("--image=150", "150 images"),
+    ):
         with pytest.raises(common.UsageError, match=message):
             evaluate.main([*argv, flag])
 
 
 def test_a_comparison_ranks_the_runs_of_each_dataset(runs, copy, tmp_path, monkeypatch):
     monkeypatch.setattr(common, "load_images", None)  # it reads no images
-    data, best = common.read_record(runs / "digits")["data"], {"epoch": 1, "val_loss": 0.2, "val_acc": 0.8}
+    data, best = (
+        common.read_record(runs / "digits")["data"],
+        {"epoch": 1, "val_loss": 0.2, "val_acc": 0.8},
+    )
     data["name"] = "other"
     made = [
         copy("smooth", label_smoothing=0.2, best={**best, "val_loss": 1.9}, test={"acc": 0.7654}),
@@ -451,15 +629,33 @@ def test_a_comparison_ranks_the_runs_of_each_dataset(runs, copy, tmp_path, monke
     ]
     shown = show(tmp_path / "out", *made, "--out", tmp_path / "out")
     lines = [line.replace("(train_mnist) ", "").split() for line in shown.out.splitlines()]
-    assert [line[0].split("/")[-1] for line in lines[1:6]] == ["better", "worse", "smooth", "plain", "failed"]
-    assert lines[1][5:7] == ["0.2000*", "80.00%"] and lines[3][5:8] == ["1.9000", "80.00%", "76.54%"]
+    assert [line[0].split("/")[-1] for line in lines[1:6]] == [
+        "better",
+        "worse",
+        "smooth",
+        "plain",
+        "failed",
+    ]
+    assert lines[1][5:7] == ["0.2000*", "80.00%"] and lines[3][5:8] == [
+        "1.9000",
+        "80.00%",
+        "76.54%",
+    ]
     assert lines[5][5:8] == ["-", "-", "-"] and "* measured on the test set" in shown.out
-    assert "\nsynthetic (train_mnist): the runs differ in --label-smoothing" in shown.out and "other: " not in shown.out
+    assert (
+        "\nsynthetic (train_mnist): the runs differ in --label-smoothing" in shown.out
+        and "other: " not in shown.out
+    )
     page = Page(tmp_path / "out" / "compare.html")
     assert [row[5] for row in page.tables[0][1:]] == ["0.2000*", "0.3000", "1.9000", "0.2000", "-"]
-    assert len(page.texts) == 5 and page.images[0][0] == (tmp_path / "out" / "compare.png").read_bytes()
+    assert (
+        len(page.texts) == 5
+        and page.images[0][0] == (tmp_path / "out" / "compare.png").read_bytes()
+    )
     for axis, name in zip(shown.axes["compare"], ("loss", "acc") * 2, strict=True):
-        assert list(axis.lines[0].get_ydata()) == [row[f"val_{name}"] for row in common.read_log(runs / "digits")]
+        assert list(axis.lines[0].get_ydata()) == [
+            row[f"val_{name}"] for row in common.read_log(runs / "digits")
+        ]
     assert [len(axis.lines) for axis in shown.axes["compare"]] == [2, 2, 3, 3]
 
 
@@ -483,36 +679,70 @@ def test_runs_on_the_same_images_are_compared_image_by_image(copy, undrawn, caps
     keep_predictions(runs[5], [True] * 21, epoch=99)
     rows = evaluate.main([*map(str, reversed(runs)), "--json"])["runs"]
     assert json.loads(capsys.readouterr().out) == rows
-    assert [row["pair_with"] for row in rows] == [None, None, str(runs[1]), str(runs[1]), None, None, None]
+    assert [row["pair_with"] for row in rows] == [
+        None,
+        None,
+        str(runs[1]),
+        str(runs[1]),
+        None,
+        None,
+        None,
+    ]
     pair = rows[2]
-    assert [pair[f"pair_{name}"] for name in ("images", "only_this_right", "only_other_right")] == [21, 7, 1]
+    assert [pair[f"pair_{name}"] for name in ("images", "only_this_right", "only_other_right")] == [
+        21,
+        7,
+        1,
+    ]
     assert pair["pair_difference"] == 6 / 21 and round(pair["pair_mid_p"], 4) == 0.0391
-    assert pair["pair_low"] == pytest.approx(0.0134, abs=1e-4) and pair["pair_high"] == pytest.approx(0.5084, abs=1e-4)
+    assert pair["pair_low"] == pytest.approx(0.0134, abs=1e-4) and pair[
+        "pair_high"
+    ] == pytest.approx(0.5084, abs=1e-4)
     assert rows[3]["pair_difference"] == -2 / 21 and rows[1]["not_paired"] is None
-    reasons = "not evaluated on the test images", f"evaluated on other test images than {runs[1]}", "trained on since"
+    reasons = (
+        "not evaluated on the test images",
+        f"evaluated on other test images than {runs[1]}",
+        "trained on since",
+    )
     printed = show(runs[0].parent, *runs).out
-    for row, reason in zip((rows[0], rows[4], rows[5], rows[6]), (*reasons, reasons[0]), strict=True):
+    for row, reason in zip(
+        (rows[0], rows[4], rows[5], rows[6]), (*reasons, reasons[0]), strict=True
+    ):
         assert row["not_paired"].startswith(reason) and reason in printed
-    line = next(line for line in printed.splitlines() if line.startswith(f"{runs[2]} ") and str(runs[1]) in line)
+    line = next(
+        line
+        for line in printed.splitlines()
+        if line.startswith(f"{runs[2]} ") and str(runs[1]) in line
+    )
     assert line.split()[2:] == ["21", "7", "1", "+28.57%", "+1.34%", "to", "+50.84%", "0.0391"]
     assert "not compared" not in show(runs[0].parent, *runs[1:3]).out
     # An evaluation leaves what is compared, in the directory of its split.
     evaluate.main([str(runs[0]), "--quiet"])
-    kept, (images, labels, _, predicted) = common.load_checkpoint(runs[0] / "predictions.pt"), expected
+    kept, (images, labels, _, predicted) = (
+        common.load_checkpoint(runs[0] / "predictions.pt"),
+        expected,
+    )
     assert (kept["predicted"] == predicted).all() and (kept["labels"] == labels).all()
     probability = logits_of(runs[0], images).softmax(1)[torch.arange(150), labels]
-    assert torch.allclose(kept["probability"], probability, atol=1e-5) and kept["epoch"] == best["epoch"]
+    assert (
+        torch.allclose(kept["probability"], probability, atol=1e-5)
+        and kept["epoch"] == best["epoch"]
+    )
     for run in runs[:2]:
         evaluate.main([str(run), "--quiet", "--split", "val"])
     rows = evaluate.main([*map(str, runs[:2]), "--split", "val", "--quiet"])["runs"]
-    assert (rows[1]["pair_images"], rows[1]["pair_difference"]) == (60, 0) and rows[1]["pair_mid_p"] == 1
+    assert (rows[1]["pair_images"], rows[1]["pair_difference"]) == (60, 0) and rows[1][
+        "pair_mid_p"
+    ] == 1
 
 
 def test_the_test_of_pairs_agrees_with_scipy_and_holds_its_level():
     binom, binomtest = scipy.stats.binom, scipy.stats.binomtest
     for one, other in ((0, 5), (1, 7), (16, 6), (240, 261)):
         exact = binomtest(one, one + other).pvalue
-        assert evaluate.mcnemar_mid_p(one, other) == pytest.approx(exact - binom.pmf(one, one + other, 0.5))
+        assert evaluate.mcnemar_mid_p(one, other) == pytest.approx(
+            exact - binom.pmf(one, one + other, 0.5)
+        )
     # Published: Cavo et al. in M. W. Fagerland et al., "Statistical analysis of contingency tables" (2017).
     assert evaluate.difference_interval(6, 16, 161) == pytest.approx([-0.1195, -0.0032], abs=5e-5)
     assert evaluate.difference_interval(2, 0, 2)[1] == 1
@@ -523,7 +753,10 @@ def test_the_test_of_pairs_agrees_with_scipy_and_holds_its_level():
 
 def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(copy, undrawn, capsys):
     best, values = common.read_record(copy())["best"], {1: 0.91, 2: 0.94, 3: 0.92}
-    runs = [copy(f"s{seed}", seed=seed, best={**best, "val_acc": values[seed]}, run_name=f"s{seed}") for seed in values]
+    runs = [
+        copy(f"s{seed}", seed=seed, best={**best, "val_acc": values[seed]}, run_name=f"s{seed}")
+        for seed in values
+    ]
     for run, value in zip(runs, values.values(), strict=True):
         common.write_json(run / "run.json", {**common.read_record(run), "test": {"acc": value / 2}})
     others = [copy("again", seed=3, best={**best, "val_loss": 9.0, "val_acc": 0.1})]
@@ -541,7 +774,10 @@ def test_runs_that_differ_in_their_seed_are_one_row_with_an_interval(copy, undra
             assert row["seeds"] is None and row["val_acc_mean"] is None
     common.write_json(runs[0] / "run.json", {**common.read_record(runs[0]), "test": None})
     page = Page(show(runs[0].parent, *runs) and runs[0].parent / "compare.html")
-    expected = [f"{figure:.2%}" for figure in (np.mean(list(values.values())), np.std(list(values.values()), ddof=1))]
+    expected = [
+        f"{figure:.2%}"
+        for figure in (np.mean(list(values.values())), np.std(list(values.values()), ddof=1))
+    ]
     assert page.tables[1][1][1:6] == ["cnn", "3", *expected, "{:.2%} to {:.2%}".format(*interval)]
     assert page.tables[1][1][6:] == ["-", "-", "-"]
 
@@ -557,18 +793,29 @@ def test_runs_star_skips_what_is_no_run_and_tells_the_status_of_the_others(copy,
         with pytest.raises(common.RunError, match="still being trained"):
             evaluate.main([str(running)])
     printed = capsys.readouterr()
-    assert json.loads(printed.out) == rows and [row["status"] for row in rows] == ["killed", "running"]
-    assert all(f"skipped: runs/{name} is not a run" in printed.err for name in ("empty", "sweep", "compare.png"))
+    assert json.loads(printed.out) == rows and [row["status"] for row in rows] == [
+        "killed",
+        "running",
+    ]
+    assert all(
+        f"skipped: runs/{name} is not a run" in printed.err
+        for name in ("empty", "sweep", "compare.png")
+    )
     with pytest.raises(common.RunError, match="none of these"):
         evaluate.main(["runs/empty", "runs/sweep"])
     evaluate.main([str(killed)])
-    assert "runs/killed: killed after 3 epochs" in capsys.readouterr().out and (killed / "metrics.json").exists()
+    assert (
+        "runs/killed: killed after 3 epochs" in capsys.readouterr().out
+        and (killed / "metrics.json").exists()
+    )
 
 
 def test_predicting_answers_for_every_readable_file(runs, expected, tmp_path, capsys):
     images, _, confidence, predicted = expected
     (tmp_path / "album" / "deeper").mkdir(parents=True)
-    for index, (name, side) in enumerate({"one.png": 28, "album/deeper/0.png": 28, "album/large.png": 280}.items()):
+    for index, (name, side) in enumerate(
+        {"one.png": 28, "album/deeper/0.png": 28, "album/large.png": 280}.items()
+    ):
         Image.fromarray(images[index, 0].numpy()).resize((side, side)).convert("RGBA").save(name)
     for name in ("album/notes.txt", "album/torn.png"):
         (tmp_path / name).write_text("no image")
@@ -576,7 +823,10 @@ def test_predicting_answers_for_every_readable_file(runs, expected, tmp_path, ca
     with pytest.raises(common.RunError, match="2 of 5 files could not be read"):
         evaluate.main([*argv, "gone.png", "--quiet"])
     printed = capsys.readouterr()
-    assert [error.split(": ")[2].split()[0] for error in printed.err.splitlines()] == ["album/torn.png", "gone.png"]
+    assert [error.split(": ")[2].split()[0] for error in printed.err.splitlines()] == [
+        "album/torn.png",
+        "gone.png",
+    ]
     lines = [line.split("\t") for line in printed.out.splitlines()]
     assert [line[0] for line in lines] == ["one.png", "album/deeper/0.png", "album/large.png"]
     for index in range(2):
@@ -585,32 +835,53 @@ def test_predicting_answers_for_every_readable_file(runs, expected, tmp_path, ca
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == answers
     # The three likeliest classes of each, most likely first; a name with a comma and a line break is a field of CSV.
     (tmp_path / "a,\nb.png").write_bytes((tmp_path / "one.png").read_bytes())
-    answers = evaluate.main([*argv[:2], "a,\nb.png", "album/deeper", "--top", "3", "--csv"])["predictions"]
+    answers = evaluate.main([*argv[:2], "a,\nb.png", "album/deeper", "--top", "3", "--csv"])[
+        "predictions"
+    ]
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert [{**row, "probability": float(row["probability"])} for row in rows] == answers and len(rows) == 6
+    assert [{**row, "probability": float(row["probability"])} for row in rows] == answers and len(
+        rows
+    ) == 6
     likeliest = logits_of(runs / "digits", images[:2]).softmax(1).topk(3)
     assert [int(row["class"]) for row in rows] == likeliest.indices.flatten().tolist()
     assert rows[0]["file"] == "a,\nb.png"
-    assert [one["probability"] for one in answers] == pytest.approx(likeliest.values.flatten().tolist(), abs=1e-5)
+    assert [one["probability"] for one in answers] == pytest.approx(
+        likeliest.values.flatten().tolist(), abs=1e-5
+    )
     with pytest.raises(common.UsageError, match="the model has 10 classes"):
         evaluate.main([*argv[:3], "--top", "11"])
 
 
-@pytest.mark.parametrize("kind", ["torch.export", pytest.param("onnx", marks=pytest.mark.developers)])
-def test_an_exported_model_answers_as_the_model_does_and_says_what_it_wants(runs, tmp_path, kind, monkeypatch):
+@pytest.mark.parametrize(
+    "kind", ["torch.export", pytest.param("onnx", marks=pytest.mark.developers)]
+)
+def test_an_exported_model_answers_as_the_model_does_and_says_what_it_wants(
+    runs, tmp_path, kind, monkeypatch
+):
     images, files = torch.randint(256, (3, 1, 28, 28), dtype=torch.uint8), {"metadata.json": ""}
     runtime = pytest.importorskip("onnxruntime") if kind == "onnx" else None
-    file = evaluate.main([str(runs / "digits"), "--export", kind, "--out", "out", "--quiet"])["file"]
+    file = evaluate.main([str(runs / "digits"), "--export", kind, "--out", "out", "--quiet"])[
+        "file"
+    ]
     if runtime:
         session = runtime.InferenceSession(file)
         answer = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-        told = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
-        assert session.get_inputs()[0].shape == ["batch", 1, 28, 28] and session.get_outputs()[0].shape == ["batch", 10]
+        told = {
+            key: json.loads(value)
+            for key, value in session.get_modelmeta().custom_metadata_map.items()
+        }
+        assert session.get_inputs()[0].shape == ["batch", 1, 28, 28] and session.get_outputs()[
+            0
+        ].shape == ["batch", 10]
     else:
         answer = torch.export.load(file, extra_files=files).module()(images)
         told = json.loads(files["metadata.json"])
     assert torch.allclose(answer, logits_of(runs / "digits", images).softmax(1), atol=1e-5)
-    assert told["classes"] == list("0123456789") and told["image_shape"] == [1, 28, 28] and told["mode"] == "L"
+    assert (
+        told["classes"] == list("0123456789")
+        and told["image_shape"] == [1, 28, 28]
+        and told["mode"] == "L"
+    )
     assert "bilinear" in told["resize"] and "white" in told["transparent pixels"]
     # One that answers otherwise is not kept; a package that is missing is named.
     wrong = SimpleNamespace(module=lambda: lambda images: torch.zeros(len(images), 10))
@@ -621,7 +892,9 @@ def test_an_exported_model_answers_as_the_model_does_and_says_what_it_wants(runs
     assert not (tmp_path / "none").exists()
 
 
-def test_bad_input_is_one_line_and_nothing_is_written_and_moved_images_are_found(runs, copy, tmp_path, undrawn):
+def test_bad_input_is_one_line_and_nothing_is_written_and_moved_images_are_found(
+    runs, copy, tmp_path, undrawn
+):
     def refused(expected, directory, *argv):
         with pytest.raises(common.RunError, match=expected):
             evaluate.main([str(directory), *argv, "--out", "out"])
@@ -643,7 +916,9 @@ def test_bad_input_is_one_line_and_nothing_is_written_and_moved_images_are_found
     refused(r"drawn by train_gone\.py", copy(script="train_gone"))
     refused("say where with --data-dir", copy(dataset="mnist"), "--data-dir", "nowhere")
     record = common.read_record(shutil.copytree(runs / "hundred", tmp_path / "run"))
-    common.write_json(tmp_path / "run" / "run.json", {**record, "args": {**record["args"], "dataset": "was here"}})
+    common.write_json(
+        tmp_path / "run" / "run.json", {**record, "args": {**record["args"], "dataset": "was here"}}
+    )
     refused("was here; say where with --data-dir", "run")
     shutil.copytree(runs / "images", tmp_path / "moved")
     assert evaluate.main(["run", "--data-dir", "moved", "--quiet"])["images"] == 200
@@ -665,4 +940,7 @@ def test_a_dense_net_on_mnist_that_moved_has_no_filters(mnist_dir, undrawn, tmp_
     train_mnist.main(argv.split())
     mnist_dir.rename(tmp_path / "moved")
     assert evaluate.main(["runs/dense", "--data-dir", "moved"])["images"] == 50
-    assert "no convolution" in capsys.readouterr().out and not (tmp_path / "runs/dense/filters.png").exists()
+    assert (
+        "no convolution" in capsys.readouterr().out
+        and not (tmp_path / "runs/dense/filters.png").exists()
+    )

@@ -20,7 +20,18 @@ from conftest import EVERYTHING_ON, check_same, read_run, run, states_are_equal
 from forked import Forked
 
 R = Path("runs/r")
-ARGV = ["train_cifar", *EVERYTHING_ON, "--tolerance", 12, "--epochs", 12, "--runs-dir", "runs", "--run-name", "r"]
+ARGV = [
+    "train_cifar",
+    *EVERYTHING_ON,
+    "--tolerance",
+    12,
+    "--epochs",
+    12,
+    "--runs-dir",
+    "runs",
+    "--run-name",
+    "r",
+]
 RESUME = ["train_cifar", "--resume", "runs/r", "--quiet"]
 DENSE = ["--dataset", "synthetic", "--model", "dense", "--schedule", "constant", "--run-name", "r"]
 LOUD = ["train_mnist", *DENSE, "--runs-dir", "runs"]
@@ -41,7 +52,9 @@ def check_files():
 
 
 def check_one_line(done, *expected, status=1):
-    assert done[0] == status and done[1].count("\n") == 1 and all(text in done[1] for text in expected), done
+    assert (
+        done[0] == status and done[1].count("\n") == 1 and all(text in done[1] for text in expected)
+    ), done
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +72,9 @@ DISTURBANCES = {
     # epoch, after three batches.
     "kills at every step of the saves": [{moment: 9} for moment in range(28)],
     # One at a time, or a second one in each step of the save that follows the first.
-    "signals": [dict.fromkeys((first, first + first % 4), (15, 2)[first % 8 > 3]) for first in range(12, 28)],
+    "signals": [
+        dict.fromkeys((first, first + first % 4), (15, 2)[first % 8 > 3]) for first in range(12, 28)
+    ],
 }
 
 
@@ -90,7 +105,9 @@ def test_twenty_runs_started_together_do_not_mix():
     argv = [*ARGV[:-2], "--epochs", 1]
     processes = [Forked(*argv, "--seed", seed, err=f"err{seed}") for seed in range(20)]
     assert {process.finish() for process in processes} == {(0, "")}
-    records = [read_run(directory)[0] for directory in Path("runs").iterdir()]  # and nothing else is there
+    records = [
+        read_run(directory)[0] for directory in Path("runs").iterdir()
+    ]  # and nothing else is there
     assert sorted(record["seed"] for record in records) == list(range(20))
     assert {record["status"] for record in records} == {"finished"}
 
@@ -115,7 +132,9 @@ FAILURES = {  # what happens at first, and after each epoch
 
 
 @pytest.mark.parametrize(("before", "each_epoch", "message"), FAILURES.values(), ids=FAILURES)
-def test_a_save_that_fails_is_one_line_and_leaves_what_was_there(interrupted, before, each_epoch, message):
+def test_a_save_that_fails_is_one_line_and_leaves_what_was_there(
+    interrupted, before, each_epoch, message
+):
     there = {path: path.read_bytes() for path in R.glob("*.pt")}
     done = Forked(*DENSE_RESUME, before=before, each_epoch=each_epoch).finish()
     check_one_line(done, message)
@@ -125,7 +144,9 @@ def test_a_save_that_fails_is_one_line_and_leaves_what_was_there(interrupted, be
     assert len(run(train_mnist, *DENSE_RESUME[1:])[2]) == 6
 
 
-def test_a_run_whose_saves_fail_at_every_moment_ends_as_an_undisturbed_one(whole, few_images, monkeypatch):
+def test_a_run_whose_saves_fail_at_every_moment_ends_as_an_undisturbed_one(
+    whole, few_images, monkeypatch
+):
     def save(descriptor):
         if next(saves) == moment:
             raise OSError(28, "No space left on device")
@@ -147,7 +168,9 @@ def test_a_run_whose_saves_fail_at_every_moment_ends_as_an_undisturbed_one(whole
 
 def test_who_has_opened_a_file_reads_it_whole_when_it_is_saved_anew(few_images):
     def open_all(row):
-        opened.extend((files.enter_context(path.open("rb")), path.read_bytes()) for path in R.glob("[!.]*"))
+        opened.extend(
+            (files.enter_context(path.open("rb")), path.read_bytes()) for path in R.glob("[!.]*")
+        )
 
     with contextlib.ExitStack() as files:
         opened = []
@@ -166,7 +189,9 @@ def test_a_diverged_run_is_one_line_and_status_1():
 def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interrupted):
     other, _, _ = run(train_mnist, *DENSE[:-2], "--quiet", "--epochs", 2, "--stop-after", 1)
     content = (other / "last.pt").read_bytes()
-    common.save_checkpoint(other / "last.pt", {**common.load_checkpoint(other / "last.pt"), "format": 1})
+    common.save_checkpoint(
+        other / "last.pt", {**common.load_checkpoint(other / "last.pt"), "format": 1}
+    )
     for content_, message in (
         (content, f" is of another run, {other.name}"),
         ((other / "last.pt").read_bytes(), " is not of this version"),
@@ -177,7 +202,9 @@ def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interr
         with pytest.raises(common.RunError, match=f"runs/r/last.pt{message}"):
             run(train_mnist, *DENSE_RESUME[1:])
     common.write_json(R / "run.json", {**common.read_record(R), "format": 1})
-    check_one_line(Forked(*DENSE_RESUME).finish(), "runs/r/run.json is not of this version", status=2)
+    check_one_line(
+        Forked(*DENSE_RESUME).finish(), "runs/r/run.json is not of this version", status=2
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
@@ -186,7 +213,11 @@ def test_any_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_path)
     common.save_checkpoint(path, {"weights": torch.arange(5.0)})
     content, state = path.read_bytes(), common.load_checkpoint(path)
     for position in range(len(content)):
-        path.write_bytes(content[:position] + bytes([content[position] ^ 1 << position % 8]) + content[position + 1 :])
+        path.write_bytes(
+            content[:position]
+            + bytes([content[position] ^ 1 << position % 8])
+            + content[position + 1 :]
+        )
         with contextlib.suppress(common.RunError):
             assert states_are_equal(common.load_checkpoint(path), state)
 
@@ -207,11 +238,16 @@ def test_a_checkpoint_that_would_run_code_is_not_executed(tmp_path):
 
 @pytest.mark.parametrize(
     ("before", "last"),
-    [("os.close(1), os.close(2)", ""), ("sys.stdout.reconfigure(encoding='ascii')", "finished: runs/\\u732b \\xf1\n")],
+    [
+        ("os.close(1), os.close(2)", ""),
+        ("sys.stdout.reconfigure(encoding='ascii')", "finished: runs/\\u732b \\xf1\n"),
+    ],
 )
 def test_outputs_may_be_closed_or_lack_characters(before, last):
     assert Forked(*LOUD, "--epochs", 2, "--run-name", "猫 ñ", before=before).finish() == (0, "")
-    assert read_run(Path("runs/猫 ñ"))[0]["status"] == "finished" and Path("out").read_text().endswith(last)
+    assert read_run(Path("runs/猫 ñ"))[0]["status"] == "finished" and Path(
+        "out"
+    ).read_text().endswith(last)
     assert not Path(
         "runs/猫 ñ/.lock"
     ).read_bytes()  # what is printed goes into no file that has taken an output's place
@@ -229,10 +265,17 @@ def test_a_reader_may_go_away():
 def test_a_terminal_gets_a_bar():
     controller, terminal = os.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    process = Forked(*LOUD, "--epochs", 1, out=os.ttyname(terminal), err=os.ttyname(terminal)).process
+    process = Forked(
+        *LOUD, "--epochs", 1, out=os.ttyname(terminal), err=os.ttyname(terminal)
+    ).process
     process.join(300)
     screen = os.read(controller, 2**16)
-    assert process.exitcode == 0 and b"epoch 1/1:" in screen and b"\r" in screen and b"finished: runs/r" in screen
+    assert (
+        process.exitcode == 0
+        and b"epoch 1/1:" in screen
+        and b"\r" in screen
+        and b"finished: runs/r" in screen
+    )
 
 
 def test_memory_does_not_grow_from_epoch_to_epoch():

@@ -32,9 +32,11 @@ def test_parameter_counts_and_names_are_the_tutorials():
     confignet = convolutions + 2 * 96 * 144 + 96 * 144 * 256 + 256 + 256 * 10 + 10
     cnn = 32 * 9 + 32 + 64 + 32 * 64 * 9 + 64 + 128 + 64 * 49 * 512 + 512 + 512 * 10 + 10
     for name, shape, count in [
-        ("convnet", (3, 32, 32), confignet), ("confignet", (3, 32, 32), confignet), ("cnn", (1, 28, 28), cnn),
+        ("convnet", (3, 32, 32), confignet),
+        ("confignet", (3, 32, 32), confignet),
+        ("cnn", (1, 28, 28), cnn),
         ("dense", (1, 28, 28), 784 * 128 + 128 + 128 * 10 + 10),
-    ]:  # fmt: skip
+    ]:
         assert sum(p.numel() for p in build(shape, "--model", name).parameters()) == count
     names = dict(build((3, 32, 32)).named_children()).keys()
     assert names >= {"conv1", "conv2", "conv3", "conv4", "fc1", "fc2"}
@@ -42,8 +44,18 @@ def test_parameter_counts_and_names_are_the_tutorials():
 
 HEAD = "Conv2d relu Conv2d relu Dropout then Conv2d relu"
 ORDERS = {
-    ("confignet", "tutorial", 5, 3): f"{HEAD} Conv2d relu Dropout flat BatchNorm1d relu Linear relu Linear",
-    ("confignet", "default", 5, 5): f"{HEAD} Conv2d flat BatchNorm1d relu Dropout then Linear relu Linear",
+    (
+        "confignet",
+        "tutorial",
+        5,
+        3,
+    ): f"{HEAD} Conv2d relu Dropout flat BatchNorm1d relu Linear relu Linear",
+    (
+        "confignet",
+        "default",
+        5,
+        5,
+    ): f"{HEAD} Conv2d flat BatchNorm1d relu Dropout then Linear relu Linear",
     ("dense", "tutorial"): "Identity then Linear relu Dropout then Linear",
     ("dense", "default"): "LayerNorm then Linear relu Dropout then Linear",
 }
@@ -54,13 +66,19 @@ def test_a_batch_passes_the_layers_in_this_order(which):
     (model, recipe, *kernels), order, passed = which, ORDERS[which].split(), []
     net = build((3, 32, 32), "--model", model, "--recipe", recipe, "--d1", 0.3, "--kernel-size", 5)
     for layer in net.children():
-        layer.register_forward_hook(lambda layer, x, y: passed.append((type(layer).__name__, x[0].clone(), y.clone())))
+        layer.register_forward_hook(
+            lambda layer, x, y: passed.append((type(layer).__name__, x[0].clone(), y.clone()))
+        )
     net.train()(torch.rand(64, 3, 32, 32))
     assert [name for name, _, _ in passed] == order[::2]
     functions = {"relu": F.relu, "flat": lambda x: x.flatten(1), "then": lambda x: x}
-    for word, ((_, _, left), (_, came, _)) in zip(order[1::2], itertools.pairwise(passed), strict=True):
+    for word, ((_, _, left), (_, came, _)) in zip(
+        order[1::2], itertools.pairwise(passed), strict=True
+    ):
         assert torch.equal(functions[word](left), came)
-    dropped = [((y == 0) & (x > 0)).sum() / (x > 0).sum() for name, x, y in passed if name == "Dropout"]
+    dropped = [
+        ((y == 0) & (x > 0)).sum() / (x > 0).sum() for name, x, y in passed if name == "Dropout"
+    ]
     assert dropped == pytest.approx([0.3, 0.5][: len(dropped)], abs=0.05)
     sizes = [layer.kernel_size[0] for layer in net.children() if isinstance(layer, nn.Conv2d)]
     assert sizes == kernels[:1] + 3 * kernels[1:]
@@ -69,24 +87,34 @@ def test_a_batch_passes_the_layers_in_this_order(which):
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_images_and_batches_that_a_model_does_not_take_are_refused():
     for shape, argv, size in [
-        ((3, 32, 32), ["confignet", "--kernel-size", 13], "32x32"), ((1, 3, 28), ["cnn"], "3x28"),
-        ((3, 6, 32), ["fastnet"], "6x32"), ((3, 6, 32), ["patchnet"], "6x32"),
-        ((3, 32, 32), ["confignet", "--batch-size", 1], "32x32"), ((3, 32, 32), ["convnet", "--sizes", "8,32"], "8x8"),
-    ]:  # fmt: skip
-        with pytest.raises(common.UsageError, match=f"^--model {argv[0]} .* does not take images of {size} pixels"):
+        ((3, 32, 32), ["confignet", "--kernel-size", 13], "32x32"),
+        ((1, 3, 28), ["cnn"], "3x28"),
+        ((3, 6, 32), ["fastnet"], "6x32"),
+        ((3, 6, 32), ["patchnet"], "6x32"),
+        ((3, 32, 32), ["confignet", "--batch-size", 1], "32x32"),
+        ((3, 32, 32), ["convnet", "--sizes", "8,32"], "8x8"),
+    ]:
+        with pytest.raises(
+            common.UsageError, match=f"^--model {argv[0]} .* does not take images of {size} pixels"
+        ):
             build(shape, "--model", *argv)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("p", [0.1, 0.5])
 def test_dropout_drops_its_share_keeps_the_expectation_and_repeats_with_the_seed(p, memory_format):
-    layer, x = common.Dropout(p).train(), torch.ones(64, 16, 20, 20).contiguous(memory_format=memory_format)
+    layer, x = (
+        common.Dropout(p).train(),
+        torch.ones(64, 16, 20, 20).contiguous(memory_format=memory_format),
+    )
     torch.manual_seed(0)
     y, other = layer(x.requires_grad_()), layer(x)
     torch.manual_seed(0)
     assert torch.equal(y, layer(x)) and not torch.equal(y, other)
     dropped = (y == 0).float()
-    assert dropped.mean().item() == pytest.approx(p, abs=0.005) and y.mean().item() == pytest.approx(1, abs=0.005)
+    assert dropped.mean().item() == pytest.approx(
+        p, abs=0.005
+    ) and y.mean().item() == pytest.approx(1, abs=0.005)
     for dimension in range(4):  # no image, channel, row or column is favoured
         assert (dropped.mean([d for d in range(4) if d != dimension]) - p).abs().max() < 0.05
     y.sum().backward()
@@ -95,7 +123,9 @@ def test_dropout_drops_its_share_keeps_the_expectation_and_repeats_with_the_seed
 
 def test_whitened_patches_are_uncorrelated_and_an_identity_convolution_hands_its_inputs_on():
     random = torch.Generator().manual_seed(0)
-    images = torch.rand(300, 3, 16, 16, generator=random).cumsum(3) + torch.rand(300, 3, 1, 1, generator=random)
+    images = torch.rand(300, 3, 16, 16, generator=random).cumsum(3) + torch.rand(
+        300, 3, 1, 1, generator=random
+    )
     layer = common.Whitening(3, 2, 1, 0, bias=True)
     layer.learn(images, smallest=0)
     outputs, negatives = layer(images).transpose(0, 1).flatten(1).chunk(2)
@@ -106,17 +136,44 @@ def test_whitened_patches_are_uncorrelated_and_an_identity_convolution_hands_its
     assert layer(flat).abs().max() < 1.01 and layer.weight.isfinite().all()
     for channels in (2, 3, 5):
         shared = min(channels, 3)
-        assert torch.allclose(common.identity_convolution(3, channels)(images)[:, :shared], images[:, :shared])
+        assert torch.allclose(
+            common.identity_convolution(3, channels)(images)[:, :shared], images[:, :shared]
+        )
 
 
-def test_the_whitenings_bias_is_learnt_for_three_epochs_and_muon_learns_filters_and_adamw_the_rest(few_images):
+def test_the_whitenings_bias_is_learnt_for_three_epochs_and_muon_learns_filters_and_adamw_the_rest(
+    few_images,
+):
     saved = []
-    argv = ["--recipe", "fast", "--dataset", "synthetic", "--epochs", 5, "--batch-size", 50, "--sizes", 16, "--quiet"]
+    argv = [
+        "--recipe",
+        "fast",
+        "--dataset",
+        "synthetic",
+        "--epochs",
+        5,
+        "--batch-size",
+        50,
+        "--sizes",
+        16,
+        "--quiet",
+    ]
     argv += ["--c1", 8, "--c2", 16, "--c3", 16, "--run-name", "a"]
-    run(train_cifar, *argv, on_epoch=lambda row: saved.append(common.load_checkpoint(Path("runs/a/last.pt"))))
+    run(
+        train_cifar,
+        *argv,
+        on_epoch=lambda row: saved.append(common.load_checkpoint(Path("runs/a/last.pt"))),
+    )
     states = [state["model"] for state in saved]
-    changed = {name: [not torch.equal(a[name], b[name]) for a, b in itertools.pairwise(states)] for name in states[0]}
-    assert not any(changed["0.weight"]) and changed["0.bias"] == [True, True, False, False] and all(changed["2.weight"])
+    changed = {
+        name: [not torch.equal(a[name], b[name]) for a, b in itertools.pairwise(states)]
+        for name in states[0]
+    }
+    assert (
+        not any(changed["0.weight"])
+        and changed["0.bias"] == [True, True, False, False]
+        and all(changed["2.weight"])
+    )
     muon, adamw = saved[0]["optimizer_0"], saved[0]["optimizer_1"]
     assert [state["momentum"].ndim for state in muon["state"].values()] == [4] * 6
     assert sorted(state["exp_avg"].ndim for state in adamw["state"].values()) == [1] * 7 + [2]
@@ -125,18 +182,25 @@ def test_the_whitenings_bias_is_learnt_for_three_epochs_and_muon_learns_filters_
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("shape", [(8, 4, 5, 1), (20, 2, 2, 2), (5, 5, 1, 1)])
-def test_muons_steps_are_orthogonal_nesterov_momentum_and_continue_from_its_state(shape, dtype, error):
+def test_muons_steps_are_orthogonal_nesterov_momentum_and_continue_from_its_state(
+    shape, dtype, error
+):
     random = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(shape, generator=random))
     optimizer, momentum = common.Muon([p], lr=0.1, momentum=0.6, dtype=dtype), 0
     for step in range(4):
         if step == 2:
-            state, optimizer = optimizer.state_dict(), common.Muon([p], lr=0.5, momentum=0.1, dtype=dtype)
+            state, optimizer = (
+                optimizer.state_dict(),
+                common.Muon([p], lr=0.5, momentum=0.1, dtype=dtype),
+            )
             optimizer.load_state_dict(state)
         before, p.grad = p.detach().clone(), torch.randn(shape, generator=random)
         optimizer.step()
         momentum = 0.6 * momentum + p.grad
-        moved = (before * len(p) ** 0.5 / before.norm() - p.detach()) / 0.1  # the norm is held at its number's root
+        moved = (
+            before * len(p) ** 0.5 / before.norm() - p.detach()
+        ) / 0.1  # the norm is held at its number's root
         u, s, v = torch.linalg.svd((p.grad + 0.6 * momentum).flatten(1), full_matrices=False)
         inner = u.T @ moved.flatten(1) @ v.T
         values = inner.diagonal()
@@ -150,12 +214,16 @@ def test_schedules_equal_torchs():
         "linear": lambda optimizer: lr_scheduler.LinearLR(optimizer, 1, 0, 100),
         "cosine": lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, 100),
         # OneCycleLR counts its last step as the end, and turns at step 0.3 * total - 1.
-        "onecycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 1, total_steps=101, pct_start=31 / 101),
+        "onecycle": lambda optimizer: lr_scheduler.OneCycleLR(
+            optimizer, 1, total_steps=101, pct_start=31 / 101
+        ),
     }
     for name, schedule in common.SCHEDULES.items():
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1)
         scheduler = schedulers[name](optimizer)
         for step in range(100):
-            assert schedule(step / 100) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6), name
+            assert schedule(step / 100) == pytest.approx(
+                optimizer.param_groups[0]["lr"], rel=1e-6
+            ), name
             optimizer.step()
             scheduler.step()

@@ -9,9 +9,16 @@ from conftest import ROOT, run
 
 DATA = ["--data-dir", str(ROOT / "data")]
 missing = not all((ROOT / "data" / name).is_dir() for name in ("MNIST", "cifar-10-batches-py"))
-pytestmark = [pytest.mark.real_data, pytest.mark.skipif(missing, reason=f"no MNIST or CIFAR-10 in {DATA[1]}")]
+pytestmark = [
+    pytest.mark.real_data,
+    pytest.mark.skipif(missing, reason=f"no MNIST or CIFAR-10 in {DATA[1]}"),
+]
 SMALL = ["--batch-size", 128, "--c1", 48]
-EPOCHS = [(train_mnist, [], 0.9), (train_cifar, SMALL, 0.28), (train_cifar, [*SMALL, "--recipe", "tutorial"], 0.25)]
+EPOCHS = [
+    (train_mnist, [], 0.9),
+    (train_cifar, SMALL, 0.28),
+    (train_cifar, [*SMALL, "--recipe", "tutorial"], 0.25),
+]
 
 
 @pytest.mark.parametrize(("script", "argv", "least"), EPOCHS)

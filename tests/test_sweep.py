@@ -88,14 +88,18 @@ def nothing_is_left_for_the_next_test(monkeypatch):
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep, "draw_sweep", lambda *arguments: {})  # the pictures are another test's
+    monkeypatch.setattr(
+        sweep, "draw_sweep", lambda *arguments: {}
+    )  # the pictures are another test's
     (tmp_path / "toy.py").write_text(TOY)
     return ["--script", "toy.py", "--runs-dir", "runs", "--quiet", "--name", "s"]
 
 
 def lines(directory="runs", name="s"):
     """The lines of trials.jsonl, by trial."""
-    rows = [json.loads(line) for line in Path(directory, name, "trials.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in Path(directory, name, "trials.jsonl").read_text().splitlines()
+    ]
     assert len({row["trial"] for row in rows}) == len(rows)
     return dict(sorted((row["trial"], row) for row in rows))
 
@@ -151,8 +155,13 @@ def refused(capsys, *argv):
 def planned(capsys, *argv):
     """The parameters of the trials that a search would run."""
     sweep.main([*argv, "--dry-run"])
-    found = [line.split("toy.py ")[1].split(" --seed")[0] for line in capsys.readouterr().out.splitlines()]
-    return [dict((word.lstrip("-") + "=").split("=")[:2] for word in line.split()) for line in found]
+    found = [
+        line.split("toy.py ")[1].split(" --seed")[0]
+        for line in capsys.readouterr().out.splitlines()
+    ]
+    return [
+        dict((word.lstrip("-") + "=").split("=")[:2] for word in line.split()) for line in found
+    ]
 
 
 def values(capsys, entry, count=1, method="random"):
@@ -164,16 +173,26 @@ def values(capsys, entry, count=1, method="random"):
 
 def test_every_distribution_draws_in_its_range_on_its_steps_and_as_it_should(toy, capsys):
     steps = {"min": 0, "max": 0.3, "q": 0.1, "distribution": "q_uniform"}
-    assert values(capsys, steps, 99, "grid") == [0, 0.1, 0.2, 0.3] == sorted(values(capsys, steps, 9))
-    assert values(capsys, {"min": 1, "max": 60, "q": 8, "distribution": "q_uniform"}, 99, "grid") == [*range(8, 57, 8)]
+    assert (
+        values(capsys, steps, 99, "grid") == [0, 0.1, 0.2, 0.3] == sorted(values(capsys, steps, 9))
+    )
+    assert values(
+        capsys, {"min": 1, "max": 60, "q": 8, "distribution": "q_uniform"}, 99, "grid"
+    ) == [*range(8, 57, 8)]
     assert values(capsys, {"value": "1e-4"}) == [1e-4]
     assert sorted(values(capsys, {"values": [1, "2e-3"]}, 2)) == [2e-3, 1]
     assert sorted(values(capsys, {"min": 3, "max": 6}, 9)) == [3, 4, 5, 6]
     log = {"min": "1e-4", "max": 0.1, "distribution": "log_uniform_values"}
     for entry in (log, {"min": -9.2103, "max": -2.3026, "distribution": "log_uniform"}):
         drawn = values(capsys, entry, 300)
-        assert min(drawn) >= 1e-4 and max(drawn) <= 0.1 and abs(sum(value < 1e-3 for value in drawn) - 100) < 30
-    drawn = values(capsys, {"min": 8, "max": 256, "q": 8, "distribution": "q_log_uniform_values"}, 25)
+        assert (
+            min(drawn) >= 1e-4
+            and max(drawn) <= 0.1
+            and abs(sum(value < 1e-3 for value in drawn) - 100) < 30
+        )
+    drawn = values(
+        capsys, {"min": 8, "max": 256, "q": 8, "distribution": "q_log_uniform_values"}, 25
+    )
     assert all(value % 8 == 0 for value in drawn) and len(set(drawn)) == 25 and min(drawn) == 8
     flat = values(capsys, {"min": 0, "max": 1.0}, 300)
     assert min(flat) >= 0 and max(flat) <= 1 and abs(sum(value < 0.5 for value in flat) - 150) < 40
@@ -185,9 +204,19 @@ def test_parameters_of_the_command_line(toy, capsys):
         argv += ["--param", parameter]
     found = planned(capsys, *argv)
     assert found == planned(capsys, *argv) != planned(capsys, *argv, "--seed", "1")
-    assert planned(capsys, *argv, "--count", "5") == found[:5] and len({str(params) for params in found}) == 40
-    assert all(0 <= float(p["x"]) <= 0.5 and 4 <= int(p["k"]) <= 64 and 1e-4 <= float(p["lr"]) <= 0.1 for p in found)
-    assert {"flip" in params for params in found} == {"no-flip" in params for params in found} == {True, False}
+    assert (
+        planned(capsys, *argv, "--count", "5") == found[:5]
+        and len({str(params) for params in found}) == 40
+    )
+    assert all(
+        0 <= float(p["x"]) <= 0.5 and 4 <= int(p["k"]) <= 64 and 1e-4 <= float(p["lr"]) <= 0.1
+        for p in found
+    )
+    assert (
+        {"flip" in params for params in found}
+        == {"no-flip" in params for params in found}
+        == {True, False}
+    )
     small = planned(capsys, "--method", "random", "--script", "toy.py", "--param", "k=1,2,3")
     assert sorted(params["k"] for params in small) == ["1", "2", "3"]
 
@@ -195,11 +224,18 @@ def test_parameters_of_the_command_line(toy, capsys):
 def test_the_tutorials_searches_are_the_defaults(capsys):
     sweep.main(["--method", "grid", "--dry-run"])
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 8 and "--c1=48 --c2=96 --l1=256" in printed[0] and "--c1=96 --c2=192 --l1=512" in printed[7]
+    assert (
+        len(printed) == 8
+        and "--c1=48 --c2=96 --l1=256" in printed[0]
+        and "--c1=96 --c2=192 --l1=512" in printed[7]
+    )
     assert all("--epochs 10 --lr 0.001 --batch-size 512 --tolerance 3" in line for line in printed)
     sweep.main(["--method", "bayes", "--dry-run"])
     printed = capsys.readouterr().out
-    assert "log_uniform_values, min 0.0001, max 0.1" in printed and "values [32, 64, 128, 256]" in printed
+    assert (
+        "log_uniform_values, min 0.0001, max 0.1" in printed
+        and "values [32, 64, 128, 256]" in printed
+    )
 
 
 CONFIG = """
@@ -225,26 +261,43 @@ def test_a_file_in_wandbs_schema_works_unchanged(capsys):
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 4
     for line in printed:
-        assert all(text in line for text in ("train_cifar.py --epochs 3 --lr=", "--model=confignet --c1=", "--c2="))
+        assert all(
+            text in line
+            for text in ("train_cifar.py --epochs 3 --lr=", "--model=confignet --c1=", "--c2=")
+        )
 
 
 WRONG_CONFIGS = {
     ("method: random", "method: anneal"): "anneal",
-    ("run_cap: 4", "run_cups: 4"): "unknown key run_cups", ("run_cap: 4", "run_cap: 0"): "--count: expected",
+    ("run_cap: 4", "run_cups: 4"): "unknown key run_cups",
+    ("run_cap: 4", "run_cap: 0"): "--count: expected",
     ("program: train_cifar.py", "program: gone.py"): "gone.py: there is no such Python file",
     ("log_uniform_values", "inv_log_uniform"): "the distribution inv_log_uniform is not supported",
     ("{value: confignet}", "{distribution: normal, mu: 0, sigma: 1}"): "the distribution normal",
-    ("name: val_acc, goal: maximize", "name: f1"): "f1", ("goal: maximize", "goal: minimize"): "goal minimize",
-    ("{name: val_acc, goal: maximize}", "{goal: maximize}"): "a name and a goal", ("min: 48", "min: 480"): "not below",
-    ("${env}", "${args_json}"): "args_json} is not supported", ("c1:", "lr:"): "there twice",
-    ("[24, 48]", "[]"): "values must be a list of", ("values: [24, 48]", "value: [24"): "sweep.yaml: it cannot be read",
-    ("c1:", "seed:"): "--seed is set by the sweep", ("--epochs", "--run-name"): "--run-name is set by the sweep",
+    ("name: val_acc, goal: maximize", "name: f1"): "f1",
+    ("goal: maximize", "goal: minimize"): "goal minimize",
+    ("{name: val_acc, goal: maximize}", "{goal: maximize}"): "a name and a goal",
+    ("min: 48", "min: 480"): "not below",
+    ("${env}", "${args_json}"): "args_json} is not supported",
+    ("c1:", "lr:"): "there twice",
+    ("[24, 48]", "[]"): "values must be a list of",
+    ("values: [24, 48]", "value: [24"): "sweep.yaml: it cannot be read",
+    ("c1:", "seed:"): "--seed is set by the sweep",
+    ("--epochs", "--run-name"): "--run-name is set by the sweep",
     ("run_cap: 4", "early_terminate: {type: median}"): "the only type is hyperband",
     ("run_cap: 4", "early_terminate: {type: hyperband}"): "min_iter, or max_iter with s",
-    ("run_cap: 4", "early_terminate: {type: hyperband, min_iter: 0}"): "min_iter: 0 is not supported",
-    ("run_cap: 4", "early_terminate: {type: hyperband, min_iter: 1, strict: 1}"): "strict: 1 is not supported",
-    ("min: 48", "mon: 48"): "has min max, not", ("c1:", "depth:"): "--depth", ("from-a-file", "a/b"): "slashes",
-}  # fmt: skip
+    (
+        "run_cap: 4",
+        "early_terminate: {type: hyperband, min_iter: 0}",
+    ): "min_iter: 0 is not supported",
+    (
+        "run_cap: 4",
+        "early_terminate: {type: hyperband, min_iter: 1, strict: 1}",
+    ): "strict: 1 is not supported",
+    ("min: 48", "mon: 48"): "has min max, not",
+    ("c1:", "depth:"): "--depth",
+    ("from-a-file", "a/b"): "slashes",
+}
 
 
 @pytest.mark.parametrize("change", WRONG_CONFIGS)
@@ -255,26 +308,36 @@ def test_a_config_that_is_wrong_is_refused_in_one_line(change, capsys):
 
 
 WRONG_SEARCHES = {
-    "": "--method", "--method grid --param lr=0.1..0.2": "needs a list of values",
-    "--method random --param c1": "NAME=VALUE", "--method random --param =3": "NAME=VALUE",
-    "--method random --param c1=48,48": "48 is there twice", "--method random --param c1=48,": "a value is empty",
-    "--method random --param lr=0.1..0.01": "not below", "--method random --param lr=log:0..1": "above 0",
-    "--method random --param lr=log:1,2": "LOW..HIGH", "--method random --param l1=int:1.5..3": "whole numbers",
-    "--method random --param lr=a..b": "finite numbers", "--method random --param lr=1..2..3": "two numbers",
-    "--method random --param lr=nan..1": "finite", "--method random --param lr=1e-4 --param lr=1": "there twice",
+    "": "--method",
+    "--method grid --param lr=0.1..0.2": "needs a list of values",
+    "--method random --param c1": "NAME=VALUE",
+    "--method random --param =3": "NAME=VALUE",
+    "--method random --param c1=48,48": "48 is there twice",
+    "--method random --param c1=48,": "a value is empty",
+    "--method random --param lr=0.1..0.01": "not below",
+    "--method random --param lr=log:0..1": "above 0",
+    "--method random --param lr=log:1,2": "LOW..HIGH",
+    "--method random --param l1=int:1.5..3": "whole numbers",
+    "--method random --param lr=a..b": "finite numbers",
+    "--method random --param lr=1..2..3": "two numbers",
+    "--method random --param lr=nan..1": "finite",
+    "--method random --param lr=1e-4 --param lr=1": "there twice",
     "--method random --param label_smoothing=0.0..0.2": "choose by --metric val_acc",
     "--method random --param val_size=0.1,0.2": "choose by --metric val_acc",
-    "--method grid --script train_mnist.py": "needs its own search", "--method grid --prune --seeds 2": "pruning and",
+    "--method grid --script train_mnist.py": "needs its own search",
+    "--method grid --prune --seeds 2": "pruning and",
     "--method grid --prune -- --epochs=2": "at least --eta 3",
     "--method grid --prune --param epochs=5,10": "one number of epochs",
     "--method grid --script notes.txt --param c1=1": "no such Python file",
     "--method grid --storage sqlite:///x": "--storage needs --name",
     "--method random --param lr=1.0..1.00001": "too narrow",
     "--method grid --storage nothing://u:p@secret@h/d --name s": "Can't load plugin",
-    "--method random --metric f1": "val_loss, val_acc", "--method grid --param c9=1,2": "--c9",
-    "--method grid --param c1=48,-3": "--c1", "--method bayes --param d1=0.5..2": "--d1",
+    "--method random --metric f1": "val_loss, val_acc",
+    "--method grid --param c9=1,2": "--c9",
+    "--method grid --param c1=48,-3": "--c1",
+    "--method bayes --param d1=0.5..2": "--d1",
     "--method random -- --no-test": "--no-test is set by the sweep",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("argv", WRONG_SEARCHES)
@@ -283,20 +346,25 @@ def test_a_search_that_is_wrong_is_refused(argv, capsys):
     assert WRONG_SEARCHES[argv].replace("'", "") in text.replace("'", "") and "secret" not in text
 
 
-def test_a_driver_that_is_not_installed_is_named_with_the_command_that_installs_it(capsys, monkeypatch):
+def test_a_driver_that_is_not_installed_is_named_with_the_command_that_installs_it(
+    capsys, monkeypatch
+):
     for name in ("psycopg", "psycopg2"):
         monkeypatch.setitem(sys.modules, name, None)
-    text = refused(capsys, "--method", "grid", "--name", "s", "--storage", "postgresql://u:secret@h/d")
+    text = refused(
+        capsys, "--method", "grid", "--name", "s", "--storage", "postgresql://u:secret@h/d"
+    )
     assert 'pip install "sqlalchemy>=2.1" "psycopg[binary]"' in text and "secret" not in text
 
 
 def test_a_script_that_cannot_be_used_and_data_that_are_missing_are_one_line(capsys, monkeypatch):
     argv = ["--method", "grid", "--param", "k=1", "--script", "mine.py"]
     for content, expected in {
-        "def main(:": "mine.py, line 1: SyntaxError", "x = 1\ny = x.z\n": "mine.py, line 2: AttributeError",
+        "def main(:": "mine.py, line 1: SyntaxError",
+        "x = 1\ny = x.z\n": "mine.py, line 2: AttributeError",
         "raise SystemExit(3)": "mine.py, line 1: SystemExit: 3",
         "def run(): ...": "no function main(argv, on_epoch=None)",
-    }.items():  # fmt: skip
+    }.items():
         Path("mine.py").write_text(content)
         sweep.load_script.cache_clear()
         assert expected in refused(capsys, *argv)
@@ -306,7 +374,9 @@ def test_a_script_that_cannot_be_used_and_data_that_are_missing_are_one_line(cap
     assert not Path("refused").exists()
 
 
-@pytest.mark.parametrize("text", ["2001-99-99", "!!bool x", "!!timestamp x", "0x_", "[" * 5000, "a: &a [*a]"])
+@pytest.mark.parametrize(
+    "text", ["2001-99-99", "!!bool x", "!!timestamp x", "0x_", "[" * 5000, "a: &a [*a]"]
+)
 def test_what_yaml_itself_stumbles_over(text, capsys):
     Path("sweep.yaml").write_text(text)
     assert refused(capsys, "--config", "sweep.yaml")
@@ -326,19 +396,32 @@ def test_a_grid_runs_every_combination_once_whatever_the_number_of_jobs(toy):
 
 
 def test_the_metric_decides_and_orders_the_leaderboard(toy, capsys):
-    result = sweep.main([*[word for word in toy if word != "--quiet"], *GRID, "--metric", "val_acc"])
+    result = sweep.main(
+        [*[word for word in toy if word != "--quiet"], *GRID, "--metric", "val_acc"]
+    )
     printed, best = capsys.readouterr().out, result["best"]
-    assert best["params"] == {"x": 0.3, "k": 1} and best["val_acc"] == max(row["val_acc"] for row in lines().values())
-    assert f"best: trial-0004, val_acc {best['val_acc']:.2%}" in printed and "toy.py --x=0.3 --k=1 --seed 42" in printed
+    assert best["params"] == {"x": 0.3, "k": 1} and best["val_acc"] == max(
+        row["val_acc"] for row in lines().values()
+    )
+    assert (
+        f"best: trial-0004, val_acc {best['val_acc']:.2%}" in printed
+        and "toy.py --x=0.3 --k=1 --seed 42" in printed
+    )
     board = Path("runs/s/leaderboard.csv").read_text().splitlines()
-    assert board[0] == "trial,run,status,val_loss,val_acc,epochs,seconds,x,k" and board[1].startswith("4,trial-0004,")
+    assert board[0] == "trial,run,status,val_loss,val_acc,epochs,seconds,x,k" and board[
+        1
+    ].startswith("4,trial-0004,")
     accuracies = [float(row.split(",")[4]) for row in board[1:]]
     assert accuracies == sorted(accuracies, reverse=True) and len(accuracies) == 6
 
 
 def test_a_trial_that_fails_is_recorded_and_does_not_end_the_sweep(toy):
     raises = "ValueError: k is 2"
-    for way, error in (("raise", raises), ("torn", raises), ("die", "its process died twice (exit code -9)")):
+    for way, error in (
+        ("raise", raises),
+        ("torn", raises),
+        ("die", "its process died twice (exit code -9)"),
+    ):
         name = [*toy[:-1], way]
         sweep.main([*name, *GRID, "--jobs", "2", "--max-failures", "9", "--", "--fail", way])
         rows = lines(name=way)
@@ -365,7 +448,9 @@ def test_a_trial_whose_process_dies_or_is_stopped_goes_on_from_where_it_was(toy,
 
 
 def test_a_sweep_stops_after_so_many_failures_in_a_row(toy):
-    with pytest.raises(common.RunError, match=r"3 trials in a row failed.*ValueError: k is 1.*--resume runs/s"):
+    with pytest.raises(
+        common.RunError, match=r"3 trials in a row failed.*ValueError: k is 1.*--resume runs/s"
+    ):
         sweep.main([*toy, *GRID, "--", "--fail", "all"])
     assert 3 <= len(lines()) < 6
 
@@ -373,18 +458,43 @@ def test_a_sweep_stops_after_so_many_failures_in_a_row(toy):
 def test_the_bands_end_what_is_not_among_the_best_by_its_best(toy):
     space = ["--param", "x=0.3,0.5,0.4,0.35", "--param", "k=1"]
     sweep.main([*toy, "--method", "grid", *space, "--prune", "--eta", "2"])
-    config = {"program": "toy.py", "method": "grid", "parameters": {"x": {"values": [0.3, 0.5, 0.4, 0.35]}}}
+    config = {
+        "program": "toy.py",
+        "method": "grid",
+        "parameters": {"x": {"values": [0.3, 0.5, 0.4, 0.35]}},
+    }
     config["early_terminate"] = {"type": "hyperband", "eta": 2, "min_iter": 2}
     Path("sweep.json").write_text(json.dumps(config))
     sweep.main(["--config", "sweep.json", *toy[2:-1], "config"])
-    found = {name: {row["params"]["x"]: (row["status"], row["epochs"]) for row in lines(name=name).values()}
-             for name in ("s", "config")}  # fmt: skip
+    found = {
+        name: {
+            row["params"]["x"]: (row["status"], row["epochs"]) for row in lines(name=name).values()
+        }
+        for name in ("s", "config")
+    }
     # The first has nobody to fear. 0.5 is the worse of two at the first band. 0.4 is second of three there, of whom two
     # go on, and of two at the next band. 0.35 is second of two at the last band of --prune.
-    assert found["s"] == {0.3: ("finished", 8), 0.5: ("pruned", 1), 0.4: ("pruned", 2), 0.35: ("pruned", 4)}
-    assert found["config"] == {0.3: ("finished", 8), 0.5: ("pruned", 2), 0.4: ("pruned", 4), 0.35: ("finished", 8)}
-    board = [row.split(",")[:3] for row in Path("runs/s/leaderboard.csv").read_text().splitlines()[1:]]
-    assert [row[0] for row in board] == ["0", "3", "2", "1"]  # the pruned ones by the epochs that they survived
+    assert found["s"] == {
+        0.3: ("finished", 8),
+        0.5: ("pruned", 1),
+        0.4: ("pruned", 2),
+        0.35: ("pruned", 4),
+    }
+    assert found["config"] == {
+        0.3: ("finished", 8),
+        0.5: ("pruned", 2),
+        0.4: ("pruned", 4),
+        0.35: ("finished", 8),
+    }
+    board = [
+        row.split(",")[:3] for row in Path("runs/s/leaderboard.csv").read_text().splitlines()[1:]
+    ]
+    assert [row[0] for row in board] == [
+        "0",
+        "3",
+        "2",
+        "1",
+    ]  # the pruned ones by the epochs that they survived
     # What counts is the best so far: at the band the loss of k = 1 is higher than before, and than the others'.
     config["early_terminate"] = {"type": "hyperband", "eta": 2, "min_iter": 4}
     config["parameters"] = {"x": {"values": [0.9, 0.3]}, "k": {"values": [3, 1]}}
@@ -396,15 +506,33 @@ def test_the_bands_end_what_is_not_among_the_best_by_its_best(toy):
 def test_several_seeds_are_averaged(toy, capsys):
     sweep.main([*toy[:4], "--name", "s", "--method", "grid", "--param", "k=1,2", "--seeds", "3"])
     assert "toy.py --k=1 --seed 44" in capsys.readouterr().out  # the run that `best` is
-    heading, *rows = (line.split(",") for line in Path("runs/s/leaderboard.csv").read_text().splitlines())
+    heading, *rows = (
+        line.split(",") for line in Path("runs/s/leaderboard.csv").read_text().splitlines()
+    )
     first, second = (dict(zip(heading, row, strict=True)) for row in rows)
     assert (first["k"], second["k"]) == ("1", "2") and float(first["std"]) == pytest.approx(0.001)
     assert float(first["val_loss"]) == pytest.approx(0.09 + 0.1 + 1 / 8 - 0.043)
     runs = sorted(path.name for path in Path("runs/s").glob("trial-*"))
     assert runs == [f"trial-000{trial}-seed-{seed}" for trial in (0, 1) for seed in (42, 43, 44)]
     assert Path("runs/s/best").readlink() == Path("trial-0000-seed-44")
-    sweep.main([*toy[:-1], "nan", "--method", "grid", "--param", "x=0.6,0.1", "--seeds", "2", "--", "--fail=diverge"])
-    assert [Path("runs/nan", row["run"]).is_dir() for row in lines(name="nan").values()] == [True, True]
+    sweep.main(
+        [
+            *toy[:-1],
+            "nan",
+            "--method",
+            "grid",
+            "--param",
+            "x=0.6,0.1",
+            "--seeds",
+            "2",
+            "--",
+            "--fail=diverge",
+        ]
+    )
+    assert [Path("runs/nan", row["run"]).is_dir() for row in lines(name="nan").values()] == [
+        True,
+        True,
+    ]
 
 
 ODD = """
@@ -427,9 +555,23 @@ def test_what_a_script_gives_that_is_no_record_is_a_failed_trial(toy):
     answers.append({"status": "finished", "best": {"val_loss": float("nan")}, "epochs": 1})
     Path("other.py").write_text(f"from math import nan\nANSWERS = {answers!r}")
     with pytest.raises(common.RunError, match="no trial finished"):
-        sweep.main(["--script", "odd.py", *toy[2:], "--method", "grid", "--param", "k=0,1,2,3", "--max-failures", "9"])
+        sweep.main(
+            [
+                "--script",
+                "odd.py",
+                *toy[2:],
+                "--method",
+                "grid",
+                "--param",
+                "k=0,1,2,3",
+                "--max-failures",
+                "9",
+            ]
+        )
     errors = [row["error"] for row in lines().values()]
-    assert all("returned no record" in error for error in errors[:2]) and all("no best" in e for e in errors[2:])
+    assert all("returned no record" in error for error in errors[:2]) and all(
+        "no best" in e for e in errors[2:]
+    )
 
 
 STUBS = """
@@ -445,9 +587,13 @@ def train_and_validate(args):
 
 
 def test_the_script_in_the_docs_can_be_searched(toy):
-    example = (common.HERE / "docs" / "searches.md").read_text().split("```python")[1].split("```")[0]
+    example = (
+        (common.HERE / "docs" / "searches.md").read_text().split("```python")[1].split("```")[0]
+    )
     Path("mine.py").write_text(STUBS + example)
-    best = sweep.main(["--script", "mine.py", *toy[2:], "--method", "grid", "--param", "x=0.2,0.1,0.3"])["best"]
+    best = sweep.main(
+        ["--script", "mine.py", *toy[2:], "--method", "grid", "--param", "x=0.2,0.1,0.3"]
+    )["best"]
     assert best["params"] == {"x": 0.1} and [row["epochs"] for row in lines().values()] == [3, 3, 3]
 
 
@@ -476,7 +622,21 @@ def test_a_logarithmic_range_is_searched_logarithmically_and_divergence_avoided(
 
 
 def test_a_small_space_is_searched_to_its_end(toy):
-    sweep.main([*toy, "--method", "bayes", "--param", "k=1,2,3", "--param", "x=0.1,0.2", "--count", "9", "--jobs", "2"])
+    sweep.main(
+        [
+            *toy,
+            "--method",
+            "bayes",
+            "--param",
+            "k=1,2,3",
+            "--param",
+            "x=0.1,0.2",
+            "--count",
+            "9",
+            "--jobs",
+            "2",
+        ]
+    )
     assert len({json.dumps(row["params"]) for row in lines().values()}) == len(lines()) == 6
 
 
@@ -485,7 +645,17 @@ def test_the_threads_of_the_trials_and_of_those_that_follow(few_images):
         "import forked, train_mnist\nfrom train_mnist import *\ntrain_mnist.synthetic = forked.few_digits\n"
     )
     flags = ["--dataset=synthetic", "--epochs=1", "--model=dense"]
-    argv = ["--method", "random", "--script", "few.py", "--param", "lr=log:0.001..0.1", "--count", "1", "--quiet"]
+    argv = [
+        "--method",
+        "random",
+        "--script",
+        "few.py",
+        "--param",
+        "lr=log:0.001..0.1",
+        "--count",
+        "1",
+        "--quiet",
+    ]
     sweep.main([*argv, "--threads", "2", "--runs-dir", "runs", "--name", "s", "--", *flags])
     sweep.main(["--resume", "runs/s", "--count", "2", "--jobs", "2", "--quiet"])
     assert [common.read_record(Path(f"runs/s/trial-000{n}"))["threads"] for n in (0, 1)] == [2, 2]
@@ -494,7 +664,9 @@ def test_the_threads_of_the_trials_and_of_those_that_follow(few_images):
 # ---------------- Interruptions ----------------
 
 
-@pytest.mark.parametrize("search", [[*GRID[:-1], "k=1,2,3,4", "--jobs", "2"], [*BAYES, "--count", "9"]], ids="gb")
+@pytest.mark.parametrize(
+    "search", [[*GRID[:-1], "k=1,2,3,4", "--jobs", "2"], [*BAYES, "--count", "9"]], ids="gb"
+)
 def test_killed_again_and_again_a_sweep_ends_as_an_undisturbed_one(toy, search):
     sweep.main([*toy[:-1], "whole", *search])
     moments, argv = random.Random(0), [*toy, *search]
@@ -510,7 +682,9 @@ def test_killed_again_and_again_a_sweep_ends_as_an_undisturbed_one(toy, search):
         with open("runs/s/study.journal", "a") as file:
             file.write('{"op_code": 5, "wor')
     sweep.main(["--resume", "runs/s", "--quiet"])
-    assert results("s") == results("whole") and list(results("s")) == list(range(len(results("whole"))))
+    assert results("s") == results("whole") and list(results("s")) == list(
+        range(len(results("whole")))
+    )
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -557,7 +731,9 @@ def test_a_directory_holds_one_search_and_never_another(toy, capsys):
     for name, content in (("old", "sweep.json"), ("run", "run.json")):
         Path("runs", name).mkdir()
         Path("runs", name, content).touch()
-        with pytest.raises(common.UsageError, match="first version" if name == "old" else "is not a sweep"):
+        with pytest.raises(
+            common.UsageError, match="first version" if name == "old" else "is not a sweep"
+        ):
             sweep.main([*toy[:-1], name, *GRID])
     # A sweep that has moved goes on where it is.
     shutil.move("runs/s", "moved")
@@ -576,7 +752,9 @@ def postgresql():
     program = shutil.which("pg_ctl", path=os.pathsep.join(places))
     if not program:
         pytest.skip("no PostgreSQL server is installed (Debian: postgresql)")
-    directory = Path(tempfile.mkdtemp(prefix="postgresql-"))  # another user can reach it, and a socket's name fits
+    directory = Path(
+        tempfile.mkdtemp(prefix="postgresql-")
+    )  # another user can reach it, and a socket's name fits
     user = "postgres" if os.geteuid() == 0 else None  # it refuses to run as root
     try:
         shutil.chown(directory, user or os.geteuid())
@@ -591,7 +769,13 @@ def postgresql():
         subprocess.run(command, check=True, user=user, cwd=directory, stdout=subprocess.DEVNULL)
 
     def begin():
-        pg_ctl("start", "-o", f"-p {port} -k {directory} -c listen_addresses=127.0.0.1", "-l", directory / "log")
+        pg_ctl(
+            "start",
+            "-o",
+            f"-p {port} -k {directory} -c listen_addresses=127.0.0.1",
+            "-l",
+            directory / "log",
+        )
 
     pg_ctl("init", "-o", "--auth=trust --username=sweep")
     begin()
@@ -604,12 +788,25 @@ def postgresql():
 
 def machine(name, url, study, *argv):
     """A process that takes trials from a shared search, as a machine would; its runs directory is `name`."""
-    shared = ["--script", "toy.py", "--name", study, "--runs-dir", name, "--storage", url, "--grace", "10"]
+    shared = [
+        "--script",
+        "toy.py",
+        "--name",
+        study,
+        "--runs-dir",
+        name,
+        "--storage",
+        url,
+        "--grace",
+        "10",
+    ]
     return start(*argv, *shared, name=name)
 
 
 @pytest.mark.developers
-def test_three_machines_share_a_search_and_the_trial_of_a_dead_one_is_run_by_another(toy, postgresql):
+def test_three_machines_share_a_search_and_the_trial_of_a_dead_one_is_run_by_another(
+    toy, postgresql
+):
     # In so small a space machines are proposed the same at once: still, nothing runs twice.
     study, search = "shared", [*BAYES[:2], *GRID[2:-1], "k=1,2,3,4"]
     held = hold("a", "b", "c")
@@ -626,14 +823,19 @@ def test_three_machines_share_a_search_and_the_trial_of_a_dead_one_is_run_by_ano
         assert f"{name}/{study}: 12 trials have ended" in Path(f"{name}.out").read_text()
     for first, other in ("ac", "ca"):
         rows = lines(first, study)
-        assert list(rows) == list(range(12)) and len({str(row["params"]) for row in rows.values()}) == 12
+        assert (
+            list(rows) == list(range(12))
+            and len({str(row["params"]) for row in rows.values()}) == 12
+        )
         here = {trial for trial, row in rows.items() if row["run"] == f"trial-{trial:04}"}
         assert here and here == {int(path.name[-4:]) for path in Path(first, study).glob("trial-*")}
         assert {row["status"] for row in rows.values()} == {"finished"}
         assert all(f"/{other}/{study}/trial-" in rows[trial]["run"] for trial in rows.keys() - here)
     # A search of that name is there, and is not to be mixed with another.
     with pytest.raises(common.UsageError, match="is another search"):
-        sweep.main(["--method", "grid", "--param", "x=0.1", *toy[:-1], study, "--storage", postgresql.url])
+        sweep.main(
+            ["--method", "grid", "--param", "x=0.1", *toy[:-1], study, "--storage", postgresql.url]
+        )
 
 
 @pytest.mark.developers
@@ -647,7 +849,9 @@ def test_a_machine_that_is_told_to_stop_gives_its_trial_up_and_may_join_again(to
     # Nobody has to be taken for dead: that would take a week.
     shared = ["--quiet", "--storage", postgresql.url, "--grace", "600000"]
     sweep.main([*GRID, "--script", "toy.py", "--name", "told", "--runs-dir", "b", *shared])
-    assert lines("b", "told")[0]["run"].endswith("/a/told/trial-0000") and list(lines("b", "told")) == [*range(6)]
+    assert lines("b", "told")[0]["run"].endswith("/a/told/trial-0000") and list(
+        lines("b", "told")
+    ) == [*range(6)]
     with pytest.raises(common.UsageError, match="give its --storage again"):
         sweep.main(["--resume", "a/told"])
     sweep.main(["--resume", "a/told", *shared])
@@ -669,7 +873,19 @@ def test_a_database_that_does_not_answer_is_one_line_without_the_password(toy):
 def test_a_real_search_with_its_report_reads_the_test_set_for_the_winner_alone(tmp_path, capsys):
     tiny = ["--dataset", "synthetic", "--limit-train", "300", "--model", "dense", "--epochs", "4"]
     space = ["--param", "lr=log:1e-3..1e-1", "--param", "l1=16,64", "--param", "d1=0.0..0.5"]
-    argv = ["--method", "random", *space, "--count", "9", "--jobs", "2", "--name", "s", "--runs-dir", "runs"]
+    argv = [
+        "--method",
+        "random",
+        *space,
+        "--count",
+        "9",
+        "--jobs",
+        "2",
+        "--name",
+        "s",
+        "--runs-dir",
+        "runs",
+    ]
     winner = sweep.main([*argv, "--", *tiny])["best"]
     printed, directory = capsys.readouterr().out, tmp_path / "runs" / "s"
     assert f"best: {winner['run']}" in printed and f"--lr={winner['params']['lr']}" in printed
@@ -678,15 +894,34 @@ def test_a_real_search_with_its_report_reads_the_test_set_for_the_winner_alone(t
     for line in lines().values():
         record = common.read_record(directory / line["run"])
         assert record["test"] is None and record["args"]["runs_dir"] == str(directory)
-        assert [record["best"][name] for name in ("val_loss", "val_acc")] == [line["val_loss"], line["val_acc"]]
+        assert [record["best"][name] for name in ("val_loss", "val_acc")] == [
+            line["val_loss"],
+            line["val_acc"],
+        ]
     pictures = {"history", "curves", "parallel", "slices", "importance", "timeline"}
     assert {path.stem for path in directory.glob("*.png")} == pictures
     page = (directory / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(pictures) and page.count("<tr>") == 1 + len(lines())
+    assert page.count("data:image/png;base64,") == len(pictures) and page.count("<tr>") == 1 + len(
+        lines()
+    )
     # Another winner later: the report says that the test set has been read before.
-    shutil.move(directory / winner["run"] / "metrics.json", directory / "trial-0000" / "metrics.json")
+    shutil.move(
+        directory / winner["run"] / "metrics.json", directory / "trial-0000" / "metrics.json"
+    )
     sweep.main(["--resume", str(directory)])
     often = "which was read before, for trial-0000" if winner["trial"] else "read once"
     assert often in capsys.readouterr().out
-    assert sweep.main(["--method", "grid", "--param", "l1=8,16", "--param", "lr=0.1,0.01", *argv[-2:], "--", *tiny])
+    assert sweep.main(
+        [
+            "--method",
+            "grid",
+            "--param",
+            "l1=8,16",
+            "--param",
+            "lr=0.1,0.01",
+            *argv[-2:],
+            "--",
+            *tiny,
+        ]
+    )
     assert (max(Path("runs").glob("sweep-20*")) / "grid.png").exists()

@@ -72,7 +72,11 @@ def test_trials_that_finish_fail_and_are_told_to_stop():
     assert [row["params"]["lr"] for row in rows] == [0.001, 0.02, 0.01, 0.003]
     assert 0 < rows[3]["epochs"] < 5000
     config = yaml.safe_load(server.sweeps[0])
-    assert config["parameters"]["lr"] == {"min": 1e-4, "max": 0.1, "distribution": "log_uniform_values"}
+    assert config["parameters"]["lr"] == {
+        "min": 1e-4,
+        "max": 0.1,
+        "distribution": "log_uniform_values",
+    }
     assert config["command"] == ["${env}", "${interpreter}", "${program}", *FLAGS, "${args}"]
     # W&B compares the best so far.
     assert config["metric"] == {"name": "best_val_loss", "goal": "minimize"}
@@ -101,18 +105,27 @@ def test_a_trial_that_was_running_at_ctrl_c_is_no_result():
 
 def test_a_sweep_is_joined_with_the_script_and_the_flags_of_the_one_who_made_it():
     config = {
-        "program": "train_mnist.py", "method": "random", "metric": {"name": "best_val_acc", "goal": "maximize"},
+        "program": "train_mnist.py",
+        "method": "random",
+        "metric": {"name": "best_val_acc", "goal": "maximize"},
         "command": ["${env}", "${interpreter}", "${program}", *FLAGS, "--epochs", "1", "${args}"],
-        "parameters": {"l1": {"values": [8, 16]}}, "run_cap": 2,
-    }  # fmt: skip
+        "parameters": {"l1": {"values": [8, 16]}},
+        "run_cap": 2,
+    }
     server = WandbServer([{"l1": 8}, {"l1": 16}], config=yaml.safe_dump(config))
     status, error, rows = drive(server, "--sweep-id", "nobody/project/sweep1")
     assert status == 0, error
     assert not server.sweeps and [row["params"] for row in rows] == [{"l1": 8}, {"l1": 16}]
     record = common.read_record(Path("runs/s/trial-0001"))
-    assert (record["args"]["dataset"], record["args"]["l1"], record["epochs"]) == ("synthetic", 16, 1)
+    assert (record["args"]["dataset"], record["args"]["l1"], record["epochs"]) == (
+        "synthetic",
+        16,
+        1,
+    )
     best = max(rows, key=lambda row: row["val_acc"])
-    assert Path("runs/s/leaderboard.csv").read_text().splitlines()[1].startswith(f"{best['trial']},")
+    assert (
+        Path("runs/s/leaderboard.csv").read_text().splitlines()[1].startswith(f"{best['trial']},")
+    )
     server.close()
 
 
@@ -122,7 +135,10 @@ UNKNOWN = "--sweep-id nobody/project/sweep1: Could not find sweep"
 
 @pytest.mark.parametrize(
     ("trials", "argv", "expected"),
-    [([{"lr": 0.02, "epochs": 2}] * 2, SEARCH, LAST), ([], ["--sweep-id", "nobody/project/sweep1"], UNKNOWN)],
+    [
+        ([{"lr": 0.02, "epochs": 2}] * 2, SEARCH, LAST),
+        ([], ["--sweep-id", "nobody/project/sweep1"], UNKNOWN),
+    ],
 )
 def test_one_where_all_trials_fail_and_one_that_is_not_there_are_failures(trials, argv, expected):
     server = WandbServer(trials)
@@ -140,9 +156,12 @@ def test_without_a_server_there_is_one_clear_line():
 
 
 @pytest.mark.parametrize(
-    ("mode", "key", "drives"), [("online", 1, "W&B"), ("offline", 1, "local"), ("online", 0, "local")]
+    ("mode", "key", "drives"),
+    [("online", 1, "W&B"), ("offline", 1, "local"), ("online", 0, "local")],
 )
-def test_auto_says_which_engine_drives_a_bayesian_search_and_why(monkeypatch, capsys, mode, key, drives):
+def test_auto_says_which_engine_drives_a_bayesian_search_and_why(
+    monkeypatch, capsys, mode, key, drives
+):
     monkeypatch.setenv("WANDB_MODE", mode)
     monkeypatch.setattr(common, "has_wandb_key", lambda quiet: key)
 

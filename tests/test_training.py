@@ -40,7 +40,10 @@ def at_step(number, action):
     count = itertools.count(1)
 
     def event(optimizer, *_):
-        if not isinstance(optimizer, torch.optim.LBFGS) and number in (None, next(count)):  # LBFGS: the temperature
+        if not isinstance(optimizer, torch.optim.LBFGS) and number in (
+            None,
+            next(count),
+        ):  # LBFGS: the temperature
             action()
 
     handle = register_optimizer_step_post_hook(event)
@@ -78,16 +81,36 @@ def test_a_run_directory_holds_what_the_contract_says(tmp_path):
     directory, record, rows = run(train_mnist, *DENSE, "--epochs", 2, "--data-dir", "../data")
     assert directory.parent == tmp_path / "runs" and directory.name == record["name"]
     assert re.fullmatch(r"train_mnist-\d{8}T\d{6}Z-[0-9a-f]{8}", directory.name)
-    assert {path.name for path in directory.iterdir()} == {".lock", "best.pt", "last.pt", "log.jsonl", "run.json"}
+    assert {path.name for path in directory.iterdir()} == {
+        ".lock",
+        "best.pt",
+        "last.pt",
+        "log.jsonl",
+        "run.json",
+    }
     assert json.loads((directory / "run.json").read_text()) == record and " ".join(record) == RECORD
-    assert (record["status"], record["error"], record["epochs"], record["format"]) == ("finished", None, 2, 2)
-    assert record["argv"][-4:] == ["--epochs", "2", "--data-dir", "../data"] and record["args"]["batch_size"] == 64
+    assert (record["status"], record["error"], record["epochs"], record["format"]) == (
+        "finished",
+        None,
+        2,
+        2,
+    )
+    assert (
+        record["argv"][-4:] == ["--epochs", "2", "--data-dir", "../data"]
+        and record["args"]["batch_size"] == 64
+    )
     assert all(os.path.isabs(record["args"][name]) for name in ("runs_dir", "data_dir"))
     assert [record["data"][part] for part in ("train", "val", "test")] == [270, 30, 60]
-    assert [" ".join(row) for row in rows] == [ROW, ROW] and [row["epoch"] for row in rows] == [1, 2]
+    assert [" ".join(row) for row in rows] == [ROW, ROW] and [row["epoch"] for row in rows] == [
+        1,
+        2,
+    ]
     best = min(rows, key=lambda row: row["val_loss"])
     state = common.load_checkpoint(directory / "best.pt")
-    expected = {**{name: best[name] for name in ("epoch", "val_loss", "val_acc")}, "temperature": state["temperature"]}
+    expected = {
+        **{name: best[name] for name in ("epoch", "val_loss", "val_acc")},
+        "temperature": state["temperature"],
+    }
     assert record["best"] == expected and {name: state[name] for name in expected} == expected
 
 
@@ -98,20 +121,36 @@ def test_the_first_losses_of_a_model_are_what_they_were(model, monkeypatch):
     monkeypatch.undo()
     found, expected = golden.losses(model), json.loads(golden.PATH.read_text())["losses"][model]
     later = 5e-3 if model in ("convnet", "patchnet") else 2e-3
-    assert found[:6] == pytest.approx(expected[:6], rel=2e-3) and found[6:] == pytest.approx(expected[6:], rel=later)
+    assert found[:6] == pytest.approx(expected[:6], rel=2e-3) and found[6:] == pytest.approx(
+        expected[6:], rel=later
+    )
 
 
 @pytest.mark.parametrize(
     ("script", "argv", "accuracy"),
     [
-        (train_mnist, ["--model", "dense"], 0.2), (train_cifar, ["--c1", 4, "--c2", 8, "--lr", 0.003], 0.35),
-        (train_mnist, ["--c1", 8], 0.4), (train_mnist, ["--c1", 8, "--optimizer", "muon"], 0.4),
+        (train_mnist, ["--model", "dense"], 0.2),
+        (train_cifar, ["--c1", 4, "--c2", 8, "--lr", 0.003], 0.35),
+        (train_mnist, ["--c1", 8], 0.4),
+        (train_mnist, ["--c1", 8, "--optimizer", "muon"], 0.4),
     ],
-)  # fmt: skip
+)
 def test_nets_learn(monkeypatch, script, argv, accuracy):
     draw = train_mnist.synthetic_digits if script is train_mnist else train_cifar.synthetic_shapes
     monkeypatch.setattr(script, "synthetic", lambda train: draw(1500 if train else 300, int(train)))
-    fixed = ["--dataset", "synthetic", "--c2", 16, "--l1", 64, "--batch-size", 32, "--epochs", 6, "--quiet"]
+    fixed = [
+        "--dataset",
+        "synthetic",
+        "--c2",
+        16,
+        "--l1",
+        64,
+        "--batch-size",
+        32,
+        "--epochs",
+        6,
+        "--quiet",
+    ]
     _, record, rows = run(script, *fixed, *argv)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] and record["test"]["acc"] > accuracy
 
@@ -119,13 +158,31 @@ def test_nets_learn(monkeypatch, script, argv, accuracy):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("SGD", {"momentum": 0.5, "weight_decay": 0.1, "nesterov": True}), ("SGD", {"momentum": 0}),
-        ("Adam", {"weight_decay": 0.1}), ("AdamW", {"weight_decay": 0.1}),
+        ("SGD", {"momentum": 0.5, "weight_decay": 0.1, "nesterov": True}),
+        ("SGD", {"momentum": 0}),
+        ("Adam", {"weight_decay": 0.1}),
+        ("AdamW", {"weight_decay": 0.1}),
     ],
-)  # fmt: skip
+)
 def test_optimizers_do_what_those_of_torch_do(batches, name, options):
-    argv = ["--optimizer", name.lower(), "--lr", 0.1, "--epochs", 1, "--d1", 0, "--precision", "fp32", "--no-test"]
-    argv += [f"--{option}={value}".replace("_", "-") for option, value in options.items() if option != "nesterov"]
+    argv = [
+        "--optimizer",
+        name.lower(),
+        "--lr",
+        0.1,
+        "--epochs",
+        1,
+        "--d1",
+        0,
+        "--precision",
+        "fp32",
+        "--no-test",
+    ]
+    argv += [
+        f"--{option}={value}".replace("_", "-")
+        for option, value in options.items()
+        if option != "nesterov"
+    ]
     directory, _, _ = run(train_mnist, *DENSE, *argv)
     training, net = [batch for batch in batches if batch[0].training], batches[0][0]
     optimizer = getattr(torch.optim, name)(net.parameters(), lr=0.1, **options)
@@ -135,18 +192,28 @@ def test_optimizers_do_what_those_of_torch_do(batches, name, options):
         optimizer.step()
     weights = common.load_checkpoint(directory / "best.pt")["weights"]
     assert len(training) == 5
-    assert all(torch.allclose(p, weights[name], rtol=1e-3, atol=1e-5) for name, p in net.named_parameters())
+    assert all(
+        torch.allclose(p, weights[name], rtol=1e-3, atol=1e-5) for name, p in net.named_parameters()
+    )
 
 
 def means(batches, smoothing=0):
     """Loss and accuracy over all images of `batches`."""
     logits, labels = (torch.cat([batch[column] for batch in batches]) for column in (2, 3))
-    loss = -(logits.log_softmax(1) * (F.one_hot(labels, 10) * (1 - smoothing) + smoothing / 10)).sum(1).mean()
-    return pytest.approx((loss.item(), (logits.argmax(1) == labels).double().mean().item()), rel=1e-4)
+    loss = (
+        -(logits.log_softmax(1) * (F.one_hot(labels, 10) * (1 - smoothing) + smoothing / 10))
+        .sum(1)
+        .mean()
+    )
+    return pytest.approx(
+        (loss.item(), (logits.argmax(1) == labels).double().mean().item()), rel=1e-4
+    )
 
 
 def test_losses_are_means_per_image_of_labels_smoothed_but_in_the_test(batches):
-    _, record, (row,) = run(train_cifar, *EVERYTHING_ON, "--epochs", 1, "--lr", 0.05, "--label-smoothing", 0.4)
+    _, record, (row,) = run(
+        train_cifar, *EVERYTHING_ON, "--epochs", 1, "--lr", 0.05, "--label-smoothing", 0.4
+    )
     assert (row["train_loss"], row["train_acc"]) == means(batches[:3], 0.4)
     assert (row["val_loss"], row["val_acc"]) == means(batches[3:4], 0.4)
     assert (record["test"]["loss"], record["test"]["acc"]) == means(batches[5:])
@@ -162,20 +229,37 @@ def temperature(logits, labels):
 
 
 def test_a_temperature_is_fitted_on_the_validation_images_when_a_training_ends(batches):
-    argv = [*EVERYTHING_ON, "--label-smoothing", 0.4, "--lr", 0.01, "--tolerance", 0, "--epochs", 12, "--no-test"]
+    argv = [
+        *EVERYTHING_ON,
+        "--label-smoothing",
+        0.4,
+        "--lr",
+        0.01,
+        "--tolerance",
+        0,
+        "--epochs",
+        12,
+        "--no-test",
+    ]
     directory, record, _ = run(train_cifar, *argv, "--stop-after", 11)
     assert record["best"]["temperature"] == 1
     _, record, _ = run(train_cifar, "--resume", directory, "--quiet")
     *_, (net, _, logits, labels) = batches
     weights = common.load_checkpoint(directory / "best.pt")["weights"]
-    assert states_are_equal(dict(net.state_dict()), weights) and len(labels) == record["data"]["val"]
-    assert record["best"]["temperature"] == pytest.approx(temperature(logits, labels), rel=0.01) != 1
+    assert (
+        states_are_equal(dict(net.state_dict()), weights) and len(labels) == record["data"]["val"]
+    )
+    assert (
+        record["best"]["temperature"] == pytest.approx(temperature(logits, labels), rel=0.01) != 1
+    )
 
 
 def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, monkeypatch):
     def rare(train):
         drawn = few_images(train)
-        return drawn.select(((drawn.labels != 3) | (torch.arange(len(drawn)) % 4 == 0)).nonzero().flatten())
+        return drawn.select(
+            ((drawn.labels != 3) | (torch.arange(len(drawn)) % 4 == 0)).nonzero().flatten()
+        )
 
     few_images = forked.few_shapes
     monkeypatch.setattr(train_cifar, "synthetic", rare)
@@ -189,35 +273,66 @@ def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, m
     assert weights.argmax() == 3 and len(set(weights.tolist())) > 2
     losses, images = 0, 0
     for _, _, logits, labels in training:
-        losses += len(labels) * F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1).item()
+        losses += (
+            len(labels)
+            * F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1).item()
+        )
         images += len(labels)
     assert row["train_loss"] == pytest.approx(losses / images, rel=1e-4)
     _, _, logits, labels = batches[len(training)]
-    loss = F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1, reduction="sum").item() / len(labels)
+    loss = F.cross_entropy(
+        logits, labels, weight=weights, label_smoothing=0.1, reduction="sum"
+    ).item() / len(labels)
     assert row["val_loss"] == pytest.approx(loss, rel=1e-4)
     *_, (_, _, logits, labels) = batches
     assert record["test"]["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
 CHANGES = [
-    "--d1 0.6", "--kernel-size 5", "--c1 5", "--c2 9", "--l1 17", "--tutorial-layers", "--seed 7", "--lr 0.01",
-    "--batch-size 50", "--schedule linear", "--schedule cosine", "--schedule constant", "--optimizer sgd",
-    "--optimizer adamw --weight-decay 0.9 --lr 0.5", "--label-smoothing 0", "--limit-train 140", "--val-size 0.2",
-    "--normalize dataset", "--no-augment", "--rotation 5", "--brightness 0", "--hue 0", "--flip 0", "--shift 1",
-    "--alternate-flip", "--precision bf16",
-]  # fmt: skip
+    "--d1 0.6",
+    "--kernel-size 5",
+    "--c1 5",
+    "--c2 9",
+    "--l1 17",
+    "--tutorial-layers",
+    "--seed 7",
+    "--lr 0.01",
+    "--batch-size 50",
+    "--schedule linear",
+    "--schedule cosine",
+    "--schedule constant",
+    "--optimizer sgd",
+    "--optimizer adamw --weight-decay 0.9 --lr 0.5",
+    "--label-smoothing 0",
+    "--limit-train 140",
+    "--val-size 0.2",
+    "--normalize dataset",
+    "--no-augment",
+    "--rotation 5",
+    "--brightness 0",
+    "--hue 0",
+    "--flip 0",
+    "--shift 1",
+    "--alternate-flip",
+    "--precision bf16",
+]
 
 
 def test_what_is_to_change_the_training_does():
     argv = [*EVERYTHING_ON, "--epochs", 1, "--no-test", "--precision", "fp32"]
-    losses = {flags: run(train_cifar, *argv, *flags.split())[2][0]["train_loss"] for flags in ("", *CHANGES)}
+    losses = {
+        flags: run(train_cifar, *argv, *flags.split())[2][0]["train_loss"]
+        for flags in ("", *CHANGES)
+    }
     assert [flags for flags, loss in losses.items() if loss == losses[""]] == [""]
 
 
 @pytest.mark.parametrize(
     ("side", "batch", "largest"), [(28, 64, 1000), (32, 1050, 1050), (64, 64, 250), (64, 300, 300)]
 )
-def test_validation_and_test_are_means_over_batches_of_so_many_pixels(monkeypatch, batches, side, batch, largest):
+def test_validation_and_test_are_means_over_batches_of_so_many_pixels(
+    monkeypatch, batches, side, batch, largest
+):
     def noise(train):
         images = torch.randint(256, (2102 if train else 1051, 1, side, side), dtype=torch.uint8)
         return common.ImageSet(images, torch.arange(len(images)) % 10, list("abcdefghij"))
@@ -226,8 +341,14 @@ def test_validation_and_test_are_means_over_batches_of_so_many_pixels(monkeypatc
     argv = ["--l1", 4, "--epochs", 1, "--val-size", 0.5, "--batch-size", batch]
     _, record, (row,) = run(train_mnist, *DENSE, *argv)
     evaluated = [batch for batch in batches if not batch[0].training]
-    val, test = evaluated[: len(evaluated) // 3], evaluated[len(evaluated) * 2 // 3 :]  # between them: the temperature
-    for part, loss, accuracy in ((val, row["val_loss"], row["val_acc"]), (test, *record["test"].values())):
+    val, test = (
+        evaluated[: len(evaluated) // 3],
+        evaluated[len(evaluated) * 2 // 3 :],
+    )  # between them: the temperature
+    for part, loss, accuracy in (
+        (val, row["val_loss"], row["val_acc"]),
+        (test, *record["test"].values()),
+    ):
         sizes = [len(labels) for *_, labels in part]
         assert max(sizes) == largest and sum(sizes) == 1051 and (loss, accuracy) == means(part)
 
@@ -248,18 +369,25 @@ def test_the_images_grow_over_the_epochs_and_come_in_another_order(batches):
 @pytest.mark.parametrize(
     ("script", "argv", "epochs", "precision"),
     [
-        (train_cifar, EVERYTHING_ON, 4, "fp32"), (train_cifar, EVERYTHING_ON, 4, "bf16"),
-        (train_cifar, ["--recipe", "tutorial", *EVERYTHING_ON], 3, "fp32"), (train_cifar, FAST, 4, "fp32"),
+        (train_cifar, EVERYTHING_ON, 4, "fp32"),
+        (train_cifar, EVERYTHING_ON, 4, "bf16"),
+        (train_cifar, ["--recipe", "tutorial", *EVERYTHING_ON], 3, "fp32"),
+        (train_cifar, FAST, 4, "fp32"),
         (train_mnist, ["--recipe", "fast", *SMALL], 2, "fp32"),
         (train_mnist, ["--recipe", "fast996", *SMALL, "--c3", 8], 3, "fp32"),
     ],
-)  # fmt: skip
+)
 def test_an_interrupted_run_continues_bit_for_bit(script, argv, epochs, precision):
     argv = [*argv, "--epochs", epochs, "--precision", precision]
     whole, record, _ = run(script, *argv)
     assert record["status"] == "finished" and record["test"]
     cut, record, rows = run(script, *argv, "--stop-after", 1)
-    assert (record["status"], record["error"], record["test"], len(rows)) == ("interrupted", None, None, 1)
+    assert (record["status"], record["error"], record["test"], len(rows)) == (
+        "interrupted",
+        None,
+        None,
+        1,
+    )
     common.write_json(cut / "run.json", {**record, "seconds": 1000})
     with at_step(2, interrupt):  # in the middle of an epoch
         _, record, rows = run(script, "--resume", cut, "--quiet")
@@ -275,7 +403,10 @@ def test_epochs_can_be_raised_and_a_finished_run_is_left_alone(capsys):
     before = (directory / "run.json").read_bytes()
     for more in ([], ["--epochs", 8, "--stop-after", 1], ["--epochs", 8, "--stop-after", 2]):
         run(train_mnist, "--resume", directory, *more)
-        assert "nothing to do" in capsys.readouterr().out and (directory / "run.json").read_bytes() == before
+        assert (
+            "nothing to do" in capsys.readouterr().out
+            and (directory / "run.json").read_bytes() == before
+        )
     _, record, _ = run(train_mnist, "--resume", directory, "--epochs", 3, "--quiet")
     check_same(whole, directory)
     assert record["args"]["epochs"] == 3 and json.loads(before)["test"]
@@ -286,11 +417,19 @@ def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_
     argv = [*DENSE[:-1], "--lr", 0.03, "--val-size", 0, "--epochs", 40, "--tolerance", 3]
     whole, record, rows = run(train_mnist, *argv)
     assert "the test set chooses the epoch" in capsys.readouterr().out
-    assert record["data"].items() >= {"selection": "test set", "train": 300, "val": 60, "test": 60}.items()
+    assert (
+        record["data"].items()
+        >= {"selection": "test set", "train": 300, "val": 60, "test": 60}.items()
+    )
     losses = [row["val_loss"] for row in rows]
     assert record["status"] == "stopped_early" and record["epochs"] == len(rows) < 40
-    assert record["best"]["val_loss"] == min(losses) == losses[-4] and record["best"]["epoch"] == len(rows) - 3
-    assert (record["test"]["loss"], record["test"]["acc"]) == pytest.approx((losses[-4], rows[-4]["val_acc"]), rel=1e-5)
+    assert (
+        record["best"]["val_loss"] == min(losses) == losses[-4]
+        and record["best"]["epoch"] == len(rows) - 3
+    )
+    assert (record["test"]["loss"], record["test"]["acc"]) == pytest.approx(
+        (losses[-4], rows[-4]["val_acc"]), rel=1e-5
+    )
 
     cut, _, _ = run(train_mnist, *argv, "--stop-after", len(rows) - 1)
     run(train_mnist, "--resume", cut, "--quiet")
@@ -308,7 +447,11 @@ def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_
 def test_a_run_killed_between_its_last_epoch_and_its_test_is_only_tested(monkeypatch, end):
     whole, _, _ = run(train_mnist, *DENSE, *end)
     with monkeypatch.context() as patch:
-        patch.setattr(train_mnist, "synthetic", lambda train: forked.few_digits(train) if train else interrupt())
+        patch.setattr(
+            train_mnist,
+            "synthetic",
+            lambda train: forked.few_digits(train) if train else interrupt(),
+        )
         cut, record, _ = run(train_mnist, *DENSE, *end)
     assert record["status"] == "interrupted" and record["test"] is None
     common.write_json(cut / "run.json", {**record, "status": "running", "error": None})
@@ -319,7 +462,9 @@ def test_a_run_killed_between_its_last_epoch_and_its_test_is_only_tested(monkeyp
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize(("training", "epoch"), [(True, 1), (True, 2), (False, 1), (False, 2)])
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_touches_the_weights(monkeypatch, training, epoch, value):
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_touches_the_weights(
+    monkeypatch, training, epoch, value
+):
     loss, steps, bad = F.cross_entropy, [], []
 
     def poisoned(*arguments, **options):
@@ -330,25 +475,49 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_touches_the_weights(mo
     with monkeypatch.context() as patch, at_step(None, lambda: steps.append(bool(bad))):
         patch.setattr(F, "cross_entropy", poisoned)
         directory, record, rows = run(train_cifar, *EVERYTHING_ON, "--epochs", 3)
-    assert record["status"] == "diverged" and f"epoch {epoch}" in record["error"] and record["test"] is None
-    assert bad and not any(steps) and len(rows) == record["epochs"] == (record["best"] or {"epoch": 0})["epoch"]
+    assert (
+        record["status"] == "diverged"
+        and f"epoch {epoch}" in record["error"]
+        and record["test"] is None
+    )
+    assert (
+        bad
+        and not any(steps)
+        and len(rows) == record["epochs"] == (record["best"] or {"epoch": 0})["epoch"]
+    )
     assert len(rows) == epoch - 1 and len(list(directory.glob("*.pt"))) == 2 * len(rows)
-    assert all(len(common.load_checkpoint(path).get("history", rows)) == 1 for path in directory.glob("*.pt"))
+    assert all(
+        len(common.load_checkpoint(path).get("history", rows)) == 1
+        for path in directory.glob("*.pt")
+    )
     with pytest.raises(common.RunError, match="would again"):
         run(train_cifar, "--resume", directory)
 
 
 def test_the_test_images_are_read_once_after_the_training_if_at_all(monkeypatch):
     events = []
-    monkeypatch.setattr(train_cifar, "synthetic", lambda train: events.append(train) or forked.few_shapes(train))
+    monkeypatch.setattr(
+        train_cifar, "synthetic", lambda train: events.append(train) or forked.few_shapes(train)
+    )
     with at_step(None, lambda: events.append("step")):
         run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
         assert events == [True, *["step"] * 6, False]
-        _, record, rows = run(train_cifar, *EVERYTHING_ON, "--epochs", 1, "--no-test", on_epoch=events.append)
-        assert events[8:] == [True, *["step"] * 3, *rows] and record["test"] is None and record["status"] == "finished"
+        _, record, rows = run(
+            train_cifar, *EVERYTHING_ON, "--epochs", 1, "--no-test", on_epoch=events.append
+        )
+        assert (
+            events[8:] == [True, *["step"] * 3, *rows]
+            and record["test"] is None
+            and record["status"] == "finished"
+        )
         pruned = {"on_epoch": lambda row: row["epoch"] == 2}
         directory, record, rows = run(train_cifar, *EVERYTHING_ON, "--epochs", 3, **pruned)
-    assert events[13:] == [True, *["step"] * 6] and len(rows) == 2 and record["best"] and record["test"] is None
+    assert (
+        events[13:] == [True, *["step"] * 6]
+        and len(rows) == 2
+        and record["best"]
+        and record["test"] is None
+    )
     assert record["status"] == read_run(directory)[0]["status"] == "pruned"
 
 
@@ -363,9 +532,14 @@ def test_resume_refuses_what_would_not_be_the_same_run(monkeypatch, capsys):
         with pytest.raises(SystemExit, match="2"):
             run(train_cifar, "--resume", directory, *argv)
         assert message in capsys.readouterr().err
-    with common.locked(directory / ".lock"), pytest.raises(common.RunError, match="in use by another process"):
+    with (
+        common.locked(directory / ".lock"),
+        pytest.raises(common.RunError, match="in use by another process"),
+    ):
         run(train_cifar, "--resume", directory)
-    monkeypatch.setattr(train_cifar, "synthetic", lambda train: train_cifar.synthetic_shapes(300, 99))
+    monkeypatch.setattr(
+        train_cifar, "synthetic", lambda train: train_cifar.synthetic_shapes(300, 99)
+    )
     with pytest.raises(common.RunError, match="checksums differ"):
         run(train_cifar, "--resume", directory)
 
@@ -382,21 +556,31 @@ def test_a_run_goes_on_with_its_threads_and_says_where(monkeypatch):
     assert threads == [2] and record["threads"] == 2 and record["host"] == "elsewhere"
 
 
-def test_a_last_batch_of_one_is_not_trained_on_and_one_of_all_images_is_remarked_upon(batches, capsys):
+def test_a_last_batch_of_one_is_not_trained_on_and_one_of_all_images_is_remarked_upon(
+    batches, capsys
+):
     run(train_mnist, *DENSE[:-1], "--epochs", 1, "--batch-size", 269)
     assert [len(labels) for net, *_, labels in batches if net.training] == [269]
     assert "--batch-size" not in capsys.readouterr().out
     run(train_mnist, *DENSE[:-1], "--epochs", 1, "--batch-size", 270)
-    assert re.search("--batch-size 270: the 270 training images .* try --batch-size 13", capsys.readouterr().out)
+    assert re.search(
+        "--batch-size 270: the 270 training images .* try --batch-size 13", capsys.readouterr().out
+    )
 
 
 def test_a_compiled_model_trains_and_its_weights_load_without_compilation(monkeypatch):
     compiled, compile_ = [], torch.compile
     monkeypatch.setattr(  # without a C++ compiler
-        torch, "compile", lambda net, **options: compiled.append(net) or compile_(net, backend="eager", **options)
+        torch,
+        "compile",
+        lambda net, **options: compiled.append(net) or compile_(net, backend="eager", **options),
     )
     _, _, plain = run(train_mnist, *DENSE, "--epochs", 2)
     directory, record, rows = run(train_mnist, *DENSE, "--epochs", 2, "--compile")
-    assert len(compiled) == 1 and without_times(rows) == without_times(plain) and record["status"] == "finished"
+    assert (
+        len(compiled) == 1
+        and without_times(rows) == without_times(plain)
+        and record["status"] == "finished"
+    )
     best = torch.load(directory / "best.pt", weights_only=True)
     common.build_model(best).load_state_dict(best["weights"])

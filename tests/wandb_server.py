@@ -12,7 +12,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = json.loads(body) if body.startswith(b"{") and b"\n{" not in body else {}  # else telemetry
+        body = (
+            json.loads(body) if body.startswith(b"{") and b"\n{" not in body else {}
+        )  # else telemetry
         if self.path.endswith("file_stream"):
             self.server.take_stream(self.path.split("/")[-2], body)
         answer = json.dumps({"data": self.server.graphql(body)} if "query" in body else {}).encode()
@@ -58,28 +60,67 @@ class WandbServer(http.server.ThreadingHTTPServer):
         project = {"id": "p", "name": "project", "entity": {"id": "e", "name": "nobody"}}
         if "upsertSweep" in query:
             self.sweeps.append(variables["config"])
-            return {"upsertSweep": {"sweep": {"name": "sweep1", "project": project}, "configValidationWarnings": []}}
+            return {
+                "upsertSweep": {
+                    "sweep": {"name": "sweep1", "project": project},
+                    "configValidationWarnings": [],
+                }
+            }
         if "GetSweep" in query:
             known = {"name": variables["name"], "config": self.config, "state": "RUNNING"}
-            names = ("id", "displayName", "method", "description", "bestLoss", "createdAt", "updatedAt")
-            sweep = {"__typename": "Sweep", "runCount": 0, "runCountExpected": 0, **dict.fromkeys(names, "x"), **known}
+            names = (
+                "id",
+                "displayName",
+                "method",
+                "description",
+                "bestLoss",
+                "createdAt",
+                "updatedAt",
+            )
+            sweep = {
+                "__typename": "Sweep",
+                "runCount": 0,
+                "runCountExpected": 0,
+                **dict.fromkeys(names, "x"),
+                **known,
+            }
             return {"project": {"sweep": {**sweep, "bestLoss": 0.0} if self.config else None}}
         if "createAgent" in query:
             return {"createAgent": {"agent": {"id": "agent1"}}}
         if "agentHeartbeat" in query:
             running = json.loads(variables["runState"])
-            return {"agentHeartbeat": {"agent": {"id": "agent1"}, "commands": json.dumps(self.commands(running))}}
+            return {
+                "agentHeartbeat": {
+                    "agent": {"id": "agent1"},
+                    "commands": json.dumps(self.commands(running)),
+                }
+            }
         if "upsertBucket" in query:
             bucket = {
-                "id": "b", "name": variables.get("name"), "displayName": variables.get("name"), "description": None,
-                "config": None, "sweepName": variables.get("sweep"), "historyLineCount": 0, "project": project,
-            }  # fmt: skip
+                "id": "b",
+                "name": variables.get("name"),
+                "displayName": variables.get("name"),
+                "description": None,
+                "config": None,
+                "sweepName": variables.get("sweep"),
+                "historyLineCount": 0,
+                "project": project,
+            }
             return {"upsertBucket": {"bucket": bucket, "inserted": True}}
         if "createRunFiles" in query:
-            files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables["files"]]
+            files = [
+                {"name": file, "uploadUrl": f"{self.url}/upload/{file}"}
+                for file in variables["files"]
+            ]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         if "viewer" in query:
-            viewer = {"id": "v", "entity": "nobody", "username": "nobody", "flags": "{}", "teams": {"edges": []}}
+            viewer = {
+                "id": "v",
+                "entity": "nobody",
+                "username": "nobody",
+                "flags": "{}",
+                "teams": {"edges": []},
+            }
             return {"viewer": viewer, "serverInfo": None}
         return {}
 
