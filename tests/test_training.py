@@ -15,7 +15,6 @@ import train_cifar
 import train_mnist
 
 import forked
-import golden
 import numpy as np
 import pytest
 import torch
@@ -112,18 +111,6 @@ def test_a_run_directory_holds_what_the_contract_says(tmp_path):
         "temperature": state["temperature"],
     }
     assert record["best"] == expected and {name: state[name] for name in expected} == expected
-
-
-@pytest.mark.parametrize("model", golden.MODELS)
-def test_the_first_losses_of_a_model_are_what_they_were(model, monkeypatch):
-    """Other CPUs round differently, and more with each step: convnet and patchnet by 0.3% at the tenth.
-    A change that is meant: python tests/golden.py MODEL."""
-    monkeypatch.undo()
-    found, expected = golden.losses(model), json.loads(golden.PATH.read_text())["losses"][model]
-    later = 5e-3 if model in ("convnet", "patchnet") else 2e-3
-    assert found[:6] == pytest.approx(expected[:6], rel=2e-3) and found[6:] == pytest.approx(
-        expected[6:], rel=later
-    )
 
 
 @pytest.mark.parametrize(
