@@ -1,73 +1,54 @@
-"""What the scripts share, in the order in which data flows: options, data, augmentation and batches, models,
-optimisers, train and test of one epoch, early stopping, the run directory, fit.
+"""What the scripts share, in the order in which data flow: options, data, augmentation and batches,
+models, losses, optimisers, train and evaluate for one epoch, early stopping, fit.
 
-A training script adds its recipes and its synthetic images; its `main` shows how the parts are put together.
+A training script adds its recipes and its synthetic images; its `main` shows how the parts are put
+together. MODELS, LOSSES, OPTIMIZERS, SCHEDULES and AUGMENTATIONS are the tables of what there is to
+choose from. CONTRIBUTING.md shows how to add something to each.
 """
 
-import os
 import signal
 
-# Importing torch takes seconds. Until it is there, Ctrl-C ends the program in one line.
-interrupt_handler = signal.signal(
-    signal.SIGINT, lambda *_: (os.write(2, b"interrupted\n"), os._exit(130))
-)
+# Importing torch takes seconds. Until it is there, Ctrl-C ends the program without a traceback.
+interrupt_handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import difflib
 import functools
 import hashlib
-import importlib.metadata
 import importlib.util
+import inspect
 import io
-import json
 import math
+import os
 import re
 import secrets
 import shlex
 import socket
-import subprocess
 import sys
-import threading
 import time
-import zipfile
+import unicodedata
+from argparse import Namespace
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
+
+import records
+from records import RunError, UsageError, say, shown
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: there, do not resume one run from two processes.
-    fcntl = None
-
 signal.signal(signal.SIGINT, interrupt_handler)
-
-HERE = Path(__file__).resolve().parent
-
-
-class UsageError(Exception):
-    """A request that cannot be met as it was asked: one line, exit status 2."""
-
-
-class RunError(Exception):
-    """A failure that the user can cause and mend (data, disk, checkpoint): one line, exit status 1."""
-
-
-class NotFinite(Exception):
-    """A loss is infinite or not a number: the training has diverged."""
-
-
-class Interrupted(BaseException):
-    """SIGINT or SIGTERM came; the argument is its name. Like KeyboardInterrupt, no error to be caught as one."""
 
 
 # ------------------------ Options ------------------------
@@ -93,10 +74,12 @@ class ArgumentParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
-def number(kind: type, low=-math.inf, high=math.inf, above=-math.inf, below=math.inf) -> Callable:
-    """An argparse `type`: a finite int or float from `low` to `high`, more than `above` and less than `below`."""
-    bounds = (("at least", low), ("at most", high), ("above", above), ("below", below))
-    limits = " and ".join(f"{word} {bound}" for word, bound in bounds if math.isfinite(bound))
+def number(
+    kind: type, low: float = -math.inf, high=math.inf, above=-math.inf, below=math.inf
+) -> Callable:
+    """An argparse `type`: a finite int or float within these bounds."""
+    bounds = {"at least": low, "at most": high, "above": above, "below": below}
+    limits = [f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)]
 
     def parse(text):
         with contextlib.suppress(ValueError, OverflowError):
@@ -104,7 +87,8 @@ def number(kind: type, low=-math.inf, high=math.inf, above=-math.inf, below=math
             if low <= value <= high and above < value < below and math.isfinite(value):
                 return value
         wanted = "a whole number" if kind is int else "a number"
-        raise argparse.ArgumentTypeError(f"expected {wanted} {limits}, not {text!r}")
+        text = f"expected {wanted} {' and '.join(limits)}, not {text!r}"
+        raise argparse.ArgumentTypeError(text)
 
     return parse
 
@@ -118,438 +102,397 @@ def run_name(text: str) -> str:
 
 def absolute_path(text: str) -> Path:
     """An argparse `type`: a run names the same places wherever it is continued from."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, not an empty word")
     return Path(os.path.expanduser(text)).absolute()
 
 
-def add_options(parser: argparse.ArgumentParser, recipes: dict) -> None:
-    """Add the flags of a training script. A recipe, {flag: default}, sets those that have no default here."""
-    count, share, probability = number(int, 1), number(float, 0, below=1), number(float, 0, 1)
-    switch = argparse.BooleanOptionalAction
-
-    flag = parser.add_argument_group("used most").add_argument
-    text = f"{', '.join(DATASETS)}, or a folder of images: PATH/<class>/*, or PATH/train/<class>/* and PATH/test/..."
-    flag("--dataset", metavar="NAME|PATH", help=text)
-    flag(
-        "--recipe",
-        choices=tuple(recipes),
-        default="default",
-        help="a set of defaults; --recipe NAME --help shows it",
-    )
-    flag("--model", choices=tuple(MODELS), help="architecture")
-    flag("--epochs", type=count, metavar="N", help="passes over the training images, at most")
-    flag("--batch-size", type=count, metavar="IMAGES", help="images in one step")
-    flag(
-        "--lr",
-        type=number(float, above=0),
-        metavar="RATE",
-        help="learning rate, the peak of the schedule",
-    )
-    flag(
-        "--augment", action=switch, help="change each training image at random, in every epoch anew"
-    )
-    flag(
-        "--seed",
-        type=number(int, 0),
-        default=42,
-        metavar="N",
-        help="of split, weights, order, augmentation, dropout",
-    )
-    flag(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="auto: a GPU where there is one",
-    )
-    flag(
-        "--run-name",
-        type=run_name,
-        metavar="NAME",
-        help="of the run's directory (script, time, random characters)",
-    )
-    flag("--resume", type=absolute_path, metavar="RUN", help="go on with the run in this directory")
-    flag(
-        "--wandb",
-        choices=("disabled", "offline", "online"),
-        default="disabled",
-        help="log to Weights & Biases too",
-    )
-    flag("--quiet", action="store_true", help="print only errors")
-
-    flag = parser.add_argument_group(
-        "model: in brackets, which models have the option, and its default"
-    ).add_argument
-    flag(
-        "--c1",
-        type=count,
-        metavar="CHANNELS",
-        help="first filters (cnn 32, confignet 48, fastnet 64, patchnet 24)",
-    )
-    flag(
-        "--c2",
-        type=count,
-        metavar="CHANNELS",
-        help="later filters (cnn 64, confignet 96, fastnet 256, patchnet 48)",
-    )
-    flag("--c3", type=count, metavar="CHANNELS", help="last filters (fastnet 256)")
-    flag(
-        "--l1",
-        type=count,
-        metavar="UNITS",
-        help="hidden dense layer (dense 128, cnn 512, confignet 256)",
-    )
-    flag("--d1", type=share, metavar="PROBABILITY", help="dropout (dense 0.5, confignet 0.1)")
-    flag(
-        "--kernel-size",
-        type=count,
-        metavar="PIXELS",
-        help="side of the filters (convnet 3, confignet 3)",
-    )
-    text = "order the layers as the tutorials do (dense, convnet, confignet)"
-    flag("--tutorial-layers", action=switch, default=False, help=text)
-
-    flag = parser.add_argument_group("data").add_argument
-    flag(
-        "--data-dir",
-        type=absolute_path,
-        default=HERE / "data",
-        metavar="DIR",
-        help="where the datasets are",
-    )
-    flag(
-        "--image-size",
-        type=count,
-        metavar="PIXELS",
-        help="images of a folder are resized to this square",
-    )
-    flag("--grey", action=switch, help="images of a folder are read without their colours")
-    flag(
-        "--val-size",
-        type=share,
-        default=0.1,
-        metavar="PART",
-        help="of the training images; 0: use the test set",
-    )
-    flag("--limit-train", type=count, metavar="IMAGES", help="train on so many only")
-    flag(
-        "--normalize",
-        choices=("half", "dataset"),
-        default="half",
-        help="mean and std: 0.5, or the training images'",
-    )
-
-    flag = parser.add_argument_group(
-        "augmentation: each image by its own random amount"
-    ).add_argument
-    flag(
-        "--rotation",
-        type=number(float, 0, 180),
-        metavar="DEGREES",
-        help="turn by up to so many, either way",
-    )
-    flag(
-        "--brightness",
-        type=probability,
-        metavar="PART",
-        help="make brighter or darker by up to this part",
-    )
-    flag(
-        "--hue",
-        type=number(float, 0, 0.5),
-        metavar="TURNS",
-        help="turn the hue by up to so much, 1 all round",
-    )
-    flag("--flip", type=probability, metavar="PROBABILITY", help="mirror left to right")
-    flag(
-        "--alternate-flip",
-        action=switch,
-        default=False,
-        help="draw the flips once, and invert them every epoch",
-    )
-    flag(
-        "--shift",
-        type=number(int, 0),
-        default=0,
-        metavar="PIXELS",
-        help="move by up to so many along each axis",
-    )
-
-    flag = parser.add_argument_group("training").add_argument
-    flag("--optimizer", choices=tuple(OPTIMIZERS), default="adam", help="sgd has Nesterov momentum")
-    flag(
-        "--schedule",
-        choices=tuple(SCHEDULES),
-        default="constant",
-        help="course of the learning rate",
-    )
-    flag(
-        "--aux-lr",
-        type=number(float, above=0),
-        default=0.03,
-        metavar="RATE",
-        help="of what muon leaves to AdamW",
-    )
-    flag("--momentum", type=share, default=0.9, metavar="FACTOR", help="of sgd and muon")
-    flag(
-        "--weight-decay",
-        type=number(float, 0),
-        default=0.0,
-        metavar="FACTOR",
-        help="decoupled in adamw and muon",
-    )
-    flag(
-        "--class-weights",
-        choices=("balanced",),
-        help="weigh each class in the loss by how rare it is",
-    )
-    flag(
-        "--label-smoothing",
-        type=share,
-        default=0.0,
-        metavar="PART",
-        help="of the target, spread over all classes",
-    )
-    text = "sides of the training images, over equal parts of the run"
-    flag(
-        "--sizes",
-        type=lambda text: [*map(number(int, 4), text.split(","))],
-        metavar="PIXELS,...",
-        help=text,
-    )
-    flag(
-        "--tolerance",
-        type=number(int, 0),
-        metavar="EPOCHS",
-        help="stop after so many without a new best; 0: never",
-    )
-    flag("--test", action=switch, default=True, help="read the test set, once, at the end")
-    flag(
-        "--tta", choices=TTA, help="average views of the test images that the model is not sure of"
-    )
-
-    flag = parser.add_argument_group("machine and run").add_argument
-    flag(
-        "--precision",
-        choices=("auto", *PRECISIONS),
-        default="auto",
-        help="auto: what the hardware computes fast",
-    )
-    flag(
-        "--compile",
-        action=switch,
-        default=False,
-        help="torch.compile: a slow start, faster steps on a GPU",
-    )
-    flag(
-        "--runs-dir",
-        type=absolute_path,
-        default=HERE / "runs",
-        metavar="DIR",
-        help="where run directories are made",
-    )
-    flag(
-        "--stop-after", type=count, metavar="N", help="leave after epoch N, to go on with --resume"
-    )
-    flag(
-        "--wandb-project",
-        default="image-classifiers",
-        metavar="NAME",
-        help="where W&B files the run",
-    )
+def dataset(text: str) -> str:
+    """An argparse `type`: one of DATASETS, or the path of a folder or a CSV file."""
+    path = text if text in DATASETS else str(absolute_path(text))
+    if text not in DATASETS and not (Path(path).is_dir() or is_csv(path)):
+        names = ", ".join(DATASETS)
+        raise argparse.ArgumentTypeError(f"{path} is no folder, no CSV file and none of {names}")
+    return path
 
 
-# What may differ when a run goes on: where it runs, how it reports, and how long; never what it computes.
-CHANGEABLE_ON_RESUME = {
-    "resume",
-    "epochs",
-    "tolerance",
-    "stop_after",
-    "data_dir",
-    "device",
-    "quiet",
-    "wandb",
-    "wandb_project",
+def sizes(text: str) -> list[float]:
+    """An argparse `type`: parts of the images' side, as in 5/8,3/4,1."""
+    try:
+        parts = [float(Fraction(word)) for word in text.split(",")]
+        if all(0 < part <= 1 for part in parts):
+            return parts
+    except (ValueError, ZeroDivisionError):
+        pass
+    example = "parts of the images' side, as in 5/8,3/4,1"
+    raise argparse.ArgumentTypeError(f"expected {example}, not {text!r}")
+
+
+def fold(text: str) -> str:
+    """An argparse `type`: K/N, the K-th of N parts."""
+    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", text)
+    if not found or int(found[2]) < max(2, int(found[1])):
+        raise argparse.ArgumentTypeError(f"expected K/N, as in 1/5, not {text!r}")
+    return text
+
+
+COUNT, POSITIVE, PART = number(int, 1), number(float, above=0), number(float, 0, below=1)
+
+# The options of models, losses and optimisers: what they take, and their help. One that is not here
+# takes any number, and is shown without a help text.
+OPTIONS = {
+    "c1": ("CHANNELS", COUNT, "channels of the first convolutions"),
+    "c2": ("CHANNELS", COUNT, "channels of the later convolutions"),
+    "c3": ("CHANNELS", COUNT, "channels of the last convolutions"),
+    "l1": ("UNITS", COUNT, "units of the hidden dense layer"),
+    "d1": ("PROBABILITY", PART, "probability of dropout"),
+    "kernel_size": ("PIXELS", COUNT, "side of the filters"),
+    "tutorial_layers": ("", bool, "layers in the order of the tutorials"),
+    "momentum": ("FACTOR", PART, "part of a step that the next step repeats"),
+    "weight_decay": (
+        "FACTOR",
+        number(float, 0),
+        "shrinking of the weights (not decoupled in adam)",
+    ),
+    "aux_lr": ("RATE", POSITIVE, "learning rate of all weights but convolution filters"),
+    "label_smoothing": ("PART", PART, "part of the target that is spread over all classes"),
 }
 
 
-def parse_arguments(
-    script: str, description: str, recipes: dict, argv: list | None = None
-) -> argparse.Namespace:
-    """`argv` (None: the command line) of the training script at the path `script`; exits with 2 on a bad argument.
+def make_parser(script: str, description: str, recipes: dict) -> tuple[ArgumentParser, dict]:
+    """The parser of a training script, which returns what is typed and nothing else.
 
-    The defaults are those of --recipe, or the arguments of the run that --resume names.
+    Beside it: the defaults of the flags that no recipe sets.
+    """
+    form = {"argument_default": argparse.SUPPRESS, "add_help": False, "usage": "%(prog)s [flags]"}
+    parser = ArgumentParser(prog=script, description=description, **form)
+    defaults = {}
+
+    def flag(usage, kind, text, default=None):
+        name, _, metavar = usage.partition(" ")
+        takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
+        if kind is bool:
+            takes = {"action": argparse.BooleanOptionalAction}
+        defaults[group.add_argument(name, help=text, **takes).dest] = default
+
+    group = parser.add_argument_group("used most")
+    flag(
+        "--dataset NAME|PATH", dataset, f"{', '.join(DATASETS)}, a folder of images, or a CSV file"
+    )
+    flag("--recipe", tuple(recipes), "set of defaults; --recipe NAME --help shows it", "default")
+    flag("--model", tuple(MODELS), "architecture")
+    flag("--epochs N", COUNT, "passes over the training images, at most")
+    flag("--batch-size IMAGES", COUNT, "images in one step")
+    flag("--lr RATE", POSITIVE, "learning rate, at the peak of the schedule")
+    flag("--augment", bool, "random changes of each training image, in every epoch anew")
+    flag("--seed N", number(int, 0), "seed of split, weights, order, augmentation and dropout", 42)
+    flag("--device", ("auto", "cpu", "cuda", "mps"), "auto: a GPU where there is one", "auto")
+    flag("--run-name NAME", run_name, "name of the run's directory (script, time, random letters)")
+    flag("--resume RUN", absolute_path, "directory of a run that is to go on")
+    flag("--wandb", ("disabled", "offline", "online"), "logging to W&B as well", "disabled")
+    flag("--quiet", bool, "no output but errors", False)
+
+    group = parser.add_argument_group("data")
+    flag("--data-dir DIR", absolute_path, "directory of the named datasets", records.HERE / "data")
+    flag("--image-size PIXELS", COUNT, "side of the square to which images of files are resized")
+    text = "way to the square: stretch the image, crop its middle, or pad it with black"
+    flag("--resize", RESIZE, text, RESIZE[0])
+    flag("--grey", bool, "images of files without their colours")
+    flag("--val-size PART", PART, "part of the training images that validates; 0: test set", 0.1)
+    flag("--fold K/N", fold, "validation with the K-th of N parts of all images but the test set")
+    flag("--limit-train N", COUNT, "use only N training images")
+    flag("--normalize", ("half", "dataset"), "mean and std: 0.5, or the training images'", "half")
+
+    group = parser.add_argument_group("augmentation: each image by a random amount of its own")
+    for name, (kind, metavar, text, _) in AUGMENTATIONS.items():
+        flag(f"--{name} {metavar}", kind, text, 0)
+    flag("--alternate-flip", bool, "mirrored images: drawn once, then all others in turn", False)
+
+    group = parser.add_argument_group("training")
+    flag("--optimizer", tuple(OPTIMIZERS), "optimiser; sgd has Nesterov momentum", "adam")
+    flag("--schedule", tuple(SCHEDULES), "course of the learning rate", "constant")
+    flag("--loss", tuple(LOSSES), "loss, which the training makes small", "cross-entropy")
+    flag("--class-weights", ("balanced",), "weight of each class in the loss, by how rare it is")
+    text = "parts of the images' side to train at, over equal parts of the run"
+    flag("--sizes PART,...", sizes, text)
+    flag("--tolerance EPOCHS", number(int, 0), "epochs without a new best that end the run; 0: any")
+    flag("--test", bool, "test with the weights of the best epoch, at the end", True)
+    flag("--tta", TTA, "views to average of the test images that the model is not sure of")
+
+    group = parser.add_argument_group("machine and run")
+    flag("--precision", ("auto", *PRECISIONS), "auto: what the hardware computes fast", "auto")
+    flag("--threads N", COUNT, "CPU threads; another number changes the last digits (all cores)")
+    flag("--compile", bool, "torch.compile: a slow start, faster steps on a GPU", False)
+    flag("--runs-dir DIR", absolute_path, "directory for run directories", records.HERE / "runs")
+    flag("--stop-after N", COUNT, "last epoch of this process; --resume goes on")
+    flag("--wandb-project NAME", str, "project to which W&B files the run", "image-classifiers")
+    group.add_argument("-h", "--help", action="store_true", help="show this text")
+
+    # An option has the default of the model, loss or optimiser that it goes with.
+    group = parser.add_argument_group("options of one model, loss or optimiser or another")
+    for name, owners in owners_of_options().items():
+        of_default = type(next(iter(owners.values())))
+        kind = bool if of_default is bool else number(of_default)
+        metavar, kind, text = OPTIONS.get(name, ("NUMBER", kind, ""))
+        chosen = ", ".join(f"{owner.split()[1]} {value}" for owner, value in owners.items())
+        flag(f"{as_flag(name)} {metavar}", kind, f"{text} ({chosen})")
+    return parser, defaults
+
+
+def as_flag(name: str) -> str:
+    """The flag of an argument."""
+    return "--" + name.replace("_", "-")
+
+
+def options_of(entry: Callable) -> dict:
+    """The options of an entry of a table, with their defaults: its arguments that are numbers or
+    switches."""
+    arguments = inspect.signature(entry).parameters.values()
+    return {each.name: each.default for each in arguments if isinstance(each.default, int | float)}
+
+
+def owners_of_options() -> dict[str, dict]:
+    """For each option, the entries of TABLES that have it, and their defaults."""
+    owners = {}
+    for title, table in TABLES.items():
+        for entry, function in table.items():
+            for name, default in options_of(function).items():
+                owners.setdefault(name, {})[f"--{title} {entry}"] = default
+    return owners
+
+
+def build(table: dict, entry: str, values: dict) -> Callable:
+    """The entry of a table with its options as they are in `values`."""
+    options = {name: values.get(name) for name in options_of(table[entry])}
+    given = {name: value for name, value in options.items() if value is not None}
+    return functools.partial(table[entry], **given)
+
+
+# What may differ when a run goes on: where it runs, how it reports, and how long. Never what it
+# computes.
+CHANGEABLE = {"resume", "epochs", "tolerance", "stop_after", "data_dir", "device", "quiet", "wandb"}
+CHANGEABLE |= {"wandb_project", "dataset"}
+
+
+def parse_arguments(
+    script: str, description: str, recipes: dict, argv: list[str] | None = None
+) -> Namespace:
+    """`argv` (None: the command line) of the training script at the path `script`.
+
+    The defaults are those of --recipe, or the arguments of the run that --resume names. Exits with
+    status 2 on a bad argument.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = ArgumentParser(
-        prog=Path(script).name, usage="%(prog)s [flags]", description=description
-    )
-    add_options(parser, recipes)
-
-    # First what the defaults depend on.
-    first = ArgumentParser(prog=parser.prog, add_help=False)
-    for name in ("--recipe", "--resume", "--optimizer"):
-        first.add_argument(name)
-    first, _ = first.parse_known_args(argv)
-    parser.set_defaults(**{**recipes["default"], **recipes.get(first.recipe, {})})
-    if first.optimizer == "muon" and parser.get_default("optimizer") != "muon":
-        parser.set_defaults(**MUON_DEFAULTS)
+    parser, values = make_parser(Path(script).name, description, recipes)
+    typed = vars(parser.parse_args(argv))
     try:
-        record = read_record(Path(first.resume)) if first.resume else None
-        parser.set_defaults(**(record["args"] if record else {}))
-        args = parser.parse_args(argv)
+        # What is not typed is as in the run that goes on, or else as in the recipe.
+        record = records.read_record(typed["resume"]) if "resume" in typed else None
+        recipe = recipes["default"] | recipes[typed.get("recipe", "default")]
+        if typed.get("optimizer") == "muon" != recipe.get("optimizer"):
+            recipe |= MUON_DEFAULTS
+        recorded = recorded_arguments(record) if record else {}
+        values |= recipe | recorded | typed
+        values = with_options(values)
+        if "help" in typed:
+            show_help(parser, values)
+        if "augment" not in typed:  # an amount that is typed switches it on
+            values["augment"] |= any(typed.get(name) for name in AUGMENTATIONS)
+        refuse_what_has_no_effect(values, typed)
 
-        if record:
-            check_resumed(args, parser.parse_args(["--resume", first.resume]), record["epochs"])
-        elif args.dataset not in DATASETS:
-            args.dataset = str(absolute_path(args.dataset))
-            if not Path(args.dataset).is_dir():
-                raise UsageError(
-                    f"--dataset {args.dataset}: neither a folder nor one of {', '.join(DATASETS)}"
-                )
-        if not args.val_size and not args.test:
-            raise UsageError(
-                "--val-size 0 chooses the epoch on the test set, which --no-test forbids to read"
-            )
+        # Where, and as what, it is computed.
+        args = Namespace(**values)
+        args.data_dir, args.runs_dir = Path(args.data_dir), Path(args.runs_dir)
         args.device, args.precision = choose_device(args.device, args.precision)
-        check_wandb(args)
+        args.threads = args.threads or torch.get_num_threads()
+        records.check_wandb(args.wandb, args.quiet)
+        listing = None
+        if record:
+            check_resumed(args, typed, with_options(values | recorded), record)
+            listing = listing_of(args.resume, record)
     except (UsageError, RunError) as error:
         parser.error(str(error))
-    args.script, args.argv = Path(script).stem, argv
+    now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
+    name = args.run_name or f"{Path(script).stem}-{now}-{secrets.token_hex(4)}"
+    args.directory = args.resume or args.runs_dir / name
+    args.listing = listing
+    args.script, args.argv, args.typed = Path(script).stem, argv, set(typed)
     return args
 
 
-def check_resumed(args: argparse.Namespace, recorded: argparse.Namespace, epochs: int) -> None:
-    """UsageError where `args` would change what a run computes that has so many epochs and the arguments `recorded`."""
-    changed = {name for name, value in vars(args).items() if value != getattr(recorded, name)}
-    for name in sorted(changed - CHANGEABLE_ON_RESUME):
-        raise UsageError(f"--{name.replace('_', '-')} cannot change when a run is resumed")
-    if args.epochs < epochs:
-        raise UsageError(f"--epochs {args.epochs}: the run already has {epochs} epochs")
-    if "epochs" in changed and (args.schedule != "constant" or args.sizes):
+def with_options(values: dict) -> dict:
+    """`values` with the options of the chosen model, loss and optimiser, and no others'."""
+    chosen = {}
+    for title, table in TABLES.items():
+        chosen |= options_of(table[values[title]])
+    given = {name: value for name, value in values.items() if value is not None}
+    others = owners_of_options().keys() - chosen.keys()
+    return {
+        name: value for name, value in {**values, **chosen, **given}.items() if name not in others
+    }
+
+
+def recorded_arguments(record: dict) -> dict:
+    """The arguments in a run.json. One that an older run does not have has its default. RunError."""
+    _, defaults = make_parser("", "", {})
+    args = {"threads": record["threads"], **record["args"]}
+    for title, table in TABLES.items():
+        entry = args.get(title, defaults[title])
+        if entry not in table:
+            raise RunError(f"the run {record['name']} has --{title} {entry}, which is not here")
+    for name in args.keys() - defaults.keys():
+        raise RunError(f"the run {record['name']} has {as_flag(name)}, which is not here")
+    return with_options({**defaults, **args})
+
+
+def show_help(parser: ArgumentParser, defaults: dict) -> None:
+    """Print the help with these defaults, and exit."""
+    for action in parser._actions:
+        action.default = defaults.get(action.dest)
+    parser.print_help()
+    parser.exit()
+
+
+def refuse_what_has_no_effect(values: dict, typed: dict) -> None:
+    """UsageError where what is typed changes nothing."""
+    source, augmented = values["dataset"], values["augment"]
+    rules = [
+        ({"image_size", "resize", "grey"}, source not in DATASETS, f"with --dataset {source}"),
+        ({"data_dir"}, source in TORCHVISION, f"with --dataset {source}"),
+        ({*AUGMENTATIONS, "alternate_flip"}, augmented, "without --augment"),
+        ({"alternate_flip"}, augmented and values["flip"], "without --flip"),
+        ({"val_size"}, not values["fold"], "beside --fold"),
+        ({"test"}, not (values["fold"] and values["test"]), "beside --fold"),
+    ]
+    for name, owners in owners_of_options().items():
+        rules.append(({name}, name in values, f"here, but with {' or '.join(owners)}"))
+    for names, has_effect, text in rules:
+        for name in sorted(names & typed.keys()):
+            if not has_effect:
+                raise UsageError(f"{as_flag(name)} has no effect {text}")
+    if not values["val_size"] and not values["test"]:
+        text = "chooses the epoch on the test set, which --no-test forbids to read"
+        raise UsageError(f"--val-size 0 {text}")
+
+
+def check_resumed(args: Namespace, typed: dict, recorded: dict, record: dict) -> None:
+    """UsageError where `args` would change what the run of a run.json computes."""
+    for name in [*sorted(typed), *vars(args)]:
+        if name not in CHANGEABLE and str(getattr(args, name)) != str(recorded.get(name)):
+            raise UsageError(f"{as_flag(name)} cannot change when a run is resumed")
+    if args.dataset != recorded["dataset"] and {args.dataset, recorded["dataset"]} & {*DATASETS}:
+        raise UsageError("--dataset cannot change when a run is resumed, but for files that moved")
+    if args.class_weights and "files" not in record["data"] and args.epochs > record["epochs"]:
+        text = "--class-weights weighed the losses otherwise in the version that began this run"
+        raise UsageError(f"{text}; train anew")
+    if args.epochs < record["epochs"]:
+        raise UsageError(f"--epochs {args.epochs}: the run already has {record['epochs']} epochs")
+    if args.epochs != recorded["epochs"] and (args.schedule != "constant" or args.sizes):
         cause = "--sizes" if args.sizes else f"--schedule {args.schedule}"
-        raise UsageError(
-            f"--epochs cannot change under {cause}, which is planned for the whole run"
-        )
+        text = f"--epochs cannot change under {cause}, which is planned for the whole run"
+        raise UsageError(text)
 
 
-# The type that autocast computes in; None leaves all to torch's defaults for float32 (on CUDA, TF32 convolutions).
+# The type that autocast computes in. None leaves all to torch's defaults for float32 (on CUDA, TF32
+# convolutions).
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(device: str, precision: str) -> tuple[str, str]:
     """What `auto` means on this machine. UsageError where it lacks the device."""
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
+    mps = torch.backends.mps.is_available()
+    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
     if device == "auto":
         device = next(name for name in available if available[name])
     if not available[device]:
-        raise UsageError(
-            f"--device {device}: this machine or this build of torch has none; use --device cpu or auto"
-        )
+        text = "this machine or this build of torch has none; use --device cpu or auto"
+        raise UsageError(f"--device {device}: {text}")
     if precision == "auto" and device == "cuda":
-        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp16"
     elif precision == "auto":
         # Without AVX-512's bf16 instructions a CPU emulates it, many times slower than fp32.
-        precision = "bf16" if device == "cpu" and torch.cpu._is_avx512_bf16_supported() else "fp32"
+        has_bf16 = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        precision = "bf16" if has_bf16 else "fp32"
     if (device, precision) == ("cpu", "fp16"):
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32")
     # Two runs of one seed are to give the same bytes; cuDNN's fastest kernels do not.
     torch.backends.cudnn.deterministic = True
+    return device, precision
+
+
+def keep_freed_memory(device: str) -> None:
+    """Have glibc keep the gigabytes that each step on a CPU frees.
+
+    To get them from the system anew took a third of ConfigNet's step.
+    """
     if device == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        # Have glibc keep the gigabytes that each step frees: to get them anew took a third of ConfigNet's step.
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    return device, precision
 
 
 def autocast_to(device: str, precision: str) -> Callable:
     """A function that makes the context of a forward pass in `precision`."""
-    return functools.partial(
-        torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32"
-    )
+    enabled = precision != "fp32"
+    return functools.partial(torch.autocast, device, PRECISIONS[precision], enabled=enabled)
 
 
-def command_line(main: Callable) -> int:
-    """Run `main(argv) -> dict` as a program: print a user's mistake as one line, and return the exit status."""
+# ------------------------ The program ------------------------
+def command_line(main: Callable[[list[str]], dict]) -> int:
+    """Run `main(argv)` as a program: print a user's mistake as one line, return the exit status."""
 
     def fail(status, message):
         with contextlib.suppress(OSError):  # nobody reads it; the exit status tells as well
-            print(
-                f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}",
-                file=sys.stderr,
-            )
+            print(f"{script.name}: error: {' '.join(str(message).split())}", file=sys.stderr)
         return status
 
-    signal.signal(signal.SIGTERM, interrupt)
+    script = Path(sys.argv[0])
+    signal.signal(signal.SIGTERM, records.interrupt)
+    repair_outputs()
+    try:
+        record = main(sys.argv[1:])
+    except UsageError as error:
+        return fail(2, error)
+    except (RunError, OSError, MemoryError) as error:
+        return fail(1, error or "out of memory; try a smaller --batch-size or model")
+    except ModuleNotFoundError as error:
+        return fail(1, f"the package {error.name} is missing: pip install {error.name}")
+    except RuntimeError as error:
+        # What each backend says when it has no more memory has no type in common.
+        no_memory = "out of memory|can't allocate memory|not enough memory"
+        if not re.search(no_memory, str(error), re.IGNORECASE):
+            raise
+        return fail(1, f"{str(error).splitlines()[0]}; try a smaller --batch-size or model")
+    except KeyboardInterrupt as error:
+        name = str(error) or "SIGINT"
+        return fail(128 + signal.Signals[name], f"interrupted by {name}")
+
+    # A run that did not come to its end says so in its record.
+    status, error = record.get("status"), record.get("error")
+    if status == "diverged":
+        where = f"The epochs before are in {shown(record['directory'])}"
+        return fail(1, f"{error}; try a lower --lr. {where}")
+    if status == "interrupted" and error:
+        words = ["python", sys.argv[0], "--resume", shown(record["directory"])]
+        go_on = record.get("go_on") or shlex.join(words)
+        return fail(128 + signal.Signals[error], f"interrupted by {error}; go on with: {go_on}")
+    return 0
+
+
+def repair_outputs() -> None:
+    """Let a program print whose outputs are closed, or lack the characters of a file's name."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:  # closed: a file opened later would take its place, and what is printed
             os.open(os.devnull, os.O_RDWR)
     sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115 (tqdm wants one)
-    if (
-        sys.stdout is not None
-    ):  # the name of a class or a file may have characters that the terminal's encoding lacks
+    if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        record = main(sys.argv[1:])
-    except UsageError as error:
-        return fail(2, error)
-    except (RunError, OSError, MemoryError) as error:
-        return fail(1, error)
-    except ModuleNotFoundError as error:
-        return fail(1, f"the package {error.name} is missing: pip install {error.name}")
-    except RuntimeError as error:
-        # What each backend says when it has no more memory has no type in common.
-        if not re.search(
-            r"out of memory|can't allocate memory|not enough memory", str(error), re.IGNORECASE
-        ):
-            raise
-        return fail(1, f"{str(error).splitlines()[0]}; try a smaller --batch-size or model")
-    except KeyboardInterrupt:
-        return fail(130, "interrupted")
-    except Interrupted as name:
-        return fail(128 + signal.Signals[str(name)], f"interrupted by {name}")
-    if record.get("status") == "diverged":
-        return fail(
-            1,
-            f"{record['error']}; try a lower --lr. The epochs before are in {shown(record['directory'])}",
-        )
-    if record.get("status") == "interrupted" and record["error"]:
-        go_on = record.get("go_on") or shlex.join(
-            ["python", sys.argv[0], "--resume", shown(record["directory"])]
-        )
-        return fail(
-            128 + signal.Signals[record["error"]],
-            f"interrupted by {record['error']}; go on with: {go_on}",
-        )
-    return 0
-
-
-def say(line: str, quiet: bool = False) -> None:
-    """Print a line for a person, unless `quiet`. A reader that went away (`| head -1`) does not end a run."""
-    try:
-        if not quiet:
-            with tqdm.external_write_mode():  # no bar on the same line
-                print(line, flush=True)
-    except BrokenPipeError:
-        # As Python's documentation has it: its last flush must find a file that is open.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def shown(path: Path | str) -> str:
-    """A path as a person writes it: relative where it lies below the current directory."""
-    return (
-        str(Path(path).relative_to(Path.cwd()))
-        if Path(path).is_relative_to(Path.cwd())
-        else str(path)
-    )
 
 
 def random_seed(*parts) -> int:
-    """A seed below 2**63 that follows from `parts` alone, so that each use of --seed draws numbers of its own."""
+    """A seed below 2**63 that follows from `parts` alone: each use of --seed draws its own."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
@@ -559,73 +502,109 @@ def generator_for(*parts, device: str | torch.device = "cpu") -> torch.Generator
 
 
 # ------------------------ Data ------------------------
+class File(NamedTuple):
+    """Where an image is: its path, that as seen from the folder, and the SHA-256 of its bytes."""
+
+    path: Path
+    name: str
+    sha256: str
+
+
 @dataclass
 class ImageSet:
-    """A whole split in memory: `images` uint8 [N, C, H, W], `labels` int64 [N], the names of the classes, and of a
-    folder the `files`.
+    """A part of a dataset in memory: the images at `rows` [N] of `pixels`, uint8 [M, C, H, W].
 
-    The colours of a pixel lie side by side (channels_last), and so they do in a batch, which is an index.
+    `labels` int64 [N] are indices of `classes`; `files` [N] are those of images from files. The
+    parts of a dataset may share their pixels. The colours of a pixel lie side by side
+    (channels_last), and so they do in a batch, which is an index.
     """
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    pixels: Tensor
+    labels: Tensor
     classes: list[str]
-    files: list[Path] | None = None
+    files: list[File] | None = None
+    rows: Tensor | None = None
+
+    def __post_init__(self):
+        if self.rows is None:
+            self.rows = torch.arange(len(self.pixels), device=self.pixels.device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def select(self, indices: torch.Tensor) -> "ImageSet":
-        """The images at `indices`, or where a mask is true."""
-        files = self.files and [
-            self.files[index] for index in torch.arange(len(self))[indices].tolist()
-        ]
-        return ImageSet(self.images[indices], self.labels[indices], self.classes, files)
+    @property
+    def images(self) -> Tensor:
+        """A copy of the part's images, uint8 [N, C, H, W]."""
+        return self.pixels[self.rows]
+
+    def select(self, chosen: Tensor) -> "ImageSet":
+        """The images at the indices `chosen`, or where a mask is true; no copy of their pixels."""
+        places = torch.arange(len(self))[chosen.cpu()].tolist()
+        files = self.files and [self.files[place] for place in places]
+        return ImageSet(self.pixels, self.labels[places], self.classes, files, self.rows[places])
 
     def to(self, device: str) -> "ImageSet":
         """The same images on `device`; no copy of those that are there."""
-        images = self.images.to(device, memory_format=torch.channels_last)
-        return ImageSet(images, self.labels.to(device), self.classes, self.files)
+        pixels = self.pixels.to(device, memory_format=torch.channels_last)
+        labels, rows = self.labels.to(device), self.rows.to(device)
+        return ImageSet(pixels, labels, self.classes, self.files, rows)
+
+    def chunks(self) -> Iterator[Tensor]:
+        """The images on the CPU, a few at a time: uint8 [64, H, W, C]."""
+        return (self.pixels[rows].cpu().permute(0, 2, 3, 1) for rows in self.rows.split(64))
 
     @functools.cached_property
     def checksum(self) -> str:
-        """SHA-256 of images and labels."""
-        digest = hashlib.sha256(self.images.cpu().permute(0, 2, 3, 1).contiguous().numpy())
+        """SHA-256 of the images and the labels; of images from files, of these and the labels."""
+        digest = hashlib.sha256("\n".join(file.sha256 for file in self.files or ()).encode())
+        for images in () if self.files else self.chunks():
+            digest.update(images.contiguous().numpy())
         digest.update(self.labels.cpu().numpy())
         return digest.hexdigest()
 
-    def class_weights(self) -> torch.Tensor:
-        """For the loss, [K]: so much that all classes count the same together, and an image 1 on average."""
+    def class_weights(self) -> Tensor:
+        """Weights [K] with which all classes count the same, and an image 1 on average."""
         counts = self.labels.bincount(minlength=len(self.classes))
         return len(self) / (len(self.classes) * counts.clamp(min=1))
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Per channel, of the values in [0, 1], from a histogram of the 256 levels."""
         levels = torch.arange(256, dtype=torch.float64) / 255
-        counts = torch.stack(
-            [torch.bincount(c.flatten(), minlength=256) for c in self.images.cpu().unbind(1)]
-        )
+        counts = torch.zeros(self.pixels.shape[1], 256, dtype=torch.int64)
+        for images in self.chunks():
+            for channel, values in enumerate(images.unbind(3)):
+                counts[channel] += values.flatten().bincount(minlength=256)
         mean = counts.double() @ levels / counts.sum(1)
         std = ((counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt()
-        return mean.tolist(), std.clamp(
-            min=1 / 255
-        ).tolist()  # a channel may be the same in all images
+        # A channel may be the same in all images.
+        return mean.tolist(), std.clamp(min=1 / 255).tolist()
 
 
-def stratified_sample(labels: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
-    """Draw `size` of the images with `labels` [N], each class in its own proportion to within one: a mask [N]."""
-    counts = torch.bincount(labels)
-    quota = counts.double() * size / len(labels)
-    take = quota.floor().long()
-    order = torch.randperm(len(labels), generator=generator)
-    # What rounding down has left over goes to the classes that lost most by it, among equals by lot.
-    classes = torch.randperm(len(counts), generator=generator)
-    classes = classes[(take - quota)[classes].argsort(stable=True)]
-    take[classes[: size - int(take.sum())]] += 1
-    mask = torch.zeros(len(labels), dtype=torch.bool)
-    for label, count in enumerate(take.tolist()):
-        mask[order[labels[order] == label][:count]] = True
-    return mask
+@dataclass
+class Data:
+    """The parts of a dataset. `test` is None where there is none, or none is to be read.
+
+    Images from files are those of a data.csv with the content `listing`; it lies at `files` as seen
+    from the run's directory.
+    """
+
+    train: ImageSet | None
+    val: ImageSet | None
+    test: ImageSet | None
+    files: str | None
+    listing: bytes
+
+    def about(self) -> dict:
+        """What run.json says of the images."""
+        about: dict = {"selection": "test set" if self.val is self.test else "validation split"}
+        for part in PARTS:
+            images = getattr(self, part)
+            about[part] = images and len(images)
+            about["checksum" if part == "train" else f"{part}_checksum"] = (
+                images and images.checksum
+            )
+        checksum = self.files and hashlib.sha256(self.listing).hexdigest()
+        return {**about, "files": self.files, "files_checksum": checksum}
 
 
 # The names of --dataset, and torchvision's for them.
@@ -637,388 +616,758 @@ TORCHVISION = {
     "cifar100": "CIFAR100",
 }
 DATASETS = (*TORCHVISION, "synthetic")
+PARTS = ("train", "val", "test")
 
-# A process that trains many times sets this to a dictionary: then every part of a dataset is loaded once.
-loaded_images: dict | None = None
+# A process that trains many times, for a search, names the search's directory here. Then images
+# from files are those of the data.csv in it, and each dataset is read once.
+search_directory: Path | None = None
+images_read: dict = {}
 
 
-def load_images(args: argparse.Namespace, part: str, synthetic: Callable) -> ImageSet | None:
-    """The images of --dataset: its `part` train, test or, None where it has no such folder, val.
+def load_data(
+    args: Namespace, synthetic: Callable[[bool], ImageSet], wanted: tuple[str, ...] = PARTS
+) -> Data:
+    """The parts of --dataset, on --device; `synthetic(train)` draws those of that name.
 
-    `synthetic(train)` draws those of that name. RunError says what is missing or damaged.
+    Every image is looked at now, those of the test set too, and not after hours of training. A part
+    of the training images validates, unless there are others; at --val-size 0 the test set does.
+    `wanted` is all, or ("test",), or ("train", "val"). RunError says what is missing, damaged or too
+    little, UsageError what does not go together.
     """
-    key = args.script, args.dataset, args.data_dir, args.image_size, args.grey, part
-    if loaded_images and key in loaded_images:
-        return loaded_images[key]
-    if args.dataset not in DATASETS:
-        images = read_folder(Path(args.dataset), part, args.image_size, args.grey, args.quiet)
-    elif part == "val":
-        images = None
-    elif args.dataset == "synthetic":
-        images = synthetic(part == "train")
-    else:
-        images = read_torchvision(args.dataset, args.data_dir, part == "train", args.quiet)
-    if loaded_images is not None:
-        loaded_images[key] = images
-    return images
+    # Read each part that has images of its own. A fold leaves the test images alone.
+    of_files = args.dataset not in DATASETS
+    needed = {*wanted} - {"test" if args.fold else None}
+    known = known_listing(args) if of_files else None
+    parts = read_files(args, needed, known) if of_files else read_named(args, synthetic, needed)
+
+    # Cut the training images in two.
+    if "train" in parts:
+        whole = parts["train"]
+        train, val = divide(whole, args, draw="val" not in parts)
+        parts["train"] = whole.select(train)
+        if val.any():
+            parts["val"] = whole.select(val)
+        unused = whole.select(~(train | val))
+    listing, files = b"", None
+    if of_files:
+        files = "../data.csv" if known else "data.csv"
+        listing = known.read_bytes() if known else as_csv({**parts, "unused": unused})
+        say_twins(parts, args.quiet)
+    val = parts.get("val", None if args.val_size else parts.get("test"))
+    if "train" in wanted and not val:
+        raise RunError(f"{args.dataset}: there are no images to validate with")
+    test = parts.get("test") if args.test else None  # its files were looked at, and nothing else
+    data = Data(parts.get("train"), val, test, files, listing)
+    if wanted == PARTS:
+        say_census(data, args)
+    return data
 
 
-def load_training_images(
-    args: argparse.Namespace, synthetic: Callable
-) -> tuple[ImageSet, ImageSet]:
-    """The training and the validation images of --dataset, on --device. RunError.
+def say_census(data: Data, args: Namespace) -> None:
+    """Say what a training is to know of its images. RunError where they are too few."""
+    classes, counts = data.train.classes, data.train.labels.bincount()
+    few, many = (f"{counts[i]:,} ({classes[i]})" for i in (counts.argmin(), counts.argmax()))
+    count = len(data.train)
+    text = f"{count:,} training and {len(data.val):,} validation images; {len(classes)} classes"
+    say(f"{args.dataset}: {text}, the smallest {few}, the largest {many}", args.quiet)
+    if data.val is data.test:
+        text = "the test set chooses the epoch, as in the tutorials; its accuracy is flattered"
+        say(f"--val-size 0: {text}", args.quiet)
+    if count < 2:
+        raise RunError(f"{args.dataset}: {count} training images are too few")
+    if args.batch_size >= count:
+        text = f"the {count} training images are one step an epoch, so little is learnt"
+        advice = f"try --batch-size {max(2, count // 20)}"
+        say(f"--batch-size {args.batch_size}: {text}; {advice}", args.quiet)
 
-    A part of the training images validates, drawn with the seed; at --val-size 0 the test set does.
+
+def read_named(args: Namespace, synthetic: Callable, needed: set[str]) -> dict[str, ImageSet]:
+    """The training and the test images of one of DATASETS, on --device."""
+    parts, cache = {}, images_read if search_directory else {}
+    for part in needed - {"val"}:
+        key = args.script, args.dataset, args.data_dir, args.device, part
+        if key not in cache:
+            named = args.dataset, args.data_dir, args.quiet
+            draws = args.dataset == "synthetic"
+            images = synthetic(part == "train") if draws else read_torchvision(*named, part)
+            cache[key] = images.to(args.device)
+        parts[part] = cache[key]
+    return parts
+
+
+def divide(images: ImageSet, args: Namespace, draw: bool) -> tuple[Tensor, Tensor]:
+    """Which of the `images` [N] train, and which validate: two masks [N]. RunError.
+
+    A fold follows from the names of the images. Without `draw`, none of them validates.
     """
-    train_set = load_images(args, "train", synthetic)
-    val_set = load_images(args, "val" if args.val_size else "test", synthetic)
-    if not args.val_size:
-        say(
-            "--val-size 0: the test set chooses the epoch, as in the tutorials; its accuracy is flattered",
-            args.quiet,
-        )
-    if val_set is None:
-        size = round(len(train_set) * args.val_size)
-        if not size:
-            raise RunError(
-                f"--val-size {args.val_size} of {len(train_set)} images leaves none for validation"
-            )
-        chosen = stratified_sample(train_set.labels, size, generator_for(args.seed, "validation"))
-        train_set, val_set = train_set.select(~chosen), train_set.select(chosen)
+    count, labels = len(images), images.labels.cpu()
+    val = torch.zeros(count, dtype=torch.bool)
+    if draw and args.fold:
+        # Every n-th of the images validates, with those of a class one after the other.
+        part, parts = map(int, args.fold.split("/"))
+        names = [file.name for file in images.files or ()] or map(str, range(count))
+        keys = list(zip(labels.tolist(), map(hash_of, names), strict=True))
+        val[sorted(range(count), key=keys.__getitem__)[part - 1 :: parts]] = True
+    elif draw and args.val_size:
+        size = round(count * args.val_size)
+        val = stratified_sample(labels, size, generator_for(args.seed, "validation"))
+    if draw and (args.fold or args.val_size) and not val.any():
+        cause = f"--fold {args.fold}" if args.fold else f"--val-size {args.val_size}"
+        raise RunError(f"{cause} of {count} images leaves none for validation")
+    train = ~val
     if args.limit_train:
-        if args.limit_train > len(train_set):
-            raise RunError(
-                f"--limit-train {args.limit_train}: there are only {len(train_set)} training images"
-            )
-        chosen = stratified_sample(
-            train_set.labels, args.limit_train, generator_for(args.seed, "limit")
-        )
-        train_set = train_set.select(chosen)
-    if len(train_set) < 2:
-        raise RunError(f"{args.dataset}: {len(train_set)} training images are too few")
-    if args.batch_size >= len(train_set):
-        text = "--batch-size {}: the {} training images are one step an epoch, so little is learnt; try --batch-size {}"
-        say(text.format(args.batch_size, len(train_set), max(2, len(train_set) // 20)), args.quiet)
-    return train_set.to(args.device), val_set.to(args.device)
+        places = train.nonzero().flatten()
+        if args.limit_train > len(places):
+            text = f"there are only {len(places)} training images"
+            raise RunError(f"--limit-train {args.limit_train}: {text}")
+        random = generator_for(args.seed, "limit")
+        train[places[~stratified_sample(labels[places], args.limit_train, random)]] = False
+    return train, val
 
 
-def read_torchvision(name: str, data_dir: Path, train: bool, quiet: bool) -> ImageSet:
-    """A part of a torchvision dataset in `data_dir`, downloaded where it is missing. RunError.
+def hash_of(name: str) -> str:
+    """A hash that puts names into an order of no meaning, always the same."""
+    return hashlib.sha256(os.fsencode(name)).hexdigest()
 
-    torchvision checks the MD5 of what it downloads, of an archive that lies there already, and of CIFAR's files.
+
+def stratified_sample(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """Draw `size` of the images with `labels` [N], each class in its own proportion to within one.
+
+    Returns a mask [N].
+    """
+    counts = torch.bincount(labels)
+    quota = counts.double() * size / len(labels)
+    take = quota.floor().long()
+    order = torch.randperm(len(labels), generator=generator)
+    # What rounding down leaves goes to the classes that lost most by it, among equals by lot.
+    classes = torch.randperm(len(counts), generator=generator)
+    lost = (quota - take)[classes]
+    classes = classes[lost.argsort(descending=True, stable=True)]
+    take[classes[: size - int(take.sum())]] += 1
+    mask = torch.zeros(len(labels), dtype=torch.bool)
+    for label, count in enumerate(take.tolist()):
+        mask[order[labels[order] == label][:count]] = True
+    return mask
+
+
+def read_torchvision(name: str, data_dir: Path, quiet: bool, part: str) -> ImageSet:
+    """The `part` train or test of a torchvision dataset in `data_dir`, downloaded where it is missing. RunError.
+
+    torchvision checks the MD5 of what it downloads, of an archive that lies there already, and of
+    CIFAR's files.
     """
     from torchvision import datasets
 
     dataset_class = getattr(datasets, TORCHVISION[name])
     folder = data_dir / getattr(dataset_class, "base_folder", f"{dataset_class.__name__}/raw")
-    data_dir.mkdir(parents=True, exist_ok=True)
     socket.setdefaulttimeout(60)  # a server that falls silent does not hold a run for ever
-    silent = (
-        contextlib.redirect_stderr(io.StringIO())
-        if quiet or not sys.stderr.isatty()
-        else contextlib.nullcontext()
-    )
+    is_silent = quiet or not sys.stderr.isatty()
+    silent = contextlib.redirect_stderr(io.StringIO()) if is_silent else contextlib.nullcontext()
     try:
-        with locked(data_dir / ".download.lock", wait=True), silent:
-            dataset = dataset_class(data_dir, train=train, download=True)
+        try:
+            dataset = dataset_class(data_dir, train=part == "train")
+        except RuntimeError:  # it is not there, or not whole
+            data_dir.mkdir(parents=True, exist_ok=True)
+            with records.locked(data_dir / ".download.lock", wait=True), silent:
+                dataset = dataset_class(data_dir, train=part == "train", download=True)
     except (RuntimeError, OSError, ValueError, AssertionError, EOFError) as error:
-        raise RunError(
-            f"{shown(folder)} is missing or damaged, and {dataset_class.__name__} could not be downloaded ({error}); "
-            "see README, Data, for slow networks, or try --dataset synthetic"
-        ) from error
-    for file in folder.glob(
-        "*-ubyte"
-    ):  # of MNIST and its like, the test's too: not after hours of training
-        with open(file, "rb") as opened:
-            magic = opened.read(4)
-            sides = (
-                [int.from_bytes(opened.read(4)) for _ in range(magic[3])]
-                if magic[:3] == b"\0\0\x08"
-                else [-1]
-            )
-        if file.stat().st_size != 4 + 4 * len(sides) + math.prod(sides):
-            raise RunError(
-                f"{shown(file)} is damaged; remove it, and the next training downloads it anew"
-            )
+        text = f"is missing or damaged, and {dataset_class.__name__} could not be downloaded"
+        advice = "see README, Data, for slow networks, or try --dataset synthetic"
+        raise RunError(f"{shown(folder)} {text} ({error}); {advice}") from error
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     if len(images) != len(labels) or labels.min() < 0 or labels.max() >= len(dataset.classes):
-        raise RunError(
-            f"{shown(folder)}: its labels do not fit its images; remove it, and it is downloaded anew"
-        )
+        text = "its labels do not fit its images; remove it, and it is downloaded anew"
+        raise RunError(f"{shown(folder)}: {text}")
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return ImageSet(images, labels, [str(name) for name in dataset.classes])
 
 
-def read_image(path: Path, side: int, grey: bool) -> torch.Tensor:
-    """An image file of any size and mode as uint8 [C, side, side], what is transparent on white. RunError."""
-    from PIL import Image, ImageOps
+# ------------------------ Images from files ------------------------
+# A row of data.csv: the path as seen from the folder, the class, the part, and the SHA-256 of the
+# file's bytes.
+COLUMNS = ("file", "class", "part", "sha256")
+PART_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
+PART_NAMES |= dict.fromkeys(("val", "valid", "validation"), "val")
+PART_NAMES |= {"unused": "unused"}  # by --limit-train
+RESIZE = ("stretch", "crop", "pad")
 
+
+def read_files(args: Namespace, needed: set[str], known: Path | None) -> dict[str, ImageSet]:
+    """The parts of a folder of images, or of a CSV file, that have images of their own.
+
+    A run that goes on, and a trial of a search, read the files of a data.csv that is `known`.
+    """
+    root = folder_of(args.dataset)
+    if not root.is_dir():
+        raise RunError(f"{shown(root)} is not there; say where the images are with --dataset")
+    rows = read_rows(known) if known else find_rows(args)
+    if args.listing and root == Path(args.dataset):
+        left_out = "test" if args.fold else None
+        listed = list_folder(root, quiet=True)
+        there = {row["file"] for row in listed if row["part"] != left_out}
+        new = len(there - {row["file"] for row in rows})
+        if new:
+            say(f"{new:,} new files in {shown(root)} are not part of this run", args.quiet)
+    has_val = any(row["part"] == "val" for row in rows)
+    if has_val and not args.listing and (args.fold or "val_size" in args.typed):
+        flag = "--fold" if args.fold else "--val-size"
+        raise UsageError(f"{flag} has no effect where images of their own validate")
+
+    # Look at all that are needed; the parts share the pixels.
+    classes = classes_of(rows, args.dataset)
+    rows = [row for part in PARTS for row in rows if row["part"] == part and part in needed]
+    key = args.dataset, args.image_size, args.grey, args.resize, args.device, *sorted(needed)
+    cache = images_read if search_directory else {}
+    if key not in cache:
+        pixels = read_pixels(rows, root, args)
+        labels = torch.tensor([classes.index(row["class"]) for row in rows], dtype=torch.long)
+        files = [File(root / row["file"], row["file"], row["sha256"]) for row in rows]
+        cache[key] = ImageSet(pixels, labels, classes, files).to(args.device)
+    parts = {}
+    for part in PARTS:
+        chosen = torch.tensor([row["part"] == part for row in rows], dtype=torch.bool)
+        if chosen.any():
+            parts[part] = cache[key].select(chosen)
+    return parts
+
+
+def known_listing(args: Namespace) -> Path | None:
+    """The data.csv that says which files to read: a search's, or that of a run that goes on."""
+    shared = search_directory and search_directory / "data.csv"
+    return shared if shared and shared.exists() else args.listing
+
+
+def is_csv(path: str | Path) -> bool:
+    """Whether `path` is that of a CSV file."""
+    return Path(path).suffix.lower() == ".csv" and Path(path).is_file()
+
+
+def folder_of(source: str) -> Path:
+    """The folder from which the paths in a data.csv are seen."""
+    path = Path(source)
+    return path.parent if path.suffix.lower() == ".csv" and not path.is_dir() else path
+
+
+def listing_of(directory: Path, record: dict) -> Path | None:
+    """The data.csv of a run, None where its dataset has a name. RunError where it is not whole."""
+    about, path = record["data"], directory / (record["data"].get("files") or "data.csv")
+    if record["args"]["dataset"] in DATASETS:
+        return None
+    if "files" not in about:
+        text = "is of an earlier version, which did not write down its images: train anew"
+        raise RunError(f"{shown(directory)} {text}")
+    if not path.is_file():
+        raise RunError(f"{shown(path)} is missing: it says which images are those of the run")
+    if hashlib.sha256(path.read_bytes()).hexdigest() != about["files_checksum"]:
+        raise RunError(f"{shown(path)} has changed since the run began")
+    return path
+
+
+def listing_of_search(args: Namespace) -> bytes:
+    """The content of a search's data.csv. Each trial cuts the training images in two. RunError."""
+    return as_csv(read_files(args, {*PARTS} - {"test" if args.fold else None}, None))
+
+
+def find_rows(args: Namespace) -> list[dict]:
+    """The rows of a new data.csv; where no images test or validate, a tenth of each class tests.
+
+    These are the files whose paths have the lowest hashes. So a new file changes one at most.
+    RunError.
+    """
+    path = Path(args.dataset)
+    rows = read_rows(path) if is_csv(path) else list_folder(path, args.quiet)
+    if args.fold:
+        rows = [row for row in rows if row["part"] != "test"]
+    check_classes(rows, args)
+    if {row["part"] for row in rows} == {"train"} and not args.fold:
+        if len(rows) < 10:
+            text = f"{len(rows)} images are too few to set a tenth aside as the test set"
+            raise RunError(f"{shown(path)}: {text}")
+        for name in classes_of(rows, args.dataset):
+            group = [row for row in rows if row["class"] == name]
+            count = max(1, round(len(group) / 10)) if len(group) > 2 else 0
+            for row in sorted(group, key=lambda row: hash_of(row["file"]))[:count]:
+                row["part"] = "test"
+    return rows
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a data.csv, or of a CSV file as a spreadsheet writes it. RunError."""
+    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    delimiter = ";" if ";" in text.partition("\n")[0] else ","
+    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows, seen = [], set()
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255
-                image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
-            if image.mode in ("I", "F"):
-                raise ValueError("32 bits a pixel, of no known range")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if grey else "RGB").resize(
-                (side, side), Image.Resampling.BILINEAR
-            )
-            return (
-                torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-                .view(side, side, -1)
-                .permute(2, 0, 1)
-            )
-    except Exception as error:  # Pillow's decoders raise whatever they stumble over
-        if isinstance(error, OSError) and error.errno:
-            raise RunError(f"{shown(path)}: {error.strerror}") from error
-        raise RunError(
-            f"{shown(path)} is not a readable image ({error}); remove or replace it"
-        ) from error
+        for column in ("file", "class"):
+            if column not in (lines.fieldnames or ()):
+                text = f"has no column {column}; its first line names the columns"
+                raise RunError(f"{shown(path)} {text}")
+        for line in lines:
+            row = {column: line.get(column) or "" for column in COLUMNS}
+            if not any(row.values()):
+                continue  # a spreadsheet's empty line
+            part = PART_NAMES.get(row["part"].strip().lower() or "train")
+            where = f"{shown(path)}, line {lines.line_num}"
+            if not (row["file"] and row["class"] and part):
+                text = "expected a file, its class, and as part train, val or test"
+                raise RunError(f"{where}: {text}")
+            file = os.path.normpath(row["file"])
+            if file in seen:
+                raise RunError(f"{where}: {file} is there twice")
+            seen.add(file)
+            checksum = row["sha256"].strip().lower()
+            rows.append({"file": file, "class": row["class"], "part": part, "sha256": checksum})
+    except csv.Error as error:
+        raise RunError(f"{shown(path)} is no CSV file: {error}") from error
+    return rows
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The files in and below `folder` that have the ending of an image; hidden ones and all others are skipped."""
+def as_csv(parts: dict[str, ImageSet]) -> bytes:
+    """The content of a data.csv."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for part in (*PARTS, "unused"):
+        images = parts.get(part)
+        for file, label in zip(images.files, images.labels.tolist(), strict=True) if images else ():
+            writer.writerow([file.name, images.classes[label], part, file.sha256])
+    return text.getvalue().encode(errors="surrogateescape")
+
+
+def list_folder(root: Path, quiet: bool) -> list[dict]:
+    """The rows of PATH/<class>/*, or of PATH/train/<class>/*, PATH/val and PATH/test. RunError."""
+    # Which folders are parts, and which are classes.
+    parts: dict[str, Path] = {}
+    for path in folders(root):
+        part = PART_NAMES.get(path.name.lower())
+        if part in parts:
+            names = f"{parts[part].name} and {path.name}"
+            raise RunError(f"{shown(root)} has two folders for one part: {names}")
+        if part and image_files(path):
+            parts[part] = path
+    others = [path for path in folders(root) if path.name.lower() not in PART_NAMES]
+    if "train" in parts and folders(parts["train"]) and (len(parts) > 1 or not others):
+        for path in parts.values():
+            if not folders(path):
+                text = "has no class folders: make them, or move it away"
+                raise RunError(f"{shown(path)} {text}")
+    elif parts and not others:
+        raise RunError(f"{shown(root)} has no folder train with class folders in it")
+    else:
+        parts = {"train": root}
+
+    # The images in them.
+    rows, skipped = [], Counter()
+    for part, folder in parts.items():
+        for class_folder in folders(folder):
+            for path in image_files(class_folder, skipped):
+                row = {"file": path.relative_to(root).as_posix(), "class": class_folder.name}
+                rows.append({**row, "part": part, "sha256": ""})
+    if skipped:
+        hints = dict.fromkeys((".heic", ".heif"), " (pip install pillow-heif)")
+        kinds = [f"{n} {kind}{hints.get(kind, '')}" for kind, n in skipped.most_common()]
+        say(f"{skipped.total()} files skipped: {', '.join(kinds)}", quiet)
+    return rows
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is one of the user's, and not of some program's."""
+    return name[0] != "." and name != "__MACOSX"
+
+
+def in_natural_order(name: str) -> tuple:
+    """A key that sorts as people count: 1, 2, 10."""
+    words = re.split(r"(\d+)", name)
+    return [int(word) if place % 2 else word for place, word in enumerate(words)], name
+
+
+def folders(path: Path) -> list[Path]:
+    """The folders in `path`, in natural order."""
+    found = [below for below in path.iterdir() if below.is_dir() and is_visible(below.name)]
+    return sorted(found, key=lambda below: in_natural_order(below.name))
+
+
+def image_files(folder: Path, skipped: Counter | None = None) -> list[Path]:
+    """The image files in and below `folder`. The endings of other files are counted in `skipped`."""
+
+    def fail(error):
+        raise error
+
+    found, seen, endings = [], set(), image_endings()
+    for here, names, files in os.walk(folder, onerror=fail, followlinks=True):
+        place = os.path.realpath(here)
+        if place in seen:  # links may go round in a circle
+            names.clear()
+            continue
+        seen.add(place)
+        names[:] = filter(is_visible, names)
+        for name in filter(is_visible, files):
+            ending = Path(name).suffix.lower()
+            if ending in endings:
+                found.append(Path(here, name))
+            elif skipped is not None:
+                skipped[ending or "without ending"] += 1
+    return sorted(found, key=lambda path: in_natural_order(str(path)))
+
+
+@functools.cache
+def image_endings() -> set[str]:
+    """The endings of the files that Pillow can read here."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in IMG_EXTENSIONS)
-    return [
-        path for path in files if not any(name[0] == "." for name in path.relative_to(folder).parts)
-    ]
+    endings = {*IMG_EXTENSIONS, ".jfif", ".gif", ".avif", ".jp2"}
+    if importlib.util.find_spec("pillow_heif"):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+        endings |= {".heic", ".heif"}
+    return endings
 
 
-def read_folder(root: Path, part: str, side: int, grey: bool, quiet: bool) -> ImageSet | None:
-    """The `part` train, test or val (None where there is none) of a folder of images, each resized to a square.
+def classes_of(rows: list[dict], source: str) -> list[str]:
+    """The classes of the images, in natural order. RunError where there are not two."""
+    names = {row["class"] for row in rows}
+    if len(names) < 2:
+        text = "expected at least two classes, PATH/<class>/*, with images in each"
+        raise RunError(f"{shown(source)}: {text}")
+    return sorted(names, key=in_natural_order)
 
-    Without PATH/test a tenth of each class is the test set, always the same. RunError.
+
+def check_classes(rows: list[dict], args: Namespace) -> None:
+    """RunError where the classes of the parts do not agree; a warning where one is not tested."""
+    alike = {}
+    for name in sorted({row["class"] for row in rows}):
+        other = alike.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            text = f"the classes {other!a} and {name!a} look the same"
+            raise RunError(f"{args.dataset}: {text}; give them one name")
+    classes = classes_of([row for row in rows if row["part"] == "train"], args.dataset)
+    for part in sorted({row["part"] for row in rows} & {"val", "test"}):
+        found = {row["class"] for row in rows if row["part"] == part}
+        lacking = ", ".join(sorted(found - {*classes}))
+        if lacking:
+            raise RunError(f"{args.dataset}: {part} has classes that train has not: {lacking}")
+        absent = [name for name in classes if name not in found]
+        if absent:
+            text = f"{part} has no images of {', '.join(absent)}; its figures are over the others"
+            say(text, args.quiet)
+
+
+def say_twins(parts: dict[str, ImageSet], quiet: bool) -> None:
+    """Say where the same picture is in two parts."""
+    seen, twins = {}, []
+    for part, images in parts.items():
+        pictures = (picture for chunk in images.chunks() for picture in chunk)
+        for file, picture in zip(images.files, pictures, strict=True):
+            digest = hashlib.sha256(picture.numpy().tobytes()).digest()
+            other_part, other = seen.setdefault(digest, (part, file.name))
+            if other_part != part:
+                twins.append(f"{other} ({other_part}) and {file.name} ({part})")
+    if twins:
+        text = f"the same picture is in two parts, {len(twins)} times: {', '.join(twins[:10])}"
+        say(text, quiet)
+
+
+def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
+    """The images of `rows`, uint8 [N, C, side, side]; each row gets the SHA-256 of its file.
+
+    Where they do not fit the memory, they are decoded into a file that is mapped. RunError names
+    the files that are missing, have changed or cannot be read.
     """
+    channels, side, problems = 1 if args.grey else 3, args.image_size, {}
 
-    def folders(path):
-        return sorted(below for below in path.iterdir() if below.is_dir() and below.name[0] != ".")
-
-    parts = {path.name: path for path in folders(root)}
-    is_split = "train" in parts and folders(
-        parts["train"]
-    )  # else it is a class that is called train
-    if is_split and "test" not in parts:
-        raise RunError(
-            f"{shown(root)} has a folder train but no folder test; it needs both, or just the classes"
-        )
-    if part == "val" and not (is_split and "val" in parts):
-        return None
-    classes = folders(parts[part] if is_split else root)
-    names = [path.name for path in classes]
-    if is_split and names != [path.name for path in folders(parts["train"])]:
-        raise RunError(f"{shown(root)}: train and {part} do not have the same classes")
-    files = [(file, label) for label, path in enumerate(classes) for file in image_files(path)]
-    labels = torch.tensor([label for _, label in files], dtype=torch.long)
-    if len(names) < 2 or len(labels.unique()) < len(names):
-        raise RunError(
-            f"{shown(root)}: expected at least two classes, PATH/<class>/*, with images in each"
-        )
-    if not is_split:
-        if len(files) < 10:
-            raise RunError(
-                f"{shown(root)}: {len(files)} images are too few to set a tenth aside as the test set"
-            )
-        chosen = stratified_sample(labels, len(files) // 10, generator_for("folder")) == (
-            part == "test"
-        )
-        files, labels = (
-            [file for file, wanted in zip(files, chosen, strict=True) if wanted],
-            labels[chosen],
-        )
-
-    # Twice the pixels: the training images are cut in two once, for validation.
-    channels = 1 if grey else 3
-    needed, meminfo = 2 * len(files) * side * side * channels, Path("/proc/meminfo")
-    free = (
-        1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
-        if meminfo.exists()
-        else math.inf
-    )
-    if needed > free:
-        text = f"{len(files)} images of {side}x{side} pixels take {needed / 1e9:.1f} GB; {free / 1e9:.1f} are free"
-        raise RunError(f"{shown(root)}: {text}; give a smaller --image-size")
-    pixels = torch.empty(len(files), side, side, channels, dtype=torch.uint8).permute(0, 3, 1, 2)
-
-    def read(index):  # into its place: images that wait for it would take as much memory again
-        pixels[index] = read_image(files[index][0], side, grey)
-
-    with ThreadPoolExecutor() as pool:
-        done = pool.map(read, range(len(files)))
+    def read(index):  # each into its place: images that wait for it would take as much memory again
+        row = rows[index]
         try:
-            for _ in tqdm(
-                done, f"reading {part} images", len(files), leave=False, disable=quiet or None
-            ):
-                pass
-        except BaseException:
-            pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
-            raise
-    return ImageSet(pixels, labels, names, [file for file, _ in files])
+            content = (root / row["file"]).read_bytes()
+            checksum = hashlib.sha256(content).hexdigest()
+            if row["sha256"] not in ("", checksum):
+                raise ValueError("the file has changed")
+            if not decoded:
+                pixels[index] = decode(content, side, args.grey, args.resize)
+            row["sha256"] = checksum
+        except Exception as error:  # Pillow's decoders raise whatever they stumble over
+            problems[index] = reason_of(error)
+
+    with room_for((len(rows), side, side, channels), rows, args) as (room, decoded):
+        pixels = room.permute(0, 3, 1, 2)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            done = pool.map(read, range(len(rows)))
+            try:
+                hidden = args.quiet or None
+                for _ in tqdm(done, "reading images", len(rows), leave=False, disable=hidden):
+                    pass
+            except BaseException:
+                pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
+                raise
+        if problems:
+            texts = [f"{rows[index]['file']} ({problems[index]})" for index in sorted(problems)]
+            more = f", and {len(texts) - 10} more" if len(texts) > 10 else ""
+            text = (
+                f"{len(texts)} of {len(rows)} files cannot be used: {', '.join(texts[:10])}{more}"
+            )
+            raise RunError(f"{shown(root)}: {text}")
+    return pixels
+
+
+@contextlib.contextmanager
+def room_for(shape: tuple, rows: list[dict], args: Namespace) -> Iterator[tuple[Tensor, bool]]:
+    """An uint8 tensor of this shape, and whether the images of `rows` are in it already.
+
+    It lies in memory, or else in a file of the run's directory, or of the search's, where the
+    trials share it.
+    """
+    size, meminfo = math.prod(shape), Path("/proc/meminfo")
+    free = math.inf
+    if meminfo.exists():
+        free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
+    if size <= free:
+        yield torch.empty(shape, dtype=torch.uint8), False
+        return
+    directory = search_directory or args.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    place = f"{size / 1e9:.1f} GB of images do not fit the memory: they lie in {shown(directory)}"
+    say(f"{place} meanwhile", args.quiet)
+    with records.locked(directory / ".pixels.lock", wait=True):
+        key = random_seed([row["file"] for row in rows], shape, args.resize)
+        path = directory / f".pixels-{key:x}"
+        decoded = path.exists()
+        for leftover in directory.glob(".pixels-*"):  # of a process that was killed
+            if leftover != path:
+                leftover.unlink()
+        temporary = path if decoded else path.with_suffix(".tmp")
+        try:
+            with open(temporary, "ab") as file:
+                os.posix_fallocate(file.fileno(), 0, size)  # fails here, and not in the middle
+            pixels = torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8)
+            yield pixels.view(shape), decoded
+            if search_directory:
+                temporary.rename(path)
+        finally:  # the map stays, and ends with the process
+            if not path.exists():
+                temporary.unlink()
+
+
+def reason_of(error: Exception) -> str:
+    """Why a file cannot be used, in a few words."""
+    return getattr(error, "strerror", None) or str(error).partition(" <")[0]
+
+
+def read_image(path: Path, side: int, grey: bool, resize: str = "stretch") -> Tensor:
+    """An image file as uint8 [C, side, side]. RunError where it cannot be read."""
+    try:
+        return decode(path.read_bytes(), side, grey, resize)
+    except Exception as error:  # Pillow's decoders raise whatever they stumble over
+        raise RunError(f"{shown(path)} cannot be used ({reason_of(error)})") from error
+
+
+def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
+    """The bytes of an image file of any size and mode as uint8 [C, side, side].
+
+    It is turned as the camera says, what is transparent lies on white, and the square is made as
+    `resize`, one of RESIZE, says. Raises what Pillow's decoders raise.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(content)) as image:
+        # A JPEG is read in half, a quarter or an eighth of its size, where that is enough.
+        image.draft(None, (2 * side, 2 * side))
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255
+            image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
+        if image.mode in ("I", "F"):
+            raise ValueError("32 bits a pixel, of no known range")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = image.convert("L" if grey else "RGB")
+        fit, pad = functools.partial(ImageOps.fit, image), functools.partial(ImageOps.pad, image)
+        ways: dict[str, Callable] = {"stretch": image.resize, "crop": fit, "pad": pad}
+        image = ways[resize]((side, side), Image.Resampling.BILINEAR)
+        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        return pixels.view(side, side, -1).permute(2, 0, 1)
 
 
 # ------------------------ Augmentation and batches ------------------------
-@dataclass
-class Augmentation:
-    """What each training image undergoes, with parameters of its own: as torchvision's RandomRotation (nearest
-    neighbour, black corners), ColorJitter (brightness, then hue) and RandomHorizontalFlip, but a batch at a time."""
-
-    rotation: float  # up to so many degrees either way
-    brightness: float  # factor from 1 - brightness to 1 + brightness
-    hue: float  # turn from -hue to hue
-    flip: float  # probability
-    alternate: bool = False  # the flips alternate from epoch to epoch, and are drawn but once
-    shift: int = 0  # up to so many pixels along each axis, the border mirrored
-
-    def draw(self, count: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        """Random parameters, each [count]: `angle` in degrees, `brightness` factor, `hue` in turns, `flip` boolean,
-        and `shift` [2, count] in pixels, down and right, where there is one."""
-        uniform = torch.rand(4, count, generator=generator, device=generator.device)
-        drawn = {
-            "angle": (uniform[0] * 2 - 1) * self.rotation,
-            "brightness": 1 + (uniform[1] * 2 - 1) * self.brightness,
-            "hue": (uniform[2] * 2 - 1) * self.hue,
-            "flip": uniform[3] < self.flip,
-        }
-        if self.shift:
-            size, most = (2, count), self.shift
-            drawn["shift"] = torch.randint(
-                -most, most + 1, size, generator=generator, device=generator.device
-            )
-        return drawn
-
-    def apply(self, images, angle, brightness, hue, flip, shift=None) -> torch.Tensor:
-        """`images` float [N, C, H, W] in [0, 1], with parameters as from `draw`; a change that is off costs nothing."""
-        if self.rotation or self.flip:
-            images = rotate_and_flip(images, angle, flip)
-        if self.shift:
-            images = shift_images(images, shift[0], shift[1], self.shift)
-        if self.brightness:
-            images = (images * brightness.view(-1, 1, 1, 1)).clamp(0, 1)
-        if self.hue and images.shape[1] == 3:  # grey has no hue
-            images = shift_hue(images, hue)
-        return images
+def one_each(images: Tensor, random: torch.Generator) -> Tensor:
+    """A random number from 0 to 1 for each of `images`: [N, 1, 1, 1]."""
+    numbers = torch.rand(len(images), generator=random, device=random.device)
+    return numbers.view(-1, 1, 1, 1)
 
 
-def rotate_and_flip(images: torch.Tensor, angle: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
-    """`images` [N, C, H, W] turned counter-clockwise by `angle` [N] degrees, then mirrored where `flip` [N] is true."""
+def rotate(images: Tensor, degrees: float, random: torch.Generator) -> Tensor:
+    """Turn each image by up to `degrees` either way, as torchvision's RandomRotation does: nearest
+    neighbour, black corners."""
     height, width = images.shape[-2:]
-    radians = angle.deg2rad()
-    cos, sin, mirror, zero = (
-        radians.cos(),
-        radians.sin(),
-        1 - 2 * flip.float(),
-        torch.zeros_like(radians),
-    )
-    # From where in the source each pixel comes, in coordinates that run from -1 to 1 along each axis.
-    rows = (cos * mirror, -sin * height / width, zero, sin * width / height * mirror, cos, zero)
+    angle = ((one_each(images, random).flatten() * 2 - 1) * degrees).deg2rad()
+    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    # From where in the source each pixel comes; the coordinates run from -1 to 1 along each axis.
+    rows = (cos, -sin * height / width, zero, sin * width / height, cos, zero)
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
-def shift_images(
-    images: torch.Tensor, down: torch.Tensor, right: torch.Tensor, most: int
-) -> torch.Tensor:
-    """`images` [N, C, H, W] moved by `down` and `right` [N] pixels, at `most` so many, the border mirrored."""
-    height, width = images.shape[-2:]
-    windows = F.pad(images, (most,) * 4, "reflect").unfold(2, height, 1).unfold(3, width, 1)
-    return windows[torch.arange(len(images), device=images.device), :, most - down, most - right]
+def brighten(images: Tensor, part: float, random: torch.Generator) -> Tensor:
+    """Multiply each image by 1 - `part` to 1 + `part`, as torchvision's ColorJitter does."""
+    return (images * (1 + (one_each(images, random) * 2 - 1) * part)).clamp(0, 1)
 
 
-def shift_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
-    """`images` [N, 3, H, W] in [0, 1] with the hue turned by `turns` [N], saturation and value kept.
+def turn_hue(images: Tensor, part: float, random: torch.Generator) -> Tensor:
+    """Turn the hue of each image by up to `part` of a full turn, as torchvision's ColorJitter does.
 
-    HSV as in A. R. Smith, "Color gamut transform pairs" (1978); back by f(n) = v - c max(0, min(k, 4 - k, 1)),
-    k = (n + 6 h) mod 6, n = 5, 3, 1 for red, green, blue, with value v and chroma c.
+    Saturation and value are kept; grey has no hue. HSV as in A. R. Smith, "Color gamut transform
+    pairs" (1978); back by f(n) = v - c max(0, min(k, 4 - k, 1)), k = (n + 6 h) mod 6, n = 5, 3, 1
+    for red, green, blue, with value v and chroma c.
     """
+    turns = (one_each(images, random)[:, 0] * 2 - 1) * part
+    if images.shape[1] == 1:
+        return images
     red, green, blue = images.unbind(1)
     value = images.amax(1)
     chroma = value - images.amin(1)
     safe = chroma.clamp(min=1e-12)
     sixths = torch.where(value == green, (blue - red) / safe + 2, (red - green) / safe + 4)
-    sixths = torch.where(value == red, (green - blue) / safe, sixths) + 6 * turns.view(-1, 1, 1)
-    k = torch.remainder(
-        sixths[:, None] + torch.arange(5, 0, -2, device=images.device).view(-1, 1, 1), 6
-    )
+    sixths = torch.where(value == red, (green - blue) / safe, sixths) + 6 * turns
+    n = torch.arange(5, 0, -2, device=images.device).view(-1, 1, 1)
+    k = torch.remainder(sixths[:, None] + n, 6)
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def flip(images: Tensor, probability: float, random: torch.Generator) -> Tensor:
+    """Mirror each image left to right with this probability."""
+    return flip_where(one_each(images, random) < probability, images)
+
+
+def flip_where(chosen: Tensor, images: Tensor) -> Tensor:
+    """`images` [N, C, H, W], mirrored left to right where `chosen` [N, 1, 1, 1] is true."""
+    return torch.where(chosen, images.flip(3), images)
+
+
+def shift(images: Tensor, pixels: int, random: torch.Generator) -> Tensor:
+    """Move each image by up to so many `pixels` along each axis, the border mirrored."""
+    size, device = (2, len(images)), random.device
+    down, right = torch.randint(-pixels, pixels + 1, size, generator=random, device=device)
+    return shift_by(images, down, right, pixels)
+
+
+def shift_by(images: Tensor, down: Tensor, right: Tensor, most: int) -> Tensor:
+    """`images` [N, C, H, W] moved by `down` and `right` [N] pixels, at `most` so many."""
+    height, width = images.shape[-2:]
+    windows = F.pad(images, (most,) * 4, "reflect").unfold(2, height, 1).unfold(3, width, 1)
+    return windows[torch.arange(len(images), device=images.device), :, most - down, most - right]
+
+
+# What the flag takes, its unit and help, and a function of a batch of training images, float
+# [N, C, H, W] in [0, 1], of the amount, and of a random generator. They are applied in this order.
+# A new one comes last: so older runs go on with the random numbers that they began with.
+AUGMENTATIONS: dict[str, tuple] = {
+    "rotation": (number(float, 0, 180), "DEGREES", "turn by up to so much, either way", rotate),
+    "brightness": (number(float, 0, 1), "PART", "brighter or darker by up to this part", brighten),
+    "hue": (number(float, 0, 0.5), "TURNS", "turn of the hue, 1 all round", turn_hue),
+    "flip": (number(float, 0, 1), "PROBABILITY", "mirrored left to right", flip),
+    "shift": (number(int, 0), "PIXELS", "move by up to so many along each axis", shift),
+}
+ALWAYS_DRAWN = (
+    "rotation",
+    "brightness",
+    "hue",
+    "flip",
+)  # by older runs, whether they are on or off
+
+
+def augment(images: Tensor, amounts: dict, random: torch.Generator) -> Tensor:
+    """`images` [N, C, H, W] after all augmentations, each by its amount in `amounts`."""
+    for name, (*_, change) in AUGMENTATIONS.items():
+        if amounts[name]:
+            images = change(images, amounts[name], random)
+        elif name in ALWAYS_DRAWN:
+            one_each(images, random)
+    return images
 
 
 class Loader:
     """Batches of an `ImageSet` that lies on the device: indexed, augmented and normalised there.
 
-    With `seed` it shuffles, and the order and the augmentation of epoch k follow from `seed` and k alone;
-    without, it keeps the order. A last batch of a single image is left out of training: batch norm needs two.
+    With `seed` it shuffles, and the order and the augmentation of epoch k follow from `seed` and k
+    alone; without, it keeps the order. A last batch of a single image is left out of training, as
+    batch norm needs two. `config` has the `mean` and `std` of each channel.
     """
 
-    def __init__(self, image_set, batch_size, mean, std, augmentation=None, seed=None):
-        self.image_set, self.batch_size, self.augmentation, self.seed = (
-            image_set,
-            batch_size,
-            augmentation,
-            seed,
-        )
-        device = image_set.images.device
-        self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
-        self.std = torch.tensor(std, device=device).view(-1, 1, 1)
+    def __init__(
+        self,
+        image_set: ImageSet,
+        batch_size: int,
+        config: dict,
+        seed: int | None = None,
+        amounts: dict | None = None,
+        alternate_flip: bool = False,
+    ):
+        self.image_set, self.batch_size, self.seed = image_set, batch_size, seed
+        self.amounts, self.alternate_flip = amounts, alternate_flip
+        device = image_set.pixels.device
+        self.mean = torch.tensor(config["mean"], device=device).view(-1, 1, 1)
+        self.std = torch.tensor(config["std"], device=device).view(-1, 1, 1)
 
     def __len__(self) -> int:
         """Batches an epoch."""
         full, rest = divmod(len(self.image_set), self.batch_size)
-        return full + (rest > (self.seed is not None and self.batch_size > 1))
+        shuffles = self.seed is not None
+        is_left_out = rest == 0 or (rest == 1 and shuffles and self.batch_size > 1)
+        return full if is_left_out else full + 1
 
-    def batches(
-        self, epoch: int = 0, side: int | None = None
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield (`images` float [B, C, H, W], `labels` int64 [B]); `side` resizes them to so many pixels square."""
-        images, labels = self.image_set.images, self.image_set.labels
+    def batches(self, epoch: int = 0, side: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (`images` float [B, C, H, W], `labels` int64 [B]).
+
+        `side` resizes the images to so many pixels square.
+        """
+        pixels, labels, rows = self.image_set.pixels, self.image_set.labels, self.image_set.rows
+        device, amounts, flipped = pixels.device, self.amounts, None
+
+        # The order of the images, and which are mirrored in this epoch where that alternates.
+        order = torch.arange(len(labels), device=device)
         if self.seed is not None:
-            random = generator_for(self.seed, "order", epoch, device=images.device)
-            order = torch.randperm(len(labels), generator=random, device=images.device)
-        alternate = self.augmentation and self.augmentation.alternate and self.augmentation.flip
-        if alternate:
-            first = generator_for(self.seed, "flip", device=images.device)
-            flipped = (
-                torch.rand(len(labels), generator=first, device=images.device)
-                < self.augmentation.flip
-            )
-            flipped ^= epoch % 2 == 0
+            random = generator_for(self.seed, "order", epoch, device=device)
+            order = torch.randperm(len(labels), generator=random, device=device)
+        if amounts and amounts["flip"] and self.alternate_flip:
+            once = generator_for(self.seed, "flip", device=device)
+            in_odd_epochs = torch.rand(len(labels), generator=once, device=device) < amounts["flip"]
+            flipped = in_odd_epochs if epoch % 2 == 1 else ~in_odd_epochs
+            amounts = {**amounts, "flip": 0}
+
         for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = slice(start, start + self.batch_size)
-            batch = batch if self.seed is None else order[batch]
-            pixels = images[batch].float().div_(255)
-            if self.augmentation:
-                changes = self.augmentation.draw(len(pixels), random)
-                if alternate:
-                    changes["flip"] = flipped[batch]
-                pixels = self.augmentation.apply(pixels, **changes)
-            if side and side != pixels.shape[-1]:
-                pixels = F.interpolate(
-                    pixels, (side, side), mode="bilinear", antialias=True, align_corners=False
-                )
-            yield (
-                pixels.sub(self.mean).div_(self.std).contiguous(memory_format=torch.channels_last),
-                labels[batch],
-            )
+            batch = order[start : start + self.batch_size]
+            images = pixels[rows[batch]].float().div_(255)
+            if flipped is not None:
+                images = flip_where(flipped[batch].view(-1, 1, 1, 1), images)
+            if amounts:
+                images = augment(images, amounts, random)
+            if side and side != images.shape[-1]:
+                how = {"mode": "bilinear", "antialias": True, "align_corners": False}
+                images = F.interpolate(images, (side, side), **how)
+            images = images.sub(self.mean).div_(self.std)
+            yield images.contiguous(memory_format=torch.channels_last), labels[batch]
+
+
+def training_loader(args: Namespace, image_set: ImageSet, config: dict) -> Loader:
+    """A Loader for training: shuffled, and with --augment augmented."""
+    amounts = {name: getattr(args, name) for name in AUGMENTATIONS} if args.augment else None
+    return Loader(image_set, args.batch_size, config, args.seed, amounts, args.alternate_flip)
 
 
 def evaluation_loader(image_set: ImageSet, batch_size: int, config: dict) -> Loader:
-    """A Loader for validation and test: batches of 1,000 images of 32x32 pixels, or of as many pixels of larger ones,
-    but at least as large as those in training."""
-    pixels = math.prod(image_set.images.shape[2:])
-    return Loader(
-        image_set,
-        max(batch_size, min(1000, 1000 * 32 * 32 // pixels)),
-        config["mean"],
-        config["std"],
-    )
+    """A Loader for validation and test.
+
+    Batches of 1,000 images of 32x32 pixels, or of as many pixels of larger ones, but at least as
+    large as those in training.
+    """
+    pixels = math.prod(image_set.pixels.shape[2:])
+    return Loader(image_set, max(batch_size, min(1000, 1000 * 32 * 32 // pixels)), config)
 
 
 # ------------------------ Models ------------------------
 class Dropout(nn.Dropout):
-    """nn.Dropout that draws 16 random bits an element on a CPU, where torch's own takes a fifth of ConfigNet's step.
+    """nn.Dropout that draws 16 random bits an element on a CPU; torch's own takes a fifth of
+    ConfigNet's step.
 
     The probability is rounded to 1/65536, and the scale is that of the rounded one.
     """
@@ -1027,29 +1376,27 @@ class Dropout(nn.Dropout):
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         threshold = min(round(self.p * 65536), 65535)
-        bits = (
-            torch.empty((x.numel() + 3) // 4, dtype=torch.int64)
-            .random_(-(2**63), None)
-            .view(torch.int16)
-        )
+        bits = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
         # In the order that x has in memory, so that the product runs over both in one sweep.
-        kept = bits.as_strided(x.shape, torch.empty_like(x).stride()) >= threshold - 32768
+        bits = bits.view(torch.int16).as_strided(x.shape, torch.empty_like(x).stride())
+        kept = bits >= threshold - 32768
         return (x * kept).mul_(65536 / (65536 - threshold))
 
 
 class Dense(nn.Module):
     """A dense net: one hidden layer of `l1` units with dropout `d1`, over standardised images.
 
-    Without the standardisation, as in the tutorial, the hundreds of pixels that are black in every digit come in as -1:
-    they all act as the bias does, and every step moves the hidden units by hundreds of times the learning rate.
+    Without the standardisation, as in the tutorial, the hundreds of pixels that are black in every
+    digit come in as -1: they all act as the bias does, and every step moves the hidden units by
+    hundreds of times the learning rate.
     """
 
-    def __init__(self, image_shape, classes, l1=128, d1=0.5, tutorial_layers=False, **_):
+    def __init__(self, image_shape, classes, l1=128, d1=0.5, tutorial_layers=False):
         super().__init__()
         pixels = math.prod(image_shape)
-        self.standardize = (
-            nn.Identity() if tutorial_layers else nn.LayerNorm(pixels, elementwise_affine=False)
-        )
+        self.standardize = nn.LayerNorm(pixels, elementwise_affine=False)
+        if tutorial_layers:
+            self.standardize = nn.Identity()
         self.fc1 = nn.Linear(pixels, l1)
         self.dropout = Dropout(d1)
         self.fc2 = nn.Linear(l1, classes)
@@ -1061,12 +1408,14 @@ class Dense(nn.Module):
 
 
 class CNN(nn.Module):
-    """Two blocks of a padded 3x3 convolution, batch norm, 2x2 max pooling and ReLU, then two dense layers.
+    """Two blocks of a padded 3x3 convolution, batch norm, 2x2 max pooling and ReLU; two dense
+    layers.
 
-    The tutorial has ReLU before the pooling. The result is the same; after it, ReLU is a quarter of the work.
+    The tutorial has ReLU before the pooling. The result is the same; after it, ReLU is a quarter of
+    the work.
     """
 
-    def __init__(self, image_shape, classes, c1=32, c2=64, l1=512, **_):
+    def __init__(self, image_shape, classes, c1=32, c2=64, l1=512):
         super().__init__()
         channels, height, width = image_shape
         self.conv1 = nn.Conv2d(channels, c1, 3, padding=1)
@@ -1084,12 +1433,14 @@ class CNN(nn.Module):
 
 
 class ConfigNet(nn.Module):
-    """The CIFAR-10 tutorial's ConfigNet: four unpadded convolutions, the last of stride 2, and two dense layers.
+    """The CIFAR-10 tutorial's ConfigNet: four unpadded convolutions, the last of stride 2, and two
+    dense layers.
 
-    Batch norm comes before ReLU and dropout. In the tutorial it follows them (`tutorial_layers`): most of its inputs
-    are zero there, a variance over a batch says little about an input that is seldom anything else, and what it does at
-    evaluation is far from what it did in training. (X. Li et al., "Understanding the disharmony between dropout and
-    batch normalization by variance shift", 2019.) There `kernel_size` is that of the first convolution alone.
+    Batch norm comes before ReLU and dropout. In the tutorial it follows them (`tutorial_layers`):
+    most of its inputs are zero there, a variance over a batch says little about an input that is
+    seldom anything else, and what it does at evaluation is far from what it did in training. (X. Li
+    et al., "Understanding the disharmony between dropout and batch normalization by variance
+    shift", 2019.) There `kernel_size` is that of the first convolution alone.
     """
 
     def __init__(
@@ -1102,7 +1453,6 @@ class ConfigNet(nn.Module):
         d1=0.1,
         kernel_size=3,
         tutorial_layers=False,
-        **_,
     ):
         super().__init__()
         self.tutorial_layers = tutorial_layers
@@ -1113,8 +1463,8 @@ class ConfigNet(nn.Module):
         self.conv3 = nn.Conv2d(c1, c2, later_size)
         self.conv4 = nn.Conv2d(c2, c2, later_size, stride=2)
         # Each convolution takes its size less one from a side; the last halves what it leaves.
-        lost = kernel_size - 1 + 3 * (later_size - 1)
-        features = c2 * ((height - lost + 1) // 2) * ((width - lost + 1) // 2)
+        cut_off = kernel_size - 1 + 3 * (later_size - 1)
+        features = c2 * ((height - cut_off + 1) // 2) * ((width - cut_off + 1) // 2)
         self.batch_norm = nn.BatchNorm1d(features)
         self.fc1 = nn.Linear(features, l1)
         self.fc2 = nn.Linear(l1, classes)
@@ -1136,12 +1486,12 @@ class ConfigNet(nn.Module):
 
 
 class Whitening(nn.Conv2d):
-    """A convolution with fixed filters whose outputs, over patches of the training images, are uncorrelated and of
-    variance 1.
+    """A convolution with fixed filters whose outputs, over patches of the training images, are
+    uncorrelated and of variance 1.
 
-    The filters are the eigenvectors of the patches' covariance, each divided by the root of its eigenvalue, and their
-    negatives, so that an activation that cuts one off lets the other pass. From hlb-CIFAR10 (tysam-code, 2022), after
-    D. Page, "How to train your ResNet" (2018).
+    The filters are the eigenvectors of the patches' covariance, each divided by the root of its
+    eigenvalue, and their negatives, so that an activation that cuts one off lets the other pass.
+    From hlb-CIFAR10 (tysam-code, 2022), after D. Page, "How to train your ResNet" (2018).
     """
 
     def __init__(self, channels, patch, stride, padding, bias):
@@ -1151,76 +1501,89 @@ class Whitening(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     @torch.no_grad()
-    def learn(self, images: torch.Tensor, smallest: float = 5e-4) -> None:
-        """Take the filters from `images` [N, C, H, W], normalised as in training. `smallest` is added to each
-        eigenvalue, so that directions in which the patches hardly vary are not blown up."""
+    def learn(self, images: Tensor, smallest: float = 5e-4) -> None:
+        """Take the filters from `images` [N, C, H, W], normalised as in training.
+
+        `smallest` is added to each eigenvalue, so that directions in which the patches hardly vary
+        are not blown up.
+        """
         covariance, patches = 0, 0
-        for part in images.split(500):
-            part = F.unfold(part, self.kernel_size).transpose(1, 2).flatten(0, 1)
-            covariance, patches = covariance + part.T @ part, patches + len(part)
+        for some in images.split(500):
+            some = F.unfold(some, self.kernel_size).transpose(1, 2).flatten(0, 1)
+            covariance, patches = covariance + some.T @ some, patches + len(some)
         eigenvalues, eigenvectors = torch.linalg.eigh((covariance / patches).cpu().double())
-        filters = (eigenvectors / (eigenvalues + smallest).sqrt()).T.reshape(
-            -1, *self.weight.shape[1:]
-        )
+        filters = (eigenvectors / (eigenvalues + smallest).sqrt()).T
+        filters = filters.reshape(-1, *self.weight.shape[1:])
         self.weight.copy_(torch.cat([filters, -filters]))
 
 
 def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
-    """A 3x3 convolution that at first hands its inputs on: S. Zagoruyko and N. Komodakis, "DiracNets" (2017)."""
+    """A 3x3 convolution that at first hands its inputs on: S. Zagoruyko and N. Komodakis,
+    "DiracNets" (2017)."""
     convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
     nn.init.dirac_(convolution.weight[: min(channels_in, channels_out)])
     return convolution
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm without a learnt scale, whose statistics for evaluation are those of the last few batches."""
+    """Batch norm without a learnt scale; for evaluation it has the statistics of the last few
+    batches."""
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
     norm.weight.requires_grad_(False)
     return norm
 
 
 class WhitenedNet(nn.Sequential):
-    """Whitened patches, pairs of convolutions of each of `widths`, the first halving the sides, and a dense layer over
-    the maximum of each channel, so that images of any size do."""
+    """Whitened patches, then for each of `widths` a pair of convolutions, the first of which halves
+    the sides, then a dense layer over the maximum of each channel: so images of any size do."""
 
     def __init__(self, image_shape, classes, patch, stride, padding, bias, widths):
         whitening = Whitening(image_shape[0], patch, stride, padding, bias)
         layers, channels = [whitening, nn.GELU()], whitening.out_channels
         for width in widths:
-            layers += [
-                identity_convolution(channels, width),
-                nn.MaxPool2d(2),
-                batch_norm(width),
-                nn.GELU(),
-                identity_convolution(width, width),
-                batch_norm(width),
-                nn.GELU(),
-            ]
+            layers += [identity_convolution(channels, width), nn.MaxPool2d(2)]
+            layers += [batch_norm(width), nn.GELU(), identity_convolution(width, width)]
+            layers += [batch_norm(width), nn.GELU()]
             channels = width
         head = nn.Linear(channels, classes, bias=False)
         nn.init.normal_(head.weight, std=1 / channels)
         super().__init__(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), head)
 
+    def start_epoch(self, epoch: int, train_set: ImageSet, seed: int) -> None:
+        """Take the whitening's filters from 5,000 training images, before the first epoch."""
+        whitening = self[0]
+        if epoch == 1:
+            random = generator_for(seed, "whitening")
+            sample = train_set.select(torch.randperm(len(train_set), generator=random)[:5000])
+            images, _ = next(Loader(sample, len(sample), self.config).batches())
+            whitening.learn(images)
+        if whitening.bias is not None:
+            # As in airbench, it is learnt for three epochs. Later it brings little, and takes time.
+            whitening.bias.requires_grad_(epoch <= 3)
+
 
 class FastNet(WhitenedNet):
-    """The net of K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024), as in his airbench94_muon.
+    """The net of K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024), as in his
+    airbench94_muon.
 
-    But its patches begin one pixel outside the image: so 32 pixels become 16, 8 and 4, of which nothing is cut off.
+    But its patches begin one pixel outside the image: so 32 pixels become 16, 8 and 4, of which
+    nothing is cut off.
     """
 
-    def __init__(self, image_shape, classes, c1=64, c2=256, c3=256, **_):
+    def __init__(self, image_shape, classes, c1=64, c2=256, c3=256):
         super().__init__(image_shape, classes, 2, 1, 1, True, (c1, c2, c3))
 
 
 class PatchNet(WhitenedNet):
-    """A FastNet for images with less in them: larger patches, a quarter of them, and one pair of convolutions less."""
+    """A FastNet for images with less in them: larger patches, a quarter of them, and one pair of
+    convolutions less."""
 
-    def __init__(self, image_shape, classes, c1=24, c2=48, **_):
+    def __init__(self, image_shape, classes, c1=24, c2=48):
         super().__init__(image_shape, classes, 4, 2, 0, False, (c1, c2))
 
 
-# A new model is one class `(image_shape [C, H, W], number of classes, options, **_)` and one line here. Its options are
-# flags of `add_options`; those of other models go into **_.
+# A model is a class of (image_shape [C, H, W], number of classes, options); its options are flags.
+# Before each epoch, its method start_epoch(epoch, train_set, seed) is called, where it has one.
 MODELS = {
     "dense": Dense,
     "cnn": CNN,
@@ -1229,58 +1592,95 @@ MODELS = {
     "fastnet": FastNet,
     "patchnet": PatchNet,
 }
-MODEL_OPTIONS = ("c1", "c2", "c3", "l1", "d1", "kernel_size", "tutorial_layers")
 
 
 def build_model(config: dict) -> nn.Module:
-    """The model that `config`, as in best.pt, describes, with random weights. UsageError where it cannot be."""
-    options = {name: config[name] for name in MODEL_OPTIONS if config[name] is not None}
-    make = functools.partial(
-        MODELS[config["model"]], config["image_shape"], len(config["classes"]), **options
+    """The model that `config`, as in best.pt, describes, with random weights. LookupError."""
+    make = build(MODELS, config["model"], config)
+    model = make(config["image_shape"], len(config["classes"])).to(
+        memory_format=torch.channels_last
     )
-    channels, *size = config["image_shape"]
-    for height, width in (size, *([side, side] for side in config["sizes"] or ())):
-        try:  # without memory or arithmetic
-            with torch.device("meta"):
-                make()(torch.empty(min(2, config["batch_size"]), channels, height, width))
-        except (RuntimeError, ValueError, OverflowError, TypeError) as error:
-            reason = str(error).splitlines()[0]
-            text = f"--model {config['model']} with these options does not take images of {height}x{width} pixels"
-            raise UsageError(f"{text}, {config['batch_size']} in a batch ({reason})") from error
-    model = make().to(memory_format=torch.channels_last)
     model.config = config
     return model
 
 
-def new_model(args: argparse.Namespace, train_set: ImageSet) -> nn.Module:
-    """The model of --model for such images, with the random weights of --seed, on --device. UsageError."""
-    channels = train_set.images.shape[1]
-    half = [0.5] * channels, [0.5] * channels
-    mean, std = train_set.mean_and_std() if args.normalize == "dataset" else half
-    about = {
-        "image_shape": list(train_set.images.shape[1:]),
-        "classes": train_set.classes,
-        "mean": mean,
-        "std": std,
-    }
+def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
+    """The model of --model with the random weights of --seed, on --device.
+
+    UsageError where it, the augmentation or the averaged views do not take such images.
+    """
+    # What best.pt holds beside the weights: the model and its preprocessing.
+    channels, *size = train_set.pixels.shape[1:]
+    mean, std = [0.5] * channels, [0.5] * channels
+    if args.normalize == "dataset":
+        mean, std = train_set.mean_and_std()
+    config: dict = {"image_shape": [channels, *size], "classes": train_set.classes}
+    config |= {"mean": mean, "std": std, "temperature": 1.0, "resize": args.resize}
+    for name in ("model", "batch_size", *options_of(MODELS[args.model])):
+        config[name] = getattr(args, name)
+
+    # Try all sizes of the images, without memory or arithmetic.
+    sides = sides_in_training(args, size[1])
+    for height, width in (size, *([side, side] for side in sides)):
+        images = torch.zeros(min(2, args.batch_size), channels, height, width, device="meta")
+        text = f"--model {args.model} with these options does not take images of {height}x{width}"
+        with refused_as(f"{text} pixels, {args.batch_size} in a batch"), torch.device("meta"):
+            build_model(config)(images)
+    images, random = torch.zeros(1, channels, *size), torch.Generator()
+    for name, (*_, change) in AUGMENTATIONS.items() if args.augment else ():
+        with refused_as(f"{as_flag(name)} {getattr(args, name)}: the images are too small"):
+            change(images, getattr(args, name), random)
+    with refused_as(f"--tta {args.tta}: the images are too small"):
+        views(images, args.tta or "")
+
     torch.manual_seed(random_seed(args.seed, "weights"))
-    chosen = {
-        name: getattr(args, name) for name in ("model", *MODEL_OPTIONS, "sizes", "batch_size")
-    }
-    model = build_model({**about, **chosen, "temperature": 1.0}).to(args.device)
-    if args.optimizer == "muon" and not any(
-        isinstance(layer, nn.BatchNorm2d) for layer in model.modules()
-    ):
-        raise UsageError(
-            "--optimizer muon is for convolutions with batch norm: --model cnn, fastnet or patchnet"
-        )
+    model = build_model(config).to(args.device)
+    has_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
+    if args.optimizer == "muon" and not has_norm:
+        text = "is for convolutions with batch norm: --model cnn, fastnet or patchnet"
+        raise UsageError(f"--optimizer muon {text}")
     return model
 
 
-# ------------------------ Optimisers ------------------------
-def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """`matrices` [B, M, N] with their singular values made about 1, but for those far below the largest, by three
-    steps of a Newton-Schulz iteration in `dtype`: K. Jordan et al., "Muon: an optimizer for hidden layers" (2024)."""
+@contextlib.contextmanager
+def refused_as(text: str) -> Iterator[None]:
+    """UsageError with this text where torch refuses to compute something."""
+    try:
+        yield
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
+        raise UsageError(f"{text} ({str(error).splitlines()[0]})") from error
+
+
+# ------------------------ Losses and optimisers ------------------------
+def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
+    """The cross-entropy of each image, [B], with the labels smoothed."""
+    how = {"label_smoothing": label_smoothing, "reduction": "none"}
+    return F.cross_entropy(logits, labels, **how)
+
+
+# A loss is a function of `logits` [B, K], `labels` [B] and options, to the loss of each image [B].
+LOSSES = {"cross-entropy": cross_entropy}
+
+
+def make_criterion(args: Namespace, train_set: ImageSet) -> Callable:
+    """The loss of --loss for each image, and the weight that --class-weights gives it.
+
+    A function of `logits` [B, K] and `labels` [B] to losses and weights, each [B].
+    """
+    loss = build(LOSSES, args.loss, vars(args))
+    weights = torch.ones(len(train_set.classes), device=args.device)
+    if args.class_weights:
+        weights = train_set.class_weights()
+    return lambda logits, labels: (loss(logits, labels), weights[labels])
+
+
+def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`matrices` [B, M, N] with their singular values made about 1, but for those far below the
+    largest.
+
+    Three steps of a Newton-Schulz iteration in `dtype`: K. Jordan et al., "Muon: an optimizer for
+    hidden layers" (2024).
+    """
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(dtype)
@@ -1292,12 +1692,14 @@ def orthogonalize(matrices: torch.Tensor, dtype: torch.dtype = torch.float32) ->
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps of orthogonal momentum for the filters of convolutions. (torch.optim.Muon takes matrices only.)
+    """Steps of orthogonal momentum for the filters of convolutions. (torch.optim.Muon takes
+    matrices only.)
 
-    A bank of filters [out, in, height, width] is a matrix [out, in * height * width] here. Its Nesterov momentum is
-    made orthogonal before it is a step, and its norm is held at sqrt(out) instead of decaying, as in K. Jordan's
-    airbench94_muon: what follows is taken to be batch norm, to which the scale does not matter. Steps are made
-    orthogonal in `dtype`: bfloat16 does, as only their directions count.
+    A bank of filters [out, in, height, width] is a matrix [out, in * height * width] here. Its
+    Nesterov momentum is made orthogonal before it is a step, and its norm is held at sqrt(out)
+    instead of decaying, as in K. Jordan's airbench94_muon: what follows is taken to be batch norm,
+    to which the scale does not matter. Steps are made orthogonal in `dtype`: bfloat16 does, as only
+    their directions count.
     """
 
     def __init__(self, filters, lr, momentum, dtype=torch.float32):
@@ -1323,43 +1725,49 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(step.view(shape), alpha=group["lr"])
 
 
+def is_fused(weights: list[Tensor]) -> bool:
+    """Whether torch has optimisers of one kernel for the device of the weights."""
+    return weights[0].device.type in ("cpu", "cuda")
+
+
+def adam(weights, lr, precision, weight_decay=0.0, kind=torch.optim.Adam):
+    """torch's Adam, or another `kind` of it."""
+    return [kind(weights, lr, weight_decay=weight_decay, fused=is_fused(weights))]
+
+
+def sgd(weights, lr, precision, momentum=0.9, weight_decay=0.0):
+    """torch's SGD with Nesterov momentum."""
+    how = {"momentum": momentum, "nesterov": momentum > 0, "weight_decay": weight_decay}
+    return [torch.optim.SGD(weights, lr, **how, fused=is_fused(weights))]
+
+
+def muon(weights, lr, precision, momentum=0.6, aux_lr=0.015, weight_decay=0.0):
+    """Muon for the filters of convolutions, AdamW for all other weights."""
+    filters, others = [p for p in weights if p.ndim == 4], [p for p in weights if p.ndim != 4]
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
+    how = {"betas": (0.8, 0.95), "weight_decay": weight_decay, "fused": is_fused(weights)}
+    return [Muon(filters, lr, momentum, dtype), torch.optim.AdamW(others, aux_lr, **how)]
+
+
+# An optimiser is a function of the weights to learn, the learning rate, the precision and options,
+# to a list of torch's optimisers.
 OPTIMIZERS = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "sgd": torch.optim.SGD,
-    "muon": Muon,
+    "adam": adam,
+    "adamw": functools.partial(adam, kind=torch.optim.AdamW),
+    "sgd": sgd,
+    "muon": muon,
 }
-
-# For --optimizer muon where the recipe is for another.
-MUON_DEFAULTS = {"lr": 0.12, "aux_lr": 0.015, "momentum": 0.6, "schedule": "linear"}
+MUON_DEFAULTS = {"lr": 0.12, "schedule": "linear"}  # where the recipe is for another optimiser
 
 
-def make_optimizers(args: argparse.Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """The optimizer of --optimizer over what `model` learns; of muon two, the other AdamW for all but filters."""
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    settings = {
-        "lr": args.lr,
-        "weight_decay": args.weight_decay,
-        "fused": args.device in ("cpu", "cuda"),
-    }
-    if args.optimizer == "muon":
-        filters, others = [p for p in learnt if p.ndim == 4], [p for p in learnt if p.ndim != 4]
-        muon = Muon(
-            filters,
-            args.lr,
-            args.momentum,
-            torch.float32 if args.precision == "fp32" else torch.bfloat16,
-        )
-        optimizers = [
-            muon,
-            torch.optim.AdamW(others, **{**settings, "lr": args.aux_lr}, betas=(0.8, 0.95)),
-        ]
-    else:
-        if args.optimizer == "sgd":
-            settings.update(momentum=args.momentum, nesterov=args.momentum > 0)
-        optimizers = [OPTIMIZERS[args.optimizer](learnt, **settings)]
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["initial_lr"] = group["lr"]  # torch's own name for it
+def make_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
+    """Those of --optimizer, over what `model` learns."""
+    weights = [p for p in model.parameters() if p.requires_grad]
+    make = build(OPTIMIZERS, args.optimizer, vars(args))
+    optimizers = make(weights, args.lr, args.precision)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]  # torch's own name for it
     return optimizers
 
 
@@ -1368,46 +1776,53 @@ def cosine(progress: float) -> float:
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-# The learning rate as a multiple of --lr, from the part of the training that is behind. A function of that alone
-# has no state to save, and an interrupted run goes on along the same course.
+def onecycle(progress: float) -> float:
+    """L. N. Smith and N. Topin, "Super-convergence" (2018), in the phases of torch's OneCycleLR."""
+    if progress < 0.3:
+        return 1 + (1 / 25 - 1) * cosine(progress / 0.3)
+    return 1 / 25e4 + (1 - 1 / 25e4) * cosine((progress - 0.3) / 0.7)
+
+
+# The learning rate as a multiple of --lr, from the part of the training that is behind. A function
+# of that alone has no state to save, and an interrupted run goes on along the same course.
 SCHEDULES = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1 - progress,
     "cosine": cosine,
-    # L. N. Smith and N. Topin, "Super-convergence" (2018), with the phases of torch's OneCycleLR.
-    "onecycle": lambda progress: (
-        1 + (1 / 25 - 1) * cosine(progress / 0.3)
-        if progress < 0.3
-        else 1 / 25e4 + (1 - 1 / 25e4) * cosine((progress - 0.3) / 0.7)
-    ),
+    "onecycle": onecycle,
 }
 
+# The tables whose entries have options.
+TABLES: dict[str, dict] = {"model": MODELS, "loss": LOSSES, "optimizer": OPTIMIZERS}
 
-# ------------------------ Train and test of one epoch ------------------------
-def finite(loss: torch.Tensor) -> float:
-    """The value of a loss. Raises NotFinite."""
+
+# ------------------------ Train and evaluate for one epoch ------------------------
+def finite(loss: Tensor) -> float:
+    """The value of a loss. FloatingPointError: the training has diverged."""
     if not math.isfinite(loss.item()):
-        raise NotFinite(f"the loss became {loss.item()}")
+        raise FloatingPointError(f"the loss became {loss.item()}")
     return loss.item()
 
 
 class AverageMeter:
-    """Loss and accuracy of the images seen so far; the sums stay on the device, reading them waits for it."""
+    """Loss and accuracy of the images seen so far. The sums stay on the device; reading them waits
+    for it."""
 
-    def __init__(self, device: str):
-        self.loss_sum, self.correct = torch.zeros((), device=device), torch.zeros((), device=device)
+    def __init__(self, device: str | torch.device):
+        self.loss_sum, self.weight_sum, self.correct = torch.zeros(3, device=device).unbind()
         self.images = 0
 
-    def update(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Take up a batch: the sum of its losses, `logits` [B, K], `labels` [B]."""
-        self.loss_sum += loss_sum
+    def update(self, losses: Tensor, weights: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Take up a batch: `losses`, `weights` and `labels` [B], `logits` [B, K]."""
+        self.loss_sum += (losses * weights).sum()
+        self.weight_sum += weights.sum()
         self.correct += (logits.argmax(1) == labels).sum()
         self.images += len(labels)
 
     @property
     def loss(self) -> float:
-        """Mean per image. Raises NotFinite."""
-        return finite(self.loss_sum) / self.images
+        """The weighted mean per image. FloatingPointError."""
+        return finite(self.loss_sum) / self.weight_sum.item()
 
     @property
     def accuracy(self) -> float:
@@ -1415,17 +1830,16 @@ class AverageMeter:
         return self.correct.item() / self.images
 
 
-def train(args, model, loader, epoch, criterion, optimizers, scaler, autocast, bar) -> AverageMeter:
-    """Train `model` on every batch once; loss and accuracy are as seen in training. Raises NotFinite."""
+def train(args, model, loader, epoch, criterion, optimizers, scaler, began, bar) -> AverageMeter:
+    """Train `model` on every batch once; loss and accuracy are as seen in training.
+
+    FloatingPointError where the loss is not finite.
+    """
     model.train()
     meter = AverageMeter(args.device)
-    # --sizes is counted from the end, so that however few the epochs are, the last has the last size.
-    side = (
-        args.sizes[-1 - (args.epochs - epoch) * len(args.sizes) // args.epochs]
-        if args.sizes
-        else None
-    )
+    autocast = autocast_to(args.device, args.precision)
     bar.set_description(f"epoch {epoch}/{args.epochs}", refresh=False)
+    side = side_in_epoch(args, epoch, loader.image_set.pixels.shape[-1])
     for step, (images, labels) in enumerate(loader.batches(epoch, side)):
         # Set the learning rate, by the part of the whole training that is behind.
         progress = (epoch - 1 + step / len(loader)) / args.epochs
@@ -1433,13 +1847,12 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, autocast, b
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * SCHEDULES[args.schedule](progress)
 
-        # Forward pass: a logit for each class, and the loss.
+        # Forward pass: a logit for each class, and the weighted mean of the losses.
         with autocast():
             logits = model(images)
-            loss = criterion(logits, labels)
-        if (
-            args.device == "cpu"
-        ):  # a GPU would have to be waited for: there the epoch's mean tells as surely
+            losses, weights = criterion(logits, labels)
+        loss = (losses * weights).sum() / weights.sum()
+        if args.device == "cpu":  # a GPU would have to be waited for: there the epoch's mean tells
             finite(loss)
 
         # Backward pass: the gradients.
@@ -1452,38 +1865,122 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, autocast, b
             scaler.step(optimizer)
         scaler.update()
 
-        meter.update(loss.detach() * len(labels), logits.detach(), labels)
-        if (
-            bar.update()
-        ):  # it has just been drawn anew; not for every batch, as the loss is read from the device
+        # Take note of the batch. The loss is shown only when the bar has just been drawn anew, as
+        # it has to be read from the device.
+        meter.update(losses.detach(), weights, logits.detach(), labels)
+        if (epoch - 1) * len(loader) + step == 100:
+            say_if_cores_are_shared(args, began)
+        was_drawn = bar.update()
+        if was_drawn:
             bar.set_postfix(loss=f"{meter.loss:.4f}", refresh=False)
     return meter
 
 
-@torch.inference_mode()
-def test(model, loader, autocast, criterion, tta=None) -> tuple[AverageMeter, torch.Tensor]:
-    """Loss and accuracy over all batches, with dropout and batch norm at rest, and the logits [N, K], float32. Raises
-    NotFinite when the loss is read.
+def sides_in_training(args: Namespace, side: int) -> list[int]:
+    """--sizes in pixels, for images with this side. An older run has pixels in its record."""
+    return [round(size * side) if size <= 1 else size for size in args.sizes or ()]
 
-    A net that is trained with smoothed labels is to be validated with them too: their loss falls as it learns, while
-    the plain one mostly says how far the net keeps from certainty, and may rise.
+
+def side_in_epoch(args: Namespace, epoch: int, side: int) -> int:
+    """The side of the training images in an epoch; the last epoch has the last of --sizes."""
+    sides, epochs_left = sides_in_training(args, side) or [side], args.epochs - epoch
+    return sides[-1 - epochs_left * len(sides) // args.epochs]
+
+
+def say_if_cores_are_shared(args: Namespace, began: tuple[float, float]) -> None:
+    """Say when other work has had the cores for more than a quarter of the time since `began`.
+
+    Each parallel part of a step waits for its slowest thread, and so for the other work.
+    """
+    seconds, waited = time.perf_counter() - began[0], seconds_waited() - began[1]
+    if args.device == "cpu" and args.threads > 1 and waited > seconds * args.threads / 4:
+        text = "other work runs beside this training, and they wait for one another"
+        say(f"{text}: --threads 1 would make both faster", args.quiet)
+
+
+def seconds_waited() -> float:
+    """How long the threads of this process have waited for a core; 0 where no file tells."""
+    nanoseconds = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            nanoseconds += int(path.read_text().split()[1])
+    return nanoseconds / 1e9
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    autocast: Callable,
+    criterion: Callable,
+    tta: str | None = None,
+) -> tuple[AverageMeter, Tensor]:
+    """Loss and accuracy over all batches, with dropout and batch norm at rest, and the logits
+    [N, K], float32. FloatingPointError when the loss is read.
+
+    A net that is trained with smoothed labels is to be validated with them too: their loss falls as
+    it learns, while the plain one mostly says how far the net keeps from certainty, and may rise.
     """
     model.eval()
-    meter, outputs = AverageMeter(loader.image_set.images.device), []
+    meter, outputs = AverageMeter(loader.image_set.pixels.device), []
     for images, labels in loader.batches():
         with autocast():
-            logits = predict(model, images, tta)
-        meter.update(criterion(logits, labels, reduction="sum"), logits, labels)
+            logits = average_views(model, images, tta)
+        losses, weights = criterion(logits, labels)
+        meter.update(losses, weights, logits, labels)
         outputs.append(logits)
     return meter, torch.cat(outputs)
 
 
-def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    """The number by which to divide `logits` [N, K], so that their softmax gives the `labels` [N] the highest
-    likelihood: C. Guo et al., "On calibration of modern neural networks" (2017). Without a mistake among them the
-    images cannot tell, and it is 1."""
+def plain_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of each image [B], for the test, and weights of 1."""
+    losses = cross_entropy(logits, labels)
+    return losses, torch.ones_like(losses)
+
+
+TTA = ("mirror", "shift", "mirror+shift")
+UNSURE = 0.75
+
+
+def average_views(model: nn.Module, images: Tensor, tta: str | None = None) -> Tensor:
+    """Logits [B, K], float32, of `images` [B, C, H, W].
+
+    With `tta`, those of which the model is not sure, with no class above a probability of UNSURE,
+    are averaged over `views`: of the others hardly one would change its class.
+    """
+    logits = model(images).float()
+    unsure = logits.softmax(1).amax(1) <= UNSURE
+    if tta and unsure.any():
+        (own_weight, _), *others = views(images[unsure], tta)
+        averaged = sum(weight * model(view).float() for weight, view in others)
+        logits[unsure] = own_weight * logits[unsure] + averaged
+    return logits
+
+
+def views(images: Tensor, tta: str) -> list[tuple[float, Tensor]]:
+    """Views of `images` [N, C, H, W] with their weights, the images themselves first.
+
+    They are moved by a pixel down and right, and up and left, and mirrored. K. Jordan, "94% on
+    CIFAR-10 in 3.29 seconds on a single GPU" (2024).
+    """
+    one = torch.ones(len(images), dtype=torch.long, device=images.device)
+    found = [(1.0, images)]
+    if "shift" in tta:
+        moved = (shift_by(images, direction, direction, 1) for direction in (one, -one))
+        found = [(0.5, images), *((0.25, view) for view in moved)]
+    if "mirror" in tta:
+        found = [(weight / 2, view) for weight, image in found for view in (image, image.flip(3))]
+    return found
+
+
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The number by which to divide `logits` [N, K], so that their softmax gives the `labels` [N]
+    the highest likelihood: C. Guo et al., "On calibration of modern neural networks" (2017).
+
+    It is 1 where the images cannot tell: fewer than a hundred, or none that is wrong.
+    """
     logits, labels = logits.cpu().double(), labels.cpu()
-    if bool((logits.argmax(1) == labels).all()):
+    if len(labels) < 100 or bool((logits.argmax(1) == labels).all()):
         return 1.0
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
@@ -1495,44 +1992,14 @@ def fit_temperature(logits: torch.Tensor, labels: torch.Tensor) -> float:
         return loss
 
     optimizer.step(loss)
-    return (
-        log_temperature.clamp(-3, 3).exp().item()
-    )  # a net that has learnt nothing would have an endless one
-
-
-TTA = ("mirror", "shift", "mirror+shift")
-UNSURE = 0.75
-
-
-def predict(model: nn.Module, images: torch.Tensor, tta: str | None = None) -> torch.Tensor:
-    """Logits [B, K], float32, of `images` [B, C, H, W]. With `tta` those of which the model is not sure, with no class
-    above a probability of UNSURE, are averaged over `views`: of the others hardly one would change its class."""
-    logits = model(images).float()
-    unsure = logits.softmax(1).amax(1) <= UNSURE
-    if tta and unsure.any():
-        (own_weight, _), *others = views(images[unsure], tta)
-        logits[unsure] = own_weight * logits[unsure] + sum(
-            weight * model(view).float() for weight, view in others
-        )
-    return logits
-
-
-def views(images: torch.Tensor, tta: str) -> list[tuple[float, torch.Tensor]]:
-    """Views of `images` [N, C, H, W] with their weights, the images themselves first: moved by a pixel down and right,
-    and up and left, and mirrored. K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU" (2024)."""
-    one, found = torch.ones(len(images), dtype=torch.long, device=images.device), [(1.0, images)]
-    if "shift" in tta:
-        moved = (shift_images(images, direction, direction, 1) for direction in (one, -one))
-        found = [(0.5, images), *((0.25, view) for view in moved)]
-    if "mirror" in tta:
-        found = [(weight / 2, view) for weight, image in found for view in (image, image.flip(3))]
-    return found
+    # A net that has learnt nothing would have an endless one.
+    return log_temperature.clamp(-3, 3).exp().item()
 
 
 # ------------------------ Early stopping ------------------------
 class EarlyStopping:
-    """Keeps the weights of the epoch with the lowest validation loss, and says when to stop: after `tolerance` epochs
-    in a row without a lower one (0: never)."""
+    """Keeps the weights of the epoch with the lowest validation loss, and says when to stop: after
+    `tolerance` epochs in a row without a lower one (0: never)."""
 
     def __init__(self, tolerance: int):
         self.tolerance = tolerance
@@ -1544,9 +2011,8 @@ class EarlyStopping:
         improved = val_loss < self.best_loss
         if improved:
             self.best_loss, self.epochs_without_improvement = val_loss, 0
-            self.best_weights = {
-                name: tensor.detach().clone() for name, tensor in model.state_dict().items()
-            }
+            weights = model.state_dict().items()
+            self.best_weights = {name: tensor.detach().clone() for name, tensor in weights}
         else:
             self.epochs_without_improvement += 1
         return improved
@@ -1565,495 +2031,59 @@ class EarlyStopping:
         vars(self).update(state)
 
 
-# ------------------------ Run directory ------------------------
-
-FORMAT = 2  # of run.json and the checkpoints: raised when what is in them changes
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path`, flush and rename: a reader sees the old file or the new one, whole. RunError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise RunError(f"{shown(path)} cannot be written: {error.strerror}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: dict | list) -> None:
-    """Write JSON for people to read, atomically."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def read_json(path: Path, lines: bool = False) -> Any:
-    """Read a file of JSON, or of JSON `lines`. RunError where it is damaged."""
-    try:
-        return (
-            [json.loads(line) for line in path.read_text().splitlines()]
-            if lines
-            else json.loads(path.read_text())
-        )
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{shown(path)} is damaged: {error}") from error
-
-
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Save tensors and plain values, atomically, to be read with `load_checkpoint`."""
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, **state}, buffer)
-    write_atomically(path, buffer.getvalue())
-
-
-def load_checkpoint(path: Path) -> dict:
-    """What `save_checkpoint` wrote, on the CPU; never runs code from it. RunError where it is not that, to the bit.
-
-    torch does not check what it loads; but a checkpoint is a zip file, which has a checksum of each of its parts.
-    """
-    try:
-        with zipfile.ZipFile(path) as file:
-            damaged = file.testzip()
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RunError(
-            f"{shown(path)} is missing: the run has not got so far, or the file was removed"
-        ) from None
-    except Exception as error:  # zipfile and torch.load raise whatever they stumble over
-        raise RunError(
-            f"{shown(path)} is damaged, or is not a checkpoint ({type(error).__name__})"
-        ) from error
-    if damaged:
-        raise RunError(f"{shown(path)} is damaged: the checksum of {damaged} is not right")
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise RunError(f"{shown(path)} is not of this version of the scripts")
-    return state
-
-
-def read_record(directory: Path) -> dict:
-    """run.json of a run directory. RunError where there is none, or one that is not of this version."""
-    path = directory / "run.json"
-    if not path.is_file():
-        raise RunError(f"{shown(directory)} is not a run directory: there is no run.json")
-    record = read_json(path)
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        raise RunError(f"{shown(path)} is not of this version of the scripts")
-    return record
-
-
-def read_log(directory: Path) -> list[dict]:
-    """The rows of log.jsonl. RunError, OSError."""
-    return read_json(directory / "log.jsonl", lines=True)
-
-
-@contextlib.contextmanager
-def locked(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, which ends with the process at the latest. RunError where another
-    process holds it, unless `wait`."""
-    with open(path, "a") as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise RunError(f"{shown(path.parent)} is in use by another process") from None
-        yield
-
-
-def is_locked(path: Path) -> bool:
-    """Whether another process holds the lock on the file `path`."""
-    try:
-        with locked(path) if path.exists() else contextlib.nullcontext():
-            return False
-    except RunError:
-        return True
-
-
-def interrupt(signum, frame) -> None:
-    """Raise Interrupted: a handler of signals."""
-    raise Interrupted(signal.Signals(signum).name)
-
-
-@contextlib.contextmanager
-def interruptible(handler: Callable = interrupt) -> Iterator[None]:
-    """Let `handler` answer SIGINT and SIGTERM."""
-    # Python lets only the main thread set handlers; in another thread whoever started it does the stopping.
-    main = threading.current_thread() is threading.main_thread()
-    before = (
-        {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-        if main
-        else {}
-    )
-    try:
-        yield
-    finally:
-        for number, previous in before.items():
-            signal.signal(number, previous)
-
-
-class Run:
-    """A run directory: `record` is run.json, `history` the rows of log.jsonl; each save is whole or not at all."""
-
-    def __init__(self, directory: Path, record: dict):
-        self.directory, self.record, self.history, self.wandb = directory, record, [], None
-        self.status, self.over, self.stopped_early = "failed", False, False
-        self.began = time.perf_counter() - record["seconds"]
-
-    def write_record(self, **changes) -> None:
-        """Write run.json with these changes."""
-        self.record.update(changes, seconds=time.perf_counter() - self.began)
-        write_json(self.directory / "run.json", self.record)
-
-    def end(self, status: str, error: str | None) -> None:
-        """Write down how the run ended."""
-        self.write_record(status=status, error=error, ended=utc_now())
-
-    def save(self, parts: dict) -> None:
-        """Write last.pt, from which a run goes on: the history, and the state of each of `parts`. Then the others."""
-        states = {name: part.state_dict() for name, part in parts.items()}
-        save_checkpoint(
-            self.directory / "last.pt",
-            {"run": self.record["name"], "history": self.history, **states},
-        )
-        self.write_results(parts)
-
-    def write_results(self, parts: dict) -> None:
-        """Write best.pt where there is a new best, log.jsonl and run.json: all of them follow from last.pt."""
-        best = None
-        if self.history:
-            row = min(self.history, key=lambda row: row["val_loss"])
-            best = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
-            best["temperature"] = parts["model"].config["temperature"]
-        if best != self.record["best"]:
-            content = {
-                **parts["model"].config,
-                **best,
-                "weights": parts["early_stopping"].best_weights,
-            }
-            save_checkpoint(self.directory / "best.pt", content)
-        log = "".join(json.dumps(row) + "\n" for row in self.history)
-        write_atomically(self.directory / "log.jsonl", log.encode())
-        self.write_record(epochs=len(self.history), best=best)
-
-    def restore(self, parts: dict) -> int:
-        """Give `parts` the state in last.pt, and make the other files agree with it: a kill may have left them behind.
-        Returns the epochs that are done, 0 where none was saved. RunError."""
-        for leftover in self.directory.glob(
-            ".*.tmp"
-        ):  # of a process that was killed in the middle of a save
-            leftover.unlink()
-        path = self.directory / "last.pt"
-        if path.exists() or self.record["epochs"]:
-            state = load_checkpoint(path)
-            if state["run"] != self.record["name"]:
-                raise RunError(f"{shown(path)} is of another run, {state['run']}")
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            self.history = state["history"]
-        self.write_results(parts)
-        return len(self.history)
-
-    def result(self) -> dict:
-        """The content of run.json, with the run's `directory`."""
-        return {**self.record, "directory": str(self.directory)}
-
-
-def utc_now() -> str:
-    """The time, as in 2026-01-31T23:59:59Z."""
-    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
-def environment() -> dict:
-    """Where a run is computed: the part of run.json that a continuation writes anew."""
-    command = [
-        "git",
-        "-C",
-        str(HERE),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
-    try:
-        git = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
-        git = None
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
-    return {
-        "versions": {"python": sys.version.split()[0], **versions},
-        "host": socket.gethostname(),
-        "git": git,
-    }
-
-
-def new_record(
-    name: str, args: argparse.Namespace, model: nn.Module, train_set: ImageSet, val_set: ImageSet
-) -> dict:
-    """run.json of a run that begins."""
-    unrecorded = ("script", "argv", "resume", "quiet", "stop_after")
-    plain = {
-        k: str(v) if isinstance(v, Path) else v
-        for k, v in vars(args).items()
-        if k not in unrecorded
-    }
-    data = {
-        "name": args.dataset,
-        "train": len(train_set),
-        "val": len(val_set),
-        "test": None,
-        "selection": "validation split" if args.val_size else "test set",
-        "checksum": train_set.checksum,
-        "test_checksum": None,
-    }
-    return {
-        "format": FORMAT,
-        "name": name,
-        "script": args.script,
-        "argv": args.argv,
-        "args": plain,
-        "status": "running",
-        "error": None,
-        "started": utc_now(),
-        "ended": None,
-        "seconds": 0.0,
-        "seed": args.seed,
-        "device": args.device,
-        "precision": args.precision,
-        "threads": torch.get_num_threads(),
-        **environment(),
-        "data": data,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "epochs": 0,
-        "best": None,
-        "test": None,
-    }
-
-
-@contextlib.contextmanager
-def open_run(
-    args: argparse.Namespace, model: nn.Module, train_set: ImageSet, val_set: ImageSet
-) -> Iterator[Run]:
-    """Make the run's directory, or open that of --resume, and hold its lock; at the end write down how the run ended.
-
-    A signal, and a loss that is not finite, end the `with` block early and are no exceptions to the caller: they are
-    the `status` in run.json. UsageError, RunError.
-    """
-    own_name = f"{args.script}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-    directory = args.resume or args.runs_dir / (args.run_name or own_name)
-    directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory / ".lock"):
-        if not args.resume:
-            if any(path.name[0] != "." for path in directory.iterdir()):
-                raise UsageError(f"--run-name {args.run_name}: {shown(directory)} exists already")
-            write_json(
-                directory / "run.json", new_record(directory.name, args, model, train_set, val_set)
-            )
-        run = Run(directory, read_record(directory))
-        record = run.record
-        if record["data"]["checksum"] != train_set.checksum:
-            raise RunError(
-                f"{args.dataset} is not what {shown(directory)} was trained on: the checksums differ"
-            )
-        if record["status"] == "diverged":
-            raise RunError(
-                f"{shown(directory)}: {record['error']}, and would again; start anew with a lower --lr"
-            )
-        torch.set_num_threads(record["threads"])  # another number of threads rounds otherwise
-        before = record["args"]
-        more = args.epochs > before["epochs"] or args.tolerance != before["tolerance"]
-        last = min(args.epochs, args.stop_after or args.epochs)
-        run.stopped_early = record["status"] == "stopped_early"
-        finished = record["status"] == "finished" and record["epochs"] >= last
-        run.over = finished or (run.stopped_early and not more)
-        if run.over:
-            text = f"{shown(directory)}: {record['status'].replace('_', ' ')} after {record['epochs']} epochs"
-            say(f"{text}, nothing to do", args.quiet)
-            yield run
-            return
-        before.update(epochs=args.epochs, tolerance=args.tolerance)
-        record["data"].update(test=None, test_checksum=None)
-        about = (
-            f"{args.model}, {record['parameters']:,} parameters; {args.device}, {args.precision}"
-        )
-        say(f"{record['name']}: {about}", args.quiet)
-        status, error = "failed", None
-        try:
-            with interruptible():
-                here = {"device": args.device, "precision": args.precision, **environment()}
-                run.write_record(**here, status="running", error=None, ended=None, test=None)
-                run.wandb = start_wandb(args, run)
-                yield run
-            status = run.status
-        except Interrupted as interruption:
-            status, error = "interrupted", str(interruption)
-        except NotFinite as reason:
-            status, error = "diverged", f"{reason} in epoch {len(run.history) + 1}"
-        except BaseException as exception:
-            error = f"{type(exception).__name__}: {exception}"
-            with contextlib.suppress(
-                RunError
-            ):  # the disk may have failed: the first error is the one to tell
-                run.end(status, error)
-            raise
-        finally:
-            finish_wandb(run, exit_code=int(error is not None))
-        run.end(status, error)
-    if record["best"]:
-        text = "best epoch {epoch}: validation loss {val_loss:.4f}, accuracy {val_acc:.2%}"
-        say(text.format(**record["best"]), args.quiet)
-    if record["test"]:
-        say("test loss {loss:.4f}, accuracy {acc:.2%}".format(**record["test"]), args.quiet)
-    say(f"{status.replace('_', ' ')}: {shown(directory)}", args.quiet)
-
-
-def check_wandb(args: argparse.Namespace) -> None:
-    """What can be known of --wandb before anything is loaded. UsageError."""
-    if args.wandb != "disabled" and not importlib.util.find_spec("wandb"):
-        raise UsageError(f"--wandb {args.wandb} needs the package wandb: pip install wandb")
-    if args.wandb == "online" and not has_wandb_key(args.quiet):
-        raise UsageError(
-            "--wandb online needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline"
-        )
-
-
-def has_wandb_key(quiet: bool) -> bool:
-    """Whether W&B has an API key. UsageError where it has something else in its place."""
-    import wandb
-
-    wandb.setup(settings=wandb.Settings(silent=quiet))
-    try:
-        return bool(wandb.login(prompt=False, verify=False))
-    except wandb.errors.Error as error:
-        raise UsageError(f"Weights & Biases: {error}") from error
-
-
-def start_wandb(args: argparse.Namespace, run: Run):
-    """The W&B run of --wandb, None where it is disabled. RunError."""
-    if args.wandb == "disabled":
-        return None
-    import wandb
-
-    # A run that goes on does so in its W&B run, which no run of the same name elsewhere shares. In a W&B sweep the
-    # agent has named it.
-    identity = f"{run.record['name']}-{re.sub('[^0-9]', '', run.record['started'])}"[-128:]
-    named = {} if "WANDB_SWEEP_ID" in os.environ else {"id": identity, "resume": "allow"}
-    try:
-        return wandb.init(
-            project=args.wandb_project,
-            name=run.record["name"],
-            **named,
-            config=run.record["args"],
-            dir=run.directory,
-            mode=args.wandb,
-            settings=wandb.Settings(silent=args.quiet, console="off"),
-        )
-    except wandb.errors.Error as error:
-        raise RunError(f"--wandb {args.wandb}: {error}") from error
-
-
-@contextlib.contextmanager
-def wandb_failures_told(run: Run) -> Iterator[None]:
-    """Tell what goes wrong with W&B, and go on without it: it does not end a training."""
-    try:
-        yield
-    except Exception as error:
-        if type(error) is Exception:  # so W&B's agent stops a run of a sweep
-            raise
-        print(f"W&B failed ({type(error).__name__}: {error}): going on without it", file=sys.stderr)
-        run.wandb = None
-
-
-def finish_wandb(run: Run, exit_code: int) -> None:
-    """End the W&B run, if there is one, with the best epoch's results as its summary."""
-    if run.wandb:
-        with wandb_failures_told(run):
-            tested = {f"test_{name}": value for name, value in (run.record["test"] or {}).items()}
-            run.wandb.summary.update({**(run.record["best"] or {}), **tested})
-            run.wandb.finish(exit_code=exit_code)
-
-
 # ------------------------ Fit ------------------------
 def fit(
-    args: argparse.Namespace,
+    args: Namespace,
     model: nn.Module,
-    train_set: ImageSet,
-    val_set: ImageSet,
-    run: Run,
+    data: Data,
+    run: records.Run,
     on_epoch: Callable[[dict], bool] | None = None,
 ) -> bool:
-    """Train `model` until --epochs, --stop-after or early stopping, and leave it with the weights of its best epoch.
+    """Train `model` until --epochs, --stop-after or early stopping, and leave it with the weights
+    of its best epoch.
 
-    `on_epoch(row)` is called with each row of log.jsonl; a true answer ends the run as `pruned`. Returns whether the
-    training has come to its own end, so that the test may follow. Raises NotFinite.
+    `on_epoch(row)` is called with each row of log.jsonl; True ends the run as `pruned`. Returns
+    whether the training has come to its own end, so that the test may follow. FloatingPointError.
     """
-    if run.over:
-        return False
-    normalization = model.config["mean"], model.config["std"]
-    changes = args.rotation, args.brightness, args.hue, args.flip, args.alternate_flip, args.shift
-    augmentation = Augmentation(*changes) if args.augment else None
-    loader = Loader(train_set, args.batch_size, *normalization, augmentation, args.seed)
-    val_loader = evaluation_loader(val_set, args.batch_size, model.config)
-    optimizers = make_optimizers(args, model)
-    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
+    torch.set_num_threads(args.threads)
+    keep_freed_memory(args.device)
+    loader = training_loader(args, data.train, model.config)
+    val_loader = evaluation_loader(data.val, args.batch_size, model.config)
     autocast = autocast_to(args.device, args.precision)
-    weights = train_set.class_weights() if args.class_weights else None
-    criterion = functools.partial(
-        F.cross_entropy, weight=weights, label_smoothing=args.label_smoothing
-    )
+    criterion = make_criterion(args, data.train)
+    optimizers = make_optimizers(args, model)
+
+    # The whole state of a training, from the last epoch that was saved. The random numbers of an
+    # epoch follow from --seed and its number, the learning rate from the step.
+    scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     early_stopping = EarlyStopping(args.tolerance)
-
-    # The whole state of a training: the random numbers of epoch k follow from --seed and k, the rate from the step.
-    parts = {"model": model, "scaler": scaler, "early_stopping": early_stopping}
-    parts |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
-    done = run.restore(parts)
-    if (
-        run.stopped_early and early_stopping.should_stop
-    ):  # it is asked to go on: as many epochs again without a best
-        early_stopping.epochs_without_improvement = 0
-    whitening = model[0] if isinstance(model, WhitenedNet) else None
-    if whitening and not done:
-        random = generator_for(args.seed, "whitening")
-        sample = train_set.select(torch.randperm(len(train_set), generator=random)[:5000])
-        images, _ = next(Loader(sample, len(sample), *normalization).batches())
-        whitening.learn(images)
+    state = {"model": model, "scaler": scaler, "early_stopping": early_stopping}
+    state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
+    last, done = records.last_epoch(args), run.restore(state)
+    if run.was_stopped_early and early_stopping.should_stop:
+        early_stopping.epochs_without_improvement = 0  # it is asked to go on
     compiled = torch.compile(model, dynamic=False) if args.compile else model
-    torch.compiler.config.recompile_limit = (
-        64  # each size of images, and the smaller last batch, has code of its own
-    )
+    torch.compiler.config.recompile_limit = 64  # each size of images has code of its own
 
-    counts = train_set.labels.bincount(minlength=len(train_set.classes))
-    few, many = (
-        f"{int(counts[which]):,} ({train_set.classes[which]})"
-        for which in (counts.argmin(), counts.argmax())
-    )
-    say(
-        f"{args.dataset}: {len(train_set):,} training and {len(val_set):,} validation images; {len(counts)} classes, "
-        f"the smallest {few}, the largest {many}; {len(loader)} steps an epoch",
-        args.quiet,
-    )
-
-    # A bar of the whole run, with the time that is left of it.
-    last = min(args.epochs, args.stop_after or args.epochs)
+    began = time.perf_counter(), seconds_waited()
     steps = {"total": last * len(loader), "initial": done * len(loader)}
     with tqdm(**steps, smoothing=0, leave=False, disable=args.quiet or None) as bar:
         for epoch in range(done + 1, last + 1):
             if early_stopping.should_stop:
                 break
-            began = time.perf_counter()
+            epoch_began = time.perf_counter()
+
+            # What an epoch begins with: random numbers of its own, and what the model wants done.
             torch.manual_seed(random_seed(args.seed, "dropout", epoch))
-            if whitening and whitening.bias is not None:
-                # As in airbench: it is learnt for three epochs. Its gradient takes time, and brings little later.
-                whitening.bias.requires_grad_(epoch <= 3)
+            if hasattr(model, "start_epoch"):
+                model.start_epoch(epoch, data.train, args.seed)
 
             # Train on every batch once, then validate.
             training = train(
-                args, compiled, loader, epoch, criterion, optimizers, scaler, autocast, bar
+                args, compiled, loader, epoch, criterion, optimizers, scaler, began, bar
             )
-            train_loss, train_seconds = training.loss, time.perf_counter() - began
-            validation, _ = test(compiled, val_loader, autocast, criterion)
+            train_loss, train_seconds = training.loss, time.perf_counter() - epoch_began
+            validation, _ = evaluate(compiled, val_loader, autocast, criterion)
             row = {
                 "epoch": epoch,
                 "train_loss": train_loss,
@@ -2061,49 +2091,52 @@ def fit(
                 "val_loss": validation.loss,
                 "val_acc": validation.accuracy,
                 "lr": optimizers[0].param_groups[0]["lr"],
-                "seconds": time.perf_counter() - began,
-                "images_per_second": len(train_set) / train_seconds,
+                "seconds": time.perf_counter() - epoch_began,
+                "images_per_second": len(data.train) / train_seconds,
             }
 
-            # Early stopping looks at the validation loss, and keeps the weights when it is the best.
+            # Early stopping looks at the validation loss, and keeps the weights of the best epoch.
             is_best = early_stopping.step(row["val_loss"], model)
 
-            # Log the row, save, report.
+            # Save, log, and say it.
             run.history.append(row)
-            run.save(parts)
-            with wandb_failures_told(run):
-                if run.wandb:  # the best so far is what a W&B sweep compares
-                    best = {f"best_{name}": value for name, value in run.record["best"].items()}
-                    run.wandb.log(row | best, step=epoch, commit=True)
+            run.save(state)
+            records.log_wandb(run, row)
             text = (
-                "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  validation loss "
-                "{val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s{best}"
+                "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  "
+                "validation loss {val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s"
             )
-            say(text.format(**row, epochs=args.epochs, best="  best" * is_best), args.quiet)
-            if on_epoch and on_epoch(row):
+            say(text.format(**row, epochs=args.epochs) + ("  best" if is_best else ""), args.quiet)
+            if on_epoch and on_epoch(row) is True:
                 run.status = "pruned"
                 return False
 
+    # Take the weights of the best epoch.
     model.load_state_dict(early_stopping.best_weights)
+    run.status = "finished" if len(run.history) == args.epochs else "interrupted"
     if early_stopping.should_stop:
         run.status = "stopped_early"
-    else:
-        run.status = "finished" if len(run.history) == args.epochs else "interrupted"
     if run.status == "interrupted":
         return False
 
-    # Fit the temperature that makes the probabilities true on the validation images, and save it with the weights.
-    _, logits = test(compiled, val_loader, autocast, F.cross_entropy)
-    model.config["temperature"] = fit_temperature(logits, val_set.labels)
-    run.write_results(parts)
+    # Fit the temperature that makes the probabilities true on the validation images.
+    _, logits = evaluate(compiled, val_loader, autocast, plain_loss)
+    model.config["temperature"] = fit_temperature(logits, data.val.labels)
+    run.write_results(state)
     return True
 
 
-def final_test(args: argparse.Namespace, model: nn.Module, test_set: ImageSet, run: Run) -> None:
-    """Test the model, with the weights of its best epoch, and put the result into run.json."""
-    test_set = test_set.to(args.device)
+def final_test(args: Namespace, model: nn.Module, test_set: ImageSet, run: records.Run) -> None:
+    """Test the model, with the weights of its best epoch, and put the result into run.json.
+
+    With --tta, its accuracy is that of averaged views; that of the plain images stands beside it.
+    """
     loader = evaluation_loader(test_set, args.batch_size, model.config)
     autocast = autocast_to(args.device, args.precision)
-    result, _ = test(model, loader, autocast, F.cross_entropy, args.tta)
-    run.record["data"].update(test=len(test_set), test_checksum=test_set.checksum)
-    run.record["test"] = {"loss": result.loss, "acc": result.accuracy}
+    plain, _ = evaluate(model, loader, autocast, plain_loss)
+    result = {"loss": plain.loss, "acc": plain.accuracy}
+    if args.tta:
+        averaged, _ = evaluate(model, loader, autocast, plain_loss, args.tta)
+        plainly = {"plain_loss": plain.loss, "plain_acc": plain.accuracy}
+        result = {"loss": averaged.loss, "acc": averaged.accuracy, **plainly}
+    run.record["test"] = result

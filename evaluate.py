@@ -12,6 +12,7 @@ precision, batches and number of threads, so on the same machine its figures are
 
 import argparse
 import base64
+import contextlib
 import csv
 import html
 import importlib
@@ -29,7 +30,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import common
-from common import ImageSet, RunError, UsageError
+import records
+from common import ImageSet
+from records import RunError, UsageError
 
 import torch
 from torch import nn
@@ -168,18 +171,16 @@ class Trained:
         loader = common.evaluation_loader(
             image_set.to(self.device), self.config["batch_size"], self.config
         )
-        meter, logits = common.test(
-            self.model, loader, self.autocast, nn.functional.cross_entropy, tta
-        )
+        meter, logits = common.evaluate(self.model, loader, self.autocast, common.plain_loss, tta)
         return meter, logits.cpu()
 
 
 def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
     """The best model of a run. RunError where there is none, or the run is still going; UsageError for the device."""
-    record = common.read_record(directory)
+    record = records.read_record(directory)
     if status_of(directory, record) == "running":
         raise RunError(
-            f"{common.shown(directory)} is still being trained; evaluate it when it has ended"
+            f"{records.shown(directory)} is still being trained; evaluate it when it has ended"
         )
     device, _ = common.choose_device(device, "fp32")
     precision = record["precision"]
@@ -192,14 +193,14 @@ def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
     torch.set_num_threads(record["threads"])  # another number of threads rounds otherwise
     config = {
         "temperature": 1.0,
-        **common.load_checkpoint(directory / "best.pt"),
+        **records.load_checkpoint(directory / "best.pt"),
     }  # older runs have none
     try:
         weights = config.pop("weights")
         model = common.build_model(config)
         model.load_state_dict(weights)
     except (LookupError, RuntimeError) as error:
-        path = common.shown(directory / "best.pt")
+        path = records.shown(directory / "best.pt")
         raise RunError(
             f"{path} does not fit the models of common.py ({type(error).__name__}: {error})"
         ) from error
@@ -215,55 +216,57 @@ def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
 
 def status_of(directory: Path, record: dict) -> str:
     """The status of a run; `killed` for one that was `running` when its process died, which holds no lock now."""
-    if record["status"] == "running" and not common.is_locked(directory / ".lock"):
+    if record["status"] == "running" and not records.is_locked(directory / ".lock"):
         return "killed"
     return record["status"]
 
 
 def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool) -> ImageSet:
     """A split of the images that the run was trained on, on the CPU. RunError where they are missing, or are others."""
-    record, where = trained.record, common.shown(trained.directory)
-    args = argparse.Namespace(**record["args"], script=record["script"])
+    record, where = trained.record, records.shown(trained.directory)
+    args = argparse.Namespace(**common.recorded_arguments(record))
+    args.script, args.typed, args.test = record["script"], set(), True
+    args.directory = args.resume = trained.directory
+    args.listing = common.listing_of(trained.directory, record)
     args.device, args.data_dir = trained.device, data_dir or Path(args.data_dir)
-    args.quiet = (
-        quiet or split != "test"
-    )  # what is said while training images are loaded is for their training
+    args.quiet = quiet
     if split == "val" and not args.val_size:
         raise RunError(f"{where} was trained with --val-size 0, without a validation split")
+
+    # Where the images are now.
     place = synthetic = None
     if args.dataset in common.TORCHVISION:
         from torchvision import datasets
 
         dataset_class = getattr(datasets, common.TORCHVISION[args.dataset])
-        place = args.data_dir / getattr(
-            dataset_class, "base_folder", f"{dataset_class.__name__}/raw"
-        )
+        base_folder = f"{dataset_class.__name__}/raw"
+        place = args.data_dir / getattr(dataset_class, "base_folder", base_folder)
     elif args.dataset != "synthetic":
-        place = data_dir or Path(args.dataset)
-        args.dataset = str(place)
+        args.dataset = str(data_dir or args.dataset)
+        place = common.folder_of(args.dataset)
     elif importlib.util.find_spec(args.script):
         synthetic = importlib.import_module(args.script).synthetic
     else:
-        raise RunError(
-            f"the images of {where} are drawn by {args.script}.py, which does not lie beside evaluate.py"
-        )
+        text = f"are drawn by {args.script}.py, which does not lie beside evaluate.py"
+        raise RunError(f"the images of {where} {text}")
     if place and not place.is_dir():
         raise RunError(f"the images of {where} are not in {place}; say where with --data-dir DIR")
-    if split == "test":
-        image_set = checked = common.load_images(args, "test", synthetic)
-        expected, use = record["data"]["test_checksum"], "tested"
-    else:
-        checked, val_set = common.load_training_images(args, synthetic)
-        image_set, expected, use = (
-            val_set if split == "val" else checked,
-            record["data"]["checksum"],
-            "trained",
-        )
-    if expected not in (None, checked.checksum) or image_set.classes != trained.config["classes"]:
-        raise RunError(
-            f"{place or args.dataset} is not what {where} was {use} on: the checksums differ"
-        )
-    return image_set.to("cpu")
+
+    # Those of the split, which must be the ones that the run had.
+    wanted = ("test",) if split == "test" else ("train", "val")
+    data = common.load_data(args, synthetic, wanted)
+    keys = {"train": "checksum", "val": "val_checksum", "test": "test_checksum"}
+    for part, key in keys.items():
+        images, expected = getattr(data, part), record["data"].get(key)
+        if images and (
+            expected not in (None, images.checksum) or images.classes != trained.config["classes"]
+        ):
+            use = "tested" if part == "test" else "trained"
+            text = f"is not what {where} was {use} on: the checksums differ"
+            raise RunError(f"{place or args.dataset} {text}")
+    if not getattr(data, split):
+        raise RunError(f"{where} has no {split} images")
+    return getattr(data, split).to("cpu")
 
 
 # ------------------------------------------------ Metrics ------------------------------------------------
@@ -716,7 +719,7 @@ def draw_comparison(groups: list[list[dict]]):
         part.suptitle(shorten(Path(rows[0]["dataset"]).name, 60))
         axes = curves_axes(part)
         for place, row in enumerate(rows):
-            history = common.read_log(Path(row["run"])) if row["epochs"] else []
+            history = records.read_log(Path(row["run"])) if row["epochs"] else []
             look = {"color": "lightgrey", "linewidth": 1, "zorder": 1}
             if place < 10:
                 label = shorten(row["run"][-40:], 40)
@@ -859,8 +862,10 @@ def evaluate(args: argparse.Namespace) -> dict:
         raise UsageError(
             f"--channel {args.channel}: layer {name} has {convolution.weight.shape[1]}, from 0"
         )
-    history = common.read_log(directory) if record["epochs"] else []
-    image_set = load_images(trained, args.split, args.data_dir, args.quiet)
+    history = records.read_log(directory) if record["epochs"] else []
+    with contextlib.redirect_stdout(sys.stderr):  # remarks do not get into tables for programs
+        image_set = load_images(trained, args.split, args.data_dir, args.quiet)
+    pixels = image_set.images
     if args.image >= len(image_set):
         raise UsageError(f"--image {args.image}: the split has {len(image_set)} images, from 0")
 
@@ -876,7 +881,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         "loss": result.loss,
         **measure(logits, temperature, image_set.labels, image_set.classes),
     }
-    tta = args.tta or record["args"]["tta"]
+    tta = args.tta or record["args"].get("tta")
     if tta:
         augmented, _ = trained.test(image_set, tta)
         interval = wilson_interval(int(augmented.correct), len(image_set))
@@ -931,7 +936,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         figures["suspects"] = draw_images(image_set, captions, predicted, f"{title}; {what}")
         files["suspects.csv"] = f"{as_csv(suspects)}\n".encode(errors="surrogateescape")
         galleries[f"Suspects: {what}"] = {
-            index: f"{text}\n{image_set.files[index].name}" for index, text in captions.items()
+            index: f"{text}\n{image_set.files[index].path.name}" for index, text in captions.items()
         }
         remarks = [f"suspects.csv and suspects.png: {len(suspects):,} images, {what}"]
     files = {f"{file}.png": render(figure) for file, figure in figures.items()} | files
@@ -945,7 +950,7 @@ def evaluate(args: argparse.Namespace) -> dict:
         "predicted": predicted.short(),
         "probability": probability.float(),
     }
-    common.save_checkpoint(out / "predictions.pt", predictions)
+    records.save_checkpoint(out / "predictions.pt", predictions)
 
     status, tables = status_of(directory, record), metrics_tables(metrics)
     flags = {
@@ -954,11 +959,11 @@ def evaluate(args: argparse.Namespace) -> dict:
         if value is not None
     }
     parts = [
-        ("table", "Run", "<<", ["run", common.shown(directory)], summary(record, status)),
+        ("table", "Run", "<<", ["run", records.shown(directory)], summary(record, status)),
         *table_parts(tables),
     ]
     for heading, captions in galleries.items():
-        pictures = [(as_png(image_set.images[index]), text) for index, text in captions.items()]
+        pictures = [(as_png(pixels[index]), text) for index, text in captions.items()]
         parts += [("heading", heading), ("images", pictures)]
     shown = [
         file for file in figures if file not in ("mistakes", "suspects")
@@ -971,9 +976,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     write_report(out / "report.html", title.replace("\n", ": "), parts)
 
     lines = [title, *(line for table in tables.values() for line in ("", *as_table(*table)))]
-    lines += ["", f"{common.shown(out)}: {', '.join(['report.html', *files, 'predictions.pt'])}"]
+    lines += ["", f"{records.shown(out)}: {', '.join(['report.html', *files, 'predictions.pt'])}"]
     if status not in ("finished", "stopped_early"):
-        lines.insert(0, f"{common.shown(directory)}: {status} after {record['epochs']} epochs")
+        lines.insert(0, f"{records.shown(directory)}: {status} after {record['epochs']} epochs")
     if not convolution:
         lines[-1] += " (no convolution, so no filters.png)"
     report(args, metrics, metrics["classes"], lines + remarks)
@@ -997,7 +1002,7 @@ def find_suspects(
             image_set.classes[predicted[index]],
         )
         given, best = probability[index].item(), confidence[index].item()
-        row = {"file": str(image_set.files[index]), "class": name, "probability": given}
+        row = {"file": str(image_set.files[index].path), "class": name, "probability": given}
         rows.append({**row, "predicted": other, "predicted_probability": best})
         if len(captions) < 40:
             captions[index] = (
@@ -1015,7 +1020,7 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
     """Write the files, {name: content}, into a directory, which is made where it is missing."""
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        common.write_atomically(out / name, content)
+        records.write_atomically(out / name, content)
 
 
 def report(
@@ -1023,9 +1028,9 @@ def report(
 ) -> None:
     """Print a result: its whole content as --json, its rows as --csv, or the lines for a person."""
     if args.json or args.csv:
-        common.say(json.dumps(content, indent=2) if args.json else as_csv(rows))
+        records.say(json.dumps(content, indent=2) if args.json else as_csv(rows))
     else:
-        common.say("\n".join(lines), args.quiet)
+        records.say("\n".join(lines), args.quiet)
 
 
 def as_csv(rows: list[dict]) -> str:
@@ -1108,16 +1113,9 @@ def metrics_tables(metrics: dict) -> dict[str, tuple]:
         results.append(["top-5 accuracy", f"{metrics['top5_accuracy']:.2%}", ""])
     if tta:
         interval = "{:.2%} to {:.2%}".format(*tta["accuracy_interval"])
-        results.append(
-            [
-                f"accuracy with test-time augmentation, {tta['views']}",
-                f"{tta['accuracy']:.2%}",
-                interval,
-            ]
-        )
-        results.append(
-            [f"loss with test-time augmentation, {tta['views']}", f"{tta['loss']:.4f}", ""]
-        )
+        text = f"with test-time augmentation, {tta['views']}"
+        headline = [f"accuracy {text}", f"{tta['accuracy']:.2%}", interval]
+        results = [headline, [f"loss {text}", f"{tta['loss']:.4f}", ""], *results]
     classes = []
     for row in rows:
         precision = (
@@ -1175,7 +1173,7 @@ def compare(args: argparse.Namespace) -> dict:
     rows, configurations = [], {}
     for directory in args.runs:
         try:
-            record = common.read_record(directory)
+            record = records.read_record(directory)
         except RunError as error:  # `runs/*` names sweeps and pictures too
             note(f"skipped: {error}", args.quiet)
             continue
@@ -1194,7 +1192,7 @@ def compare(args: argparse.Namespace) -> dict:
                 "val_loss": best.get("val_loss"),
                 "val_acc": best.get("val_acc"),
                 "test_acc": test.get("acc"),
-                "label_smoothing": record["args"]["label_smoothing"],
+                "label_smoothing": record["args"].get("label_smoothing", 0.0),
                 "seconds": record["seconds"],
                 "status": status_of(directory, record),
                 **dict.fromkeys((*PAIR, *SEEDS)),
@@ -1237,7 +1235,7 @@ def compare(args: argparse.Namespace) -> dict:
         ],
     )
     lines = [line for table in tables.values() for line in (*as_table(*table), "")]
-    report(args, rows, rows, [*lines, *remarks, f"{common.shown(out)}: compare.png, compare.html"])
+    report(args, rows, rows, [*lines, *remarks, f"{records.shown(out)}: compare.png, compare.html"])
     return {"runs": rows}
 
 
@@ -1325,7 +1323,7 @@ def pair_with_best(rows: list[dict], split: str) -> list[str]:
     best, others, pairs = None, {}, 0
     for row in rows:
         path = place_of(Path(row["run"]), split) / "predictions.pt"
-        kept = common.load_checkpoint(path) if path.exists() else None
+        kept = records.load_checkpoint(path) if path.exists() else None
         if not kept:
             row["not_paired"] = f"not evaluated on the {split} images"
         elif kept["epoch"] != row["best_epoch"]:
@@ -1397,7 +1395,8 @@ def predict(args: argparse.Namespace) -> dict:
     predictions, unreadable = [], 0
     for file in files:
         try:
-            pixels = common.read_image(file, side, grey=channels == 1)
+            resize = trained.config.get("resize", "stretch")  # older runs have none
+            pixels = common.read_image(file, side, channels == 1, resize)
         except RunError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             unreadable += 1
@@ -1407,11 +1406,11 @@ def predict(args: argparse.Namespace) -> dict:
         for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             one = {"file": str(file), "class": classes[index], "probability": probability}
             if args.csv:
-                common.say(
+                records.say(
                     "\n".join(as_csv([one]).split("\n", 1)[bool(predictions) :])
                 )  # one header, on the first
             else:
-                common.say(
+                records.say(
                     json.dumps(one) if args.json else f"{file}\t{one['class']}\t{probability:.4f}"
                 )
             predictions.append(one)
@@ -1494,6 +1493,7 @@ def export(args: argparse.Namespace) -> dict:
         "image_shape": shape,
         "mode": "L" if shape[0] == 1 else "RGB",
         "resize": "bilinear, antialiased, as Pillow's Image.resize",
+        "square": trained.config.get("resize", "stretch"),
         "transparent pixels": "on white",
     }
     content, exported = convert(program, metadata)
@@ -1507,8 +1507,8 @@ def export(args: argparse.Namespace) -> dict:
         )
     out = args.out or trained.directory
     write_files(out, {file: content})
-    takes = f"{common.shown(out / file)}: uint8 images [N, {', '.join(map(str, shape))}] to probabilities [N, K]"
-    common.say(f"{takes}, within {difference:.1g} of the model", args.quiet)
+    takes = f"{records.shown(out / file)}: uint8 images [N, {', '.join(map(str, shape))}] to probabilities [N, K]"
+    records.say(f"{takes}, within {difference:.1g} of the model", args.quiet)
     return {"file": str(out / file)}
 
 

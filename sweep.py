@@ -13,6 +13,7 @@ Optuna keeps the search: in the file study.journal, or with --storage in a datab
 import argparse
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -43,7 +44,8 @@ from pathlib import Path
 
 import common
 import evaluate
-from common import RunError, UsageError
+import records
+from records import RunError, UsageError
 
 import optuna
 import torch
@@ -155,7 +157,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="stop after so many failed trials in a row",
     )
-    runs = common.HERE / "runs"
+    runs = records.HERE / "runs"
     flag(
         "--runs-dir",
         type=common.absolute_path,
@@ -261,7 +263,7 @@ def search_from(
         raise UsageError("--method grid, random or bayes is needed")
     default_script, default_space, default_flags = DEFAULT_SEARCH[args.method]
     path = find_script(args.script or default_script)
-    script = path.name if path.parent == common.HERE else str(path)
+    script = path.name if path.parent == records.HERE else str(path)
     if not parameters:
         if script != default_script:
             raise UsageError(
@@ -680,7 +682,7 @@ class Search:
 # ------------------------ The script ------------------------
 def find_script(script: str) -> Path:
     """The path of a training script, here or beside this file. UsageError where there is none."""
-    for path in (Path(script), common.HERE / script):
+    for path in (Path(script), records.HERE / script):
         if path.is_file() and path.suffix == ".py":
             return path.resolve()
     raise UsageError(f"--script {script}: there is no such Python file")
@@ -690,7 +692,7 @@ def find_script(script: str) -> Path:
 def load_script(path: Path):
     """The module of a training script. UsageError where it is not one."""
     try:
-        if path.parent == common.HERE:
+        if path.parent == records.HERE:
             module = importlib.import_module(path.stem)
         else:
             sys.path.insert(0, str(path.parent))
@@ -729,20 +731,42 @@ def check_trials(search: Search) -> set[int]:
     return {getattr(module.parse_arguments(argv), "epochs", 0) for argv in words}
 
 
-def check_data(search: Search) -> None:
-    """UsageError where the trials would lack their data; once, and not trial by trial."""
+def check_data(search: Search, directory: Path, quiet: bool) -> bytes | None:
+    """UsageError where the trials would lack their data; once, and not trial by trial.
+
+    Of images from files, the content of the data.csv that all trials read.
+    """
     module = load_script(find_script(search.script))
     if not hasattr(module, "parse_arguments") or not hasattr(module, "synthetic"):
-        return
-    for choice in [
-        {p.name: value} for p in search.parameters if p.name == "dataset" for value in p.values()
-    ] or [{}]:
+        return None
+    values = [value for p in search.parameters if p.name == "dataset" for value in p.values()]
+    for choice in [{"dataset": value} for value in values] or [{}]:
         args = module.parse_arguments(trial_words(search, choice, search.seed))
+        args.directory, args.quiet = directory, quiet
         try:
             if args.dataset in common.TORCHVISION:
-                common.load_images(args, "train", module.synthetic)
+                common.load_data(args, module.synthetic, ("train", "val"))
+            elif args.dataset not in common.DATASETS and not (directory / "data.csv").exists():
+                common.search_directory = None if values else directory
+                listing = common.listing_of_search(args)
+                if not values:
+                    return listing
         except RunError as error:
             raise UsageError(str(error)) from error
+        finally:
+            common.search_directory = None
+            common.images_read.clear()
+    return None
+
+
+def check_listing(study: optuna.Study, directory: Path) -> None:
+    """RunError where the search's data.csv is not the one that it began with."""
+    path = directory / "data.csv"
+    checksum = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    if "files_checksum" not in study.user_attrs:
+        study.set_user_attr("files_checksum", checksum)
+    elif study.user_attrs["files_checksum"] != checksum:
+        raise RunError(f"{records.shown(path)} is not the one that the search began with")
 
 
 def trial_words(search: Search, params: dict, seed: int) -> list[str]:
@@ -760,7 +784,7 @@ def trial_words(search: Search, params: dict, seed: int) -> list[str]:
 def as_command(search: Search, params: dict, seed: int) -> str:
     """The command line of a configuration, to be copied."""
     return shlex.join(
-        ["python", common.shown(find_script(search.script)), *trial_words(search, params, seed)]
+        ["python", records.shown(find_script(search.script)), *trial_words(search, params, seed)]
     )
 
 
@@ -798,7 +822,7 @@ class JournalLock:
 
     def acquire(self) -> bool:
         """Wait for the lock, and cut off a last line that a crash has torn: Optuna would append to it."""
-        self.stack.enter_context(common.locked(self.journal.with_name(".study.lock"), wait=True))
+        self.stack.enter_context(records.locked(self.journal.with_name(".study.lock"), wait=True))
         with open(self.journal, "rb+") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
             if file.read(1) not in (b"", b"\n"):
@@ -924,7 +948,7 @@ def write_lines(study: optuna.Study, directory: Path, machine: str) -> list[dict
     ended, path = lines(study, machine), directory / "trials.jsonl"
     content = "".join(f"{json.dumps(line)}\n" for line in ended).encode()
     if not path.exists() or path.read_bytes() != content:
-        common.write_atomically(path, content)
+        records.write_atomically(path, content)
     return ended
 
 
@@ -1029,6 +1053,10 @@ class Bands(optuna.pruners.BasePruner):
 
 
 # ------------------------ A trial ------------------------
+class Interrupted(BaseException):
+    """A signal stopped a trial, which is to go on. (Optuna takes a KeyboardInterrupt for a failure.)"""
+
+
 class TrialFailed(Exception):
     """A trial has ended without a result; the message is its error."""
 
@@ -1063,16 +1091,14 @@ class Objective:
         if not self.more_flags:  # W&B may give out the same twice
             self.check_alone(trial, params)
         line = new_line(trial, params)
-        name, records = line["run"], []
+        name, ended = line["run"], []
         try:
             for seed in range(search.seed, search.seed + search.seeds):
                 line["run"] = name if search.seeds == 1 else f"{name}-seed-{seed}"
-                records.append(
-                    self.train(trial, params, seed, self.directory / line["run"], records)
-                )
-                if ENDED[records[-1]["status"]] != "finished":
+                ended.append(self.train(trial, params, seed, self.directory / line["run"], ended))
+                if ENDED[ended[-1]["status"]] != "finished":
                     break
-            line.update(self.outcome(records))
+            line.update(self.outcome(ended))
         except UpdateFinishedTrialError:
             raise  # this machine was silent for so long that another has taken the trial over
         except StorageInternalError as error:
@@ -1083,7 +1109,7 @@ class Objective:
             line["error"] = f"the script ended with exit status {error.code}"
         except Exception as error:
             if self.stopped:
-                raise common.Interrupted(self.stopped[0]) from error
+                raise Interrupted(self.stopped[0]) from error
             by_agent = type(error) is Exception and self.more_flags  # so W&B's agent stops a run
             if by_agent and (record := read_record(self.directory / line["run"])):
                 line.update(self.outcome([{**record, "status": "pruned", "error": None}]))
@@ -1131,7 +1157,7 @@ class Objective:
 
         if record and (directory / "last.pt").exists():
             argv = ["--resume", str(directory), "--quiet", *self.more_flags]
-            rows = common.read_log(directory) if (directory / "log.jsonl").exists() else []
+            rows = records.read_log(directory) if (directory / "log.jsonl").exists() else []
             if any(map(report, rows)):  # an epoch was saved, but not reported
                 return {**record, "status": "pruned"}
         else:
@@ -1144,13 +1170,16 @@ class Objective:
                 *self.more_flags,
             ]
             argv += ["--runs-dir", str(directory.parent), "--run-name", directory.name]
-        record = self.main(argv, report)
+        try:
+            record = self.main(argv, report)
+        except KeyboardInterrupt as error:
+            raise Interrupted(str(error) or "SIGINT") from error
         if not isinstance(record, dict) or record.get("status") not in (*ENDED, "interrupted"):
             raise TrialFailed(
                 f"main(argv, on_epoch) returned no record with a status of {', '.join(ENDED)}"
             )
         if record["status"] == "interrupted":
-            raise common.Interrupted(record.get("error") or "SIGTERM")
+            raise Interrupted(record.get("error") or "SIGTERM")
         metric = (record.get("best") or {}).get(self.search.metric)
         if record["status"] != "diverged" and not (
             isinstance(metric, int | float) and math.isfinite(metric)
@@ -1186,7 +1215,7 @@ def read_record(directory: Path) -> dict:
     """run.json of a trial, and the name of its directory; {} where there is none."""
     path = directory / "run.json"
     return (
-        {**BLANK_RECORD, **common.read_json(path), "run": directory.name} if path.exists() else {}
+        {**BLANK_RECORD, **records.read_json(path), "run": directory.name} if path.exists() else {}
     )
 
 
@@ -1209,19 +1238,22 @@ def work(
             connection.recv()
         os._exit(1)
 
-    signal.signal(signal.SIGTERM, common.interrupt)
+    def stop(number, frame):
+        raise Interrupted(signal.Signals(number).name)
+
+    signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which passes it on
     threading.Thread(target=end_with_parent, daemon=True).start()
     tqdm.set_lock(
         threading.RLock()
     )  # tqdm's own is shared by processes, and stays when one is killed
     alive = open(directory / ".workers.lock", "a")  # noqa: SIM115 (as long as this process lives)
-    common.fcntl.flock(alive, common.fcntl.LOCK_SH)
+    records.fcntl.flock(alive, records.fcntl.LOCK_SH)
     try:
         with open(directory / "workers.log", "a") as file:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
-        common.loaded_images = {}
+        common.search_directory = directory
         study, search = open_study(open_storage(directory, url, grace), name)
         torch.set_num_threads(threads)
         objective = Objective(search, directory, machine)
@@ -1233,7 +1265,7 @@ def work(
             connection.send("a trial has ended")
     except NothingWaits:
         os._exit(0)
-    except common.Interrupted:
+    except Interrupted:
         os._exit(1)  # its trial is to go on
 
 
@@ -1308,7 +1340,7 @@ def run_trials(
     told = {line["trial"] for line in lines(study, machine)}
     before = len(told)
     bar = TrialBar(search, len(latest(study)), args.quiet)
-    with bar, contextlib.closing(workers), common.interruptible(stop):
+    with bar, contextlib.closing(workers), records.interruptible(stop):
         while True:
             # Write down what has ended, here or on another machine.
             trials, ended = latest(study).values(), write_lines(study, directory, machine)
@@ -1317,7 +1349,7 @@ def run_trials(
                     told.add(line["trial"])
                     lost = 0
                     if bar.disable:
-                        common.say(line_as_text(line, search), args.quiet)
+                        records.say(line_as_text(line, search), args.quiet)
             running = [trial for trial in trials if trial.state == TrialState.RUNNING]
             here = [
                 trial for trial in running if trial.user_attrs.get("worker", [""])[0] == machine
@@ -1355,7 +1387,7 @@ def run_trials(
         give_back(study, machine)
     if failure:
         raise RunError(
-            f"{failure}; see {common.shown(directory / 'workers.log')}; when that is mended, go on with: "
+            f"{failure}; see {records.shown(directory / 'workers.log')}; when that is mended, go on with: "
             f"{how_to_go_on(directory, args)}, with --retry-failed for the failed ones"
         )
     return stopped[0] if stopped else None
@@ -1432,7 +1464,7 @@ def how_to_go_on(directory: Path, args: argparse.Namespace) -> str:
     """The command that continues a sweep."""
     storage = ["--storage", without_password(args.storage)] if args.storage else []
     return shlex.join(
-        ["python", common.shown(__file__), "--resume", common.shown(directory), *storage]
+        ["python", records.shown(__file__), "--resume", records.shown(directory), *storage]
     )
 
 
@@ -1458,14 +1490,14 @@ def choose_engine(args: argparse.Namespace, search: Search) -> str:
     engine = "wandb" if args.sweep_id else args.engine
     if engine == "auto" and search.method == "bayes" and not args.storage:
         online = os.environ.get("WANDB_MODE", "online") == "online"
-        key = online and importlib.util.find_spec("wandb") and common.has_wandb_key(quiet=True)
+        key = online and importlib.util.find_spec("wandb") and records.has_wandb_key(quiet=True)
         engine = "wandb" if key else "local"
         reason = (
             f"{'an' if key else 'no'} API key is configured"
             if online
             else "WANDB_MODE is not online"
         )
-        common.say(
+        records.say(
             f"engine: {'W&B' if key else 'local, Optuna'} ({reason}; --engine chooses)", args.quiet
         )
     if engine == "wandb":
@@ -1477,7 +1509,7 @@ def choose_engine(args: argparse.Namespace, search: Search) -> str:
 
 def reach_wandb(args: argparse.Namespace) -> None:
     """UsageError without a key, RunError where W&B's server does not answer soon: its client would try for minutes."""
-    common.check_wandb(argparse.Namespace(wandb="online", quiet=args.quiet))
+    records.check_wandb("online", args.quiet)
     import wandb
 
     address = wandb.setup().settings.base_url
@@ -1514,7 +1546,7 @@ def run_wandb(
     import yaml
 
     project = args.wandb_project
-    common.loaded_images = {}
+    common.search_directory = directory
     os.environ.setdefault("WANDB_DIR", str(directory))
     for given in study.get_trials(deepcopy=False):  # interrupted; W&B gives no trial out twice
         if not given.state.is_finished():
@@ -1535,7 +1567,7 @@ def run_wandb(
             config["early_terminate"] = search.early_terminate
         sweep_id = wandb.sweep(config, project=project)
     study.set_user_attr("sweep_id", sweep_id)
-    common.say(
+    records.say(
         f"W&B sweep {sweep_id}; another machine joins with --sweep-id {sweep_id}", args.quiet
     )
     flags = "--wandb", "online", "--wandb-project", project
@@ -1550,11 +1582,11 @@ def run_wandb(
         }
         study.enqueue_trial(params, user_attrs={"trial": len(study.get_trials(deepcopy=False))})
         try:
-            with contextlib.suppress(common.Interrupted):
+            with contextlib.suppress(Interrupted):
                 study.optimize(objective, n_trials=1)
         finally:
             for line in write_lines(study, directory, "")[-1:] if not stopped else ():
-                common.say(line_as_text(line, search), args.quiet)
+                records.say(line_as_text(line, search), args.quiet)
 
     def stop(number, frame):
         stopped.append(signal.Signals(number).name)
@@ -1562,7 +1594,7 @@ def run_wandb(
 
     left = search.count - len(latest(study))
     if left > 0:
-        with contextlib.suppress(KeyboardInterrupt), common.interruptible(stop):
+        with contextlib.suppress(KeyboardInterrupt), records.interruptible(stop):
             wandb.agent(sweep_id, function=trial, project=project, count=left)
     ended = write_lines(study, directory, "")
     if ended and all(line["status"] == "failed" for line in ended):
@@ -1603,11 +1635,11 @@ def report(
         rows.append({column: line.get(column) for column in columns} | params)
     cells = [[as_text(name, value) for name, value in row.items()] for row in rows]
     table = "><<" + ">" * (len(rows[0]) - 3), list(rows[0]), cells
-    common.say("\n".join(evaluate.as_table(*table)), quiet)
-    common.write_atomically(directory / "leaderboard.csv", f"{evaluate.as_csv(rows)}\n".encode())
+    records.say("\n".join(evaluate.as_table(*table)), quiet)
+    records.write_atomically(directory / "leaderboard.csv", f"{evaluate.as_csv(rows)}\n".encode())
     pictures = draw_sweep(study, search, ended, directory)
     for name, picture in pictures.items():
-        common.write_atomically(directory / f"{name}.png", picture)
+        records.write_atomically(directory / f"{name}.png", picture)
     parts = [
         ("text", f"{search.method} search of {search.script}; {search.metric} decides"),
         ("table", "Trials, best first", *table),
@@ -1624,7 +1656,7 @@ def report(
     command = as_command(
         search, winner["params"], int(winner["run"].partition("-seed-")[2] or search.seed)
     )
-    common.say(f"best: {winner['run']}, {search.metric} {text}\n  {command}", quiet)
+    records.say(f"best: {winner['run']}, {search.metric} {text}\n  {command}", quiet)
     if (directory / winner["run"]).is_dir():
         link.symlink_to(winner["run"])
         if complete and (link / "best.pt").exists():
@@ -1635,17 +1667,21 @@ def report(
 def test_winner(directory: Path, run: str, quiet: bool) -> None:
     """Test the weights of the winner's best epoch, and say for which trials the test set has been read."""
     metrics = {
-        path.parent.name: common.read_json(path)
+        path.parent.name: records.read_json(path)
         for path in sorted(directory.glob("trial-*/metrics.json"))
     }
     before = [name for name, content in metrics.items() if content["split"] == "test"]
     if run not in before:
-        evaluate.main([str(directory / run), "--quiet"])
-    content = common.read_json(directory / run / "metrics.json")
+        try:
+            evaluate.main([str(directory / run), "--quiet"])
+        except RunError as error:
+            records.say(f"  not tested: {error}", quiet)
+            return
+    content = records.read_json(directory / run / "metrics.json")
     accuracy = content["tta"]["accuracy"] if content.get("tta") else content["accuracy"]
     others = ", ".join(name for name in before if name != run)
     often = f"which was read before, for {others}" if others else "read once, for this trial alone"
-    common.say(f"  accuracy {accuracy:.2%} on the test set, {often}", quiet)
+    records.say(f"  accuracy {accuracy:.2%} on the test set, {often}", quiet)
 
 
 def draw_sweep(study: optuna.Study, search: Search, ended: list[dict], directory: Path) -> dict:
@@ -1780,7 +1816,7 @@ def draw_curves(search: Search, ended: list[dict], directory: Path):
     for index, line in enumerate(ended):
         path = directory / line["run"] / "log.jsonl"
         history = (
-            common.read_log(path.parent) if path.exists() else []
+            records.read_log(path.parent) if path.exists() else []
         )  # it may be on another machine
         look = {"color": "silver", "linewidth": 1}
         if index == 0 and line["status"] == "finished":
@@ -1796,7 +1832,7 @@ def draw_curves(search: Search, ended: list[dict], directory: Path):
 # ------------------------ Main ------------------------
 def main(argv: list[str] | None = None) -> dict:
     """Run or continue a search, and report; return its directory, the lines of trials.jsonl and that of the best."""
-    if not common.fcntl:
+    if not records.fcntl:
         raise UsageError(
             "sweep.py needs the file locks of Linux or macOS; on Windows it runs in WSL"
         )
@@ -1810,14 +1846,16 @@ def main(argv: list[str] | None = None) -> dict:
     check_directory(directory, args)
     machine = f"{socket.gethostname()}:{directory}" if args.storage else ""
     storage = open_storage(directory, args.storage, args.grace) if args.storage else None
-    if search:
-        check_data(search)
+    listing = check_data(search, directory, args.quiet) if search else None
     directory.mkdir(parents=True, exist_ok=True)
-    with common.locked(directory / ".lock"):
-        with common.locked(directory / ".workers.lock", wait=True):
+    with records.locked(directory / ".lock"):
+        if listing:
+            records.write_atomically(directory / "data.csv", listing)
+        with records.locked(directory / ".workers.lock", wait=True):
             pass  # the workers of a sweep that was killed have ended
         storage = storage or open_storage(directory, None, args.grace)
         study, search = open_search(storage, directory, search, args)
+        check_listing(study, directory)
         try:
             if engine == "wandb" or "sweep_id" in study.user_attrs:
                 stopped = run_wandb(study, search, directory, args)
@@ -1833,17 +1871,21 @@ def main(argv: list[str] | None = None) -> dict:
             raise RunError(
                 f"--storage {without_password(args.storage)}: {reason}; go on with: {go_on}"
             ) from error
-    common.say(f"{common.shown(directory)}: {len(result['trials'])} trials have ended", args.quiet)
+    records.say(
+        f"{records.shown(directory)}: {len(result['trials'])} trials have ended", args.quiet
+    )
+    for path in directory.glob(".pixels-*"):
+        path.unlink()
     if complete and not result["best"]:
-        where = common.shown(directory / "trials.jsonl")
-        raise RunError(f"{common.shown(directory)}: no trial finished; the errors are in {where}")
+        where = records.shown(directory / "trials.jsonl")
+        raise RunError(f"{records.shown(directory)}: no trial finished; the errors are in {where}")
     status = "interrupted" if stopped else "finished"
     return {**result, "status": status, "error": stopped, "go_on": how_to_go_on(directory, args)}
 
 
 def check_directory(directory: Path, args: argparse.Namespace) -> None:
     """UsageError where `directory` is not one for this sweep."""
-    shown = common.shown(directory)
+    shown = records.shown(directory)
     if args.resume and not directory.is_dir():
         raise UsageError(f"--resume {shown}: there is no such directory")
     if (directory / "sweep.json").exists():
@@ -1864,7 +1906,7 @@ def open_search(
 ) -> tuple[optuna.Study, Search]:
     """The study in `storage`, made where it is not there, and the Search that it holds. UsageError where that is not
     the one that is asked for."""
-    shown, names = common.shown(directory), optuna.get_all_study_names(storage)
+    shown, names = records.shown(directory), optuna.get_all_study_names(storage)
     name = directory.name if args.storage else next(iter(names), directory.name)
     if search:
         with contextlib.suppress(optuna.exceptions.DuplicatedStudyError):
@@ -1923,17 +1965,17 @@ def queue(study: optuna.Study, search: Search, machine: str, args: argparse.Name
 def dry_run(search: Search, quiet: bool) -> None:
     """Print the command line of each trial; of a Bayesian search the space, since each trial follows from the last."""
     if search.method == "bayes":
-        common.say(
+        records.say(
             f"{search.count} trials of {search.script}, proposed one after the other from", quiet
         )
         for name, content in search.space.items():
-            common.say(
+            records.say(
                 f"  {name}: {', '.join(f'{key} {value}' for key, value in content.items())}", quiet
             )
         return
     for number, params in enumerate(search.configurations()):
         for seed in range(search.seed, search.seed + search.seeds):
-            common.say(f"trial {number:4}  {as_command(search, params, seed)}", quiet)
+            records.say(f"trial {number:4}  {as_command(search, params, seed)}", quiet)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,87 @@ import sys
 from collections.abc import Callable
 
 import common
+import records
 
 import torch
+
+# Sets of defaults for the flags. What a recipe does not name is as in `default`.
+RECIPES = {
+    "default": {
+        "dataset": "cifar10",
+        "model": "confignet",
+        "epochs": 50,
+        "batch_size": 512,
+        "lr": 0.0008,
+        "tolerance": 6,
+        "augment": True,
+        "rotation": 20.0,
+        "brightness": 0.2,
+        "hue": 0.1,
+        "flip": 0.5,
+        "image_size": 32,
+        "grey": False,
+    },
+    # The tutorial to the letter, but for dropout at evaluation and choosing on the test set.
+    "tutorial": {"tutorial_layers": True},
+    # After K. Jordan's airbench94_muon. A fiftieth of the images validates: only the epoch is chosen.
+    "fast": {
+        "val_size": 0.02,
+        "normalize": "dataset",
+        "model": "fastnet",
+        "epochs": 11,
+        "batch_size": 500,
+        "tolerance": 0,
+        "optimizer": "muon",
+        "lr": 0.12,
+        "aux_lr": 0.015,
+        "momentum": 0.6,
+        "weight_decay": 0.1,
+        "schedule": "linear",
+        "label_smoothing": 0.2,
+        "rotation": 0.0,
+        "brightness": 0.0,
+        "hue": 0.0,
+        "alternate_flip": True,
+        "shift": 2,
+        "sizes": [5 / 8, 3 / 4, 1],
+        "tta": "mirror+shift",
+    },
+}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The flags of common.py, with the defaults of a recipe. Exits with status 2 on a bad one."""
+    return common.parse_arguments(__file__, __doc__, RECIPES, argv)
+
+
+def main(argv: list[str] | None = None, on_epoch: Callable[[dict], bool] | None = None) -> dict:
+    """Load, build, fit, test: one run. Returns the content of run.json and the run's `directory`.
+
+    `on_epoch(row)` is told each row of the log; True ends the run. Raises UsageError, RunError.
+    """
+    # What is to be done: a new run, one that goes on, or nothing.
+    args = parse_arguments(argv)
+    result = records.already_done(args)
+    if result:
+        return result
+
+    # The images, and a model for them.
+    data = common.load_data(args, synthetic)
+    model = common.new_model(args, data.train)
+
+    # Train, with validation after each epoch. Then test, once, with the weights of the best epoch.
+    with records.open_run(args, model, data) as run:
+        came_to_its_end = common.fit(args, model, data, run, on_epoch)
+        if came_to_its_end and data.test:
+            common.final_test(args, model, data.test, run)
+    return run.result()
+
+
+# ------------------------ Synthetic images ------------------------
+def synthetic(train):
+    """The images of --dataset synthetic, the same for every --seed, which changes the training and not the task."""
+    return synthetic_shapes(10_000, seed=0) if train else synthetic_shapes(2_000, seed=1)
 
 
 def synthetic_shapes(count, seed):
@@ -79,75 +158,6 @@ def synthetic_shapes(count, seed):
     images = ground + (paint - ground) * cover
     images += torch.randn(images.shape, generator=random) * uniform(0.02, 0.2)[:, None]
     return common.ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, classes)
-
-
-def synthetic(train):
-    """The images of --dataset synthetic, the same for every --seed, which changes the training and not the task."""
-    return synthetic_shapes(10_000, seed=0) if train else synthetic_shapes(2_000, seed=1)
-
-
-# Sets of defaults for the flags. What a recipe does not name is as in `default`.
-RECIPES = {
-    "default": {
-        "dataset": "cifar10",
-        "model": "confignet",
-        "epochs": 50,
-        "batch_size": 512,
-        "lr": 0.0008,
-        "tolerance": 6,
-        "augment": True,
-        "rotation": 20.0,
-        "brightness": 0.2,
-        "hue": 0.1,
-        "flip": 0.5,
-        "image_size": 32,
-        "grey": False,
-    },
-    # The tutorial to the letter, but for dropout at evaluation and choosing on the test set.
-    "tutorial": {"tutorial_layers": True},
-    # After K. Jordan's airbench94_muon. A fiftieth of the images validates: only the epoch is chosen.
-    "fast": {
-        "val_size": 0.02,
-        "normalize": "dataset",
-        "model": "fastnet",
-        "epochs": 11,
-        "batch_size": 500,
-        "tolerance": 0,
-        "optimizer": "muon",
-        "lr": 0.12,
-        "aux_lr": 0.015,
-        "momentum": 0.6,
-        "weight_decay": 0.1,
-        "schedule": "linear",
-        "label_smoothing": 0.2,
-        "rotation": 0.0,
-        "brightness": 0.0,
-        "hue": 0.0,
-        "alternate_flip": True,
-        "shift": 2,
-        "sizes": [20, 24, 32],
-        "tta": "mirror+shift",
-    },
-}
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags of common.py, with the defaults of a recipe. Exits with status 2 on a bad one."""
-    return common.parse_arguments(__file__, __doc__, RECIPES, argv)
-
-
-def main(argv: list[str] | None = None, on_epoch: Callable[[dict], bool] | None = None) -> dict:
-    """Load, build, fit, test: one run. Returns the content of run.json and the run's `directory`.
-
-    `on_epoch(row)` is told each row of the log; a true answer ends the run. Raises UsageError and RunError.
-    """
-    args = parse_arguments(argv)
-    train_set, val_set = common.load_training_images(args, synthetic)
-    model = common.new_model(args, train_set)
-    with common.open_run(args, model, train_set, val_set) as run:
-        if common.fit(args, model, train_set, val_set, run, on_epoch) and args.test:
-            common.final_test(args, model, common.load_images(args, "test", synthetic), run)
-    return run.result()
 
 
 if __name__ == "__main__":

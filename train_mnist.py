@@ -17,57 +17,10 @@ import sys
 from collections.abc import Callable
 
 import common
+import records
 
 import torch
 import torch.nn.functional as F
-
-
-def synthetic_digits(count, seed):
-    """`count` grey 28x28 digits from matplotlib's fonts, shifted, turned, scaled, thinned or thickened, noisy."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    fonts = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif"]
-    fonts += ["DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmss10", "cmtt10"]
-    glyphs = []
-    for name in fonts:
-        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 44)
-        for digit in range(10):
-            for thickness in range(3):
-                image = Image.new("L", (56, 56))
-                ImageDraw.Draw(image).text(
-                    (28, 28), str(digit), 255, font, anchor="mm", stroke_width=thickness
-                )
-                glyphs.append(
-                    torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 56, 56)
-                )
-    glyphs = torch.stack(glyphs).float().view(len(fonts), 10, 3, 1, 56, 56) / 255
-
-    random = common.generator_for("digits", seed)
-
-    def uniform(low, high):
-        return torch.rand(count, generator=random) * (high - low) + low
-
-    labels = torch.randint(10, (count,), generator=random)
-    font, thickness = (torch.randint(most, (count,), generator=random) for most in (len(fonts), 3))
-    chosen = glyphs[font, labels, thickness]
-    angle, scale, squeeze = uniform(-0.35, 0.35), uniform(0.8, 1.4), uniform(0.8, 1.25)
-    cos, sin = angle.cos() * scale, angle.sin() * scale
-    rows = (cos * squeeze, -sin, uniform(-0.3, 0.3), sin * squeeze, cos, uniform(-0.3, 0.3))
-    grid = F.affine_grid(
-        torch.stack(rows, 1).view(count, 2, 3), (count, 1, 28, 28), align_corners=False
-    )
-    images = F.grid_sample(chosen, grid, align_corners=False) * uniform(0.5, 1).view(-1, 1, 1, 1)
-    images += torch.randn(images.shape, generator=random) * uniform(0, 0.25).view(-1, 1, 1, 1)
-    return common.ImageSet(
-        (images.clamp(0, 1) * 255).round().byte(), labels, [str(digit) for digit in range(10)]
-    )
-
-
-def synthetic(train):
-    """The images of --dataset synthetic, the same for every --seed, which changes the training and not the task."""
-    return synthetic_digits(10_000, seed=0) if train else synthetic_digits(2_000, seed=1)
-
 
 # Sets of defaults for the flags. What a recipe does not name is as in `default`.
 RECIPES = {
@@ -132,15 +85,72 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None, on_epoch: Callable[[dict], bool] | None = None) -> dict:
     """Load, build, fit, test: one run. Returns the content of run.json and the run's `directory`.
 
-    `on_epoch(row)` is told each row of the log; a true answer ends the run. Raises UsageError and RunError.
+    `on_epoch(row)` is told each row of the log; True ends the run. Raises UsageError, RunError.
     """
+    # What is to be done: a new run, one that goes on, or nothing.
     args = parse_arguments(argv)
-    train_set, val_set = common.load_training_images(args, synthetic)
-    model = common.new_model(args, train_set)
-    with common.open_run(args, model, train_set, val_set) as run:
-        if common.fit(args, model, train_set, val_set, run, on_epoch) and args.test:
-            common.final_test(args, model, common.load_images(args, "test", synthetic), run)
+    result = records.already_done(args)
+    if result:
+        return result
+
+    # The images, and a model for them.
+    data = common.load_data(args, synthetic)
+    model = common.new_model(args, data.train)
+
+    # Train, with validation after each epoch. Then test, once, with the weights of the best epoch.
+    with records.open_run(args, model, data) as run:
+        came_to_its_end = common.fit(args, model, data, run, on_epoch)
+        if came_to_its_end and data.test:
+            common.final_test(args, model, data.test, run)
     return run.result()
+
+
+# ------------------------ Synthetic images ------------------------
+def synthetic(train):
+    """The images of --dataset synthetic, the same for every --seed, which changes the training and not the task."""
+    return synthetic_digits(10_000, seed=0) if train else synthetic_digits(2_000, seed=1)
+
+
+def synthetic_digits(count, seed):
+    """`count` grey 28x28 digits from matplotlib's fonts, shifted, turned, scaled, thinned or thickened, noisy."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    fonts = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif"]
+    fonts += ["DejaVuSerif-Italic", "STIXGeneral", "cmr10", "cmss10", "cmtt10"]
+    glyphs = []
+    for name in fonts:
+        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/{name}.ttf", 44)
+        for digit in range(10):
+            for thickness in range(3):
+                image = Image.new("L", (56, 56))
+                ImageDraw.Draw(image).text(
+                    (28, 28), str(digit), 255, font, anchor="mm", stroke_width=thickness
+                )
+                glyphs.append(
+                    torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 56, 56)
+                )
+    glyphs = torch.stack(glyphs).float().view(len(fonts), 10, 3, 1, 56, 56) / 255
+
+    random = common.generator_for("digits", seed)
+
+    def uniform(low, high):
+        return torch.rand(count, generator=random) * (high - low) + low
+
+    labels = torch.randint(10, (count,), generator=random)
+    font, thickness = (torch.randint(most, (count,), generator=random) for most in (len(fonts), 3))
+    chosen = glyphs[font, labels, thickness]
+    angle, scale, squeeze = uniform(-0.35, 0.35), uniform(0.8, 1.4), uniform(0.8, 1.25)
+    cos, sin = angle.cos() * scale, angle.sin() * scale
+    rows = (cos * squeeze, -sin, uniform(-0.3, 0.3), sin * squeeze, cos, uniform(-0.3, 0.3))
+    grid = F.affine_grid(
+        torch.stack(rows, 1).view(count, 2, 3), (count, 1, 28, 28), align_corners=False
+    )
+    images = F.grid_sample(chosen, grid, align_corners=False) * uniform(0.5, 1).view(-1, 1, 1, 1)
+    images += torch.randn(images.shape, generator=random) * uniform(0, 0.25).view(-1, 1, 1, 1)
+    return common.ImageSet(
+        (images.clamp(0, 1) * 255).round().byte(), labels, [str(digit) for digit in range(10)]
+    )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from measuring import machine, write_result
 
 # isort: split
 import common
+import records
 
 import torch
 from torch import nn
@@ -73,8 +74,8 @@ def measure(script, flags, left_out, seed):
         ]
         record = script.main(["--recipe", "fast", *flags, *changed, *where])
         if record["status"] != "finished":
-            raise common.RunError(f"{' '.join(changed)}: {record['status']}")
-        rows = common.read_log(Path(record["directory"]))
+            raise records.RunError(f"{' '.join(changed)}: {record['status']}")
+        rows = records.read_log(Path(record["directory"]))
     seconds = sum(record["data"]["train"] / row["images_per_second"] for row in rows)
     return rows[-1]["val_acc"], rows[-1]["val_loss"], seconds
 
@@ -92,7 +93,7 @@ def main(argv):
         name: how for name, how in LEFT_OUT.items() if script.RECIPES["fast"].keys() >= set(how[2:])
     }
 
-    common.loaded_images = {}
+    common.search_directory = Path.cwd()  # the images are read once
     results = {name: [] for name in variants}
     for seed in range(args.seeds):
         for name, left_out in variants.items():

@@ -21,6 +21,7 @@ from measuring import ROOT, machine, write_result
 
 # isort: split
 import common
+import records
 import sweep
 import train_cifar
 import train_mnist
@@ -38,11 +39,11 @@ def run(script, *argv, on_epoch=None):
     """The record of a run whose directory is deleted, and the rows of its log."""
     with tempfile.TemporaryDirectory() as runs:
         record = script.main([*map(str, argv), "--runs-dir", runs, "--quiet"], on_epoch)
-        return record, common.read_log(Path(record["directory"]))
+        return record, records.read_log(Path(record["directory"]))
 
 
 def weights_of(directory):
-    return common.load_checkpoint(Path(directory, "best.pt"))["weights"]
+    return records.load_checkpoint(Path(directory, "best.pt"))["weights"]
 
 
 def fast(args, few):

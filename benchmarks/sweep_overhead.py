@@ -30,7 +30,7 @@ ALONE = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import common, train_mnist
-common.loaded_images = {{}}
+common.search_directory = common.Path(".")
 rates, flags = sys.argv[1].split(","), sys.argv[2:]
 for number, rate in enumerate(rates):
     train_mnist.main([*flags, "--lr", rate, "--run-name", f"trial-{{number}}"])

@@ -34,6 +34,7 @@ from measuring import ROOT, find_result, machine, write_result
 
 # isort: split
 import common
+import records
 
 import torch
 from scipy import stats
@@ -44,7 +45,7 @@ def timed(command):
     began = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     if done.returncode:
-        raise common.RunError(f"{shlex.join(command)} ended with status {done.returncode}")
+        raise records.RunError(f"{shlex.join(command)} ended with status {done.returncode}")
     return done.stdout, time.perf_counter() - began
 
 
@@ -59,7 +60,7 @@ def measure_ours(recipe, seed):
     with tempfile.TemporaryDirectory() as runs:
         where = ["--runs-dir", runs, "--run-name", "run", "--quiet"]
         _, wall = timed([sys.executable, *recipe, "--seed", str(seed), *where])
-        record = common.read_record(Path(runs, "run"))
+        record = records.read_record(Path(runs, "run"))
     return {
         "accuracy": record["test"]["acc"],
         "seconds": record["seconds"],

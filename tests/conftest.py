@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import records  # noqa: E402
 import train_cifar  # noqa: E402
 import train_mnist  # noqa: E402
 
@@ -31,7 +32,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def a_place_of_its_own(tmp_path, monkeypatch):
     """Each test begins in an empty directory, with one thread, and without the images of the one before."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common, "loaded_images", None)
+    monkeypatch.setattr(common, "search_directory", None)
+    monkeypatch.setattr(common, "images_read", {})
     torch.set_num_threads(1)
 
 
@@ -92,7 +94,7 @@ def run(script, *argv, on_epoch=None):
 
 
 def read_run(directory):
-    return common.read_record(directory), common.read_log(directory)
+    return records.read_record(directory), records.read_log(directory)
 
 
 def without_times(rows):
@@ -119,7 +121,7 @@ def check_same(whole, other):
         record[key] == other_record[key] for key in ("status", "error", "epochs", "best", "test")
     )
     for name in ("last.pt", "best.pt"):
-        a, b = (common.load_checkpoint(directory / name) for directory in (whole, other))
+        a, b = (records.load_checkpoint(directory / name) for directory in (whole, other))
         for state in (a, b):
             state["run"], state["history"] = None, without_times(state.get("history", []))
         assert states_are_equal(a, b), name

@@ -28,6 +28,7 @@ COMMON = (
     "--precision fp32 --device cpu --no-test --quiet"
 )
 OF_THE_MACHINE = {"device", "precision", "data_dir", "runs_dir", "threads", "script", "argv"}
+OF_THE_MACHINE |= {"directory", "listing", "typed"}
 
 
 def losses(model):

@@ -9,7 +9,7 @@ import signal
 import termios
 from pathlib import Path
 
-import common
+import records
 import train_cifar
 import train_mnist
 
@@ -44,10 +44,10 @@ def start_or_go_on():
 def check_files():
     """All files of the run are whole. Returns its status, None where it has not begun."""
     for path in R.glob("*.pt"):
-        common.load_checkpoint(path)
+        records.load_checkpoint(path)
     if (R / "log.jsonl").exists():
-        assert all(row["epoch"] == number for number, row in enumerate(common.read_log(R), 1))
-    return common.read_record(R)["status"] if (R / "run.json").exists() else None
+        assert all(row["epoch"] == number for number, row in enumerate(records.read_log(R), 1))
+    return records.read_record(R)["status"] if (R / "run.json").exists() else None
 
 
 def check_one_line(done, *expected, status=1):
@@ -155,7 +155,7 @@ def test_a_run_whose_saves_fail_at_every_moment_ends_as_an_undisturbed_one(
     monkeypatch.setattr(os, "fsync", save)
     while record["status"] == "failed":
         moment, saves = moment + 1, itertools.count()
-        with contextlib.suppress(common.RunError):
+        with contextlib.suppress(records.RunError):
             _, record, _ = run(train_cifar, *start_or_go_on()[1:])
         state = check_files()
         assert state in (record["status"], "running", None) and not list(R.glob(".*.tmp"))
@@ -188,8 +188,8 @@ def test_a_diverged_run_is_one_line_and_status_1():
 def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interrupted):
     other, _, _ = run(train_mnist, *DENSE[:-2], "--quiet", "--epochs", 2, "--stop-after", 1)
     content = (other / "last.pt").read_bytes()
-    common.save_checkpoint(
-        other / "last.pt", {**common.load_checkpoint(other / "last.pt"), "format": 1}
+    records.save_checkpoint(
+        other / "last.pt", {**records.load_checkpoint(other / "last.pt"), "format": 1}
     )
     for content_, message in (
         (content, f" is of another run, {other.name}"),
@@ -198,9 +198,9 @@ def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interr
         (None, " is missing"),
     ):
         (R / "last.pt").write_bytes(content_) if content_ else (R / "last.pt").unlink()
-        with pytest.raises(common.RunError, match=f"runs/r/last.pt{message}"):
+        with pytest.raises(records.RunError, match=f"runs/r/last.pt{message}"):
             run(train_mnist, *DENSE_RESUME[1:])
-    common.write_json(R / "run.json", {**common.read_record(R), "format": 1})
+    records.write_json(R / "run.json", {**records.read_record(R), "format": 1})
     check_one_line(
         Forked(*DENSE_RESUME).finish(), "runs/r/run.json is not of this version", status=2
     )
@@ -209,16 +209,16 @@ def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interr
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_any_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_path):
     path = tmp_path / "last.pt"
-    common.save_checkpoint(path, {"weights": torch.arange(5.0)})
-    content, state = path.read_bytes(), common.load_checkpoint(path)
+    records.save_checkpoint(path, {"weights": torch.arange(5.0)})
+    content, state = path.read_bytes(), records.load_checkpoint(path)
     for position in range(len(content)):
         path.write_bytes(
             content[:position]
             + bytes([content[position] ^ 1 << position % 8])
             + content[position + 1 :]
         )
-        with contextlib.suppress(common.RunError):
-            assert states_are_equal(common.load_checkpoint(path), state)
+        with contextlib.suppress(records.RunError):
+            assert states_are_equal(records.load_checkpoint(path), state)
 
 
 def test_a_checkpoint_that_would_run_code_is_not_executed(tmp_path):
@@ -226,9 +226,9 @@ def test_a_checkpoint_that_would_run_code_is_not_executed(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "executed"),)
 
-    common.save_checkpoint(tmp_path / "last.pt", {"epoch": Bomb()})
-    with pytest.raises(common.RunError, match="not a checkpoint"):
-        common.load_checkpoint(tmp_path / "last.pt")
+    records.save_checkpoint(tmp_path / "last.pt", {"epoch": Bomb()})
+    with pytest.raises(records.RunError, match="not a checkpoint"):
+        records.load_checkpoint(tmp_path / "last.pt")
     assert not (tmp_path / "executed").exists()
 
 

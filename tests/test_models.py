@@ -4,6 +4,7 @@ import itertools
 from pathlib import Path
 
 import common
+import records
 import train_cifar
 
 import pytest
@@ -15,8 +16,10 @@ from torch.optim import lr_scheduler
 
 
 def build(shape, *argv, classes=10):
-    args = vars(train_cifar.parse_arguments([str(argument) for argument in argv]))
-    return common.build_model({**args, "image_shape": list(shape), "classes": list(range(classes))})
+    """The net of a training script, for images of this shape [C, H, W]."""
+    args = train_cifar.parse_arguments([str(argument) for argument in argv])
+    images, names = torch.zeros(2, *shape, dtype=torch.uint8), list(map(str, range(classes)))
+    return common.new_model(args, common.ImageSet(images, torch.zeros(2), names))
 
 
 @pytest.mark.parametrize("name", common.MODELS)
@@ -64,7 +67,8 @@ ORDERS = {
 @pytest.mark.parametrize("which", ORDERS, ids=str)
 def test_a_batch_passes_the_layers_in_this_order(which):
     (model, recipe, *kernels), order, passed = which, ORDERS[which].split(), []
-    net = build((3, 32, 32), "--model", model, "--recipe", recipe, "--d1", 0.3, "--kernel-size", 5)
+    argv = ["--model", model, "--recipe", recipe, "--d1", 0.3]
+    net = build((3, 32, 32), *argv, *(["--kernel-size", 5] if kernels else []))
     for layer in net.children():
         layer.register_forward_hook(
             lambda layer, x, y: passed.append((type(layer).__name__, x[0].clone(), y.clone()))
@@ -92,10 +96,10 @@ def test_images_and_batches_that_a_model_does_not_take_are_refused():
         ((3, 6, 32), ["fastnet"], "6x32"),
         ((3, 6, 32), ["patchnet"], "6x32"),
         ((3, 32, 32), ["confignet", "--batch-size", 1], "32x32"),
-        ((3, 32, 32), ["convnet", "--sizes", "8,32"], "8x8"),
+        ((3, 32, 32), ["convnet", "--sizes", "1/4,1"], "8x8"),
     ]:
         with pytest.raises(
-            common.UsageError, match=f"^--model {argv[0]} .* does not take images of {size} pixels"
+            records.UsageError, match=f"^--model {argv[0]} .* does not take images of {size} pixels"
         ):
             build(shape, "--model", *argv)
 
@@ -155,14 +159,14 @@ def test_the_whitenings_bias_is_learnt_for_three_epochs_and_muon_learns_filters_
         "--batch-size",
         50,
         "--sizes",
-        16,
+        0.5,
         "--quiet",
     ]
     argv += ["--c1", 8, "--c2", 16, "--c3", 16, "--run-name", "a"]
     run(
         train_cifar,
         *argv,
-        on_epoch=lambda row: saved.append(common.load_checkpoint(Path("runs/a/last.pt"))),
+        on_epoch=lambda row: saved.append(records.load_checkpoint(Path("runs/a/last.pt"))),
     )
     states = [state["model"] for state in saved]
     changed = {

@@ -8,7 +8,7 @@ import re
 import string
 from pathlib import Path
 
-import common
+import records
 import sweep
 import train_cifar
 
@@ -62,12 +62,12 @@ def test_any_command_line_is_understood_or_refused_in_one_line(capsys, argv):
 def test_any_bytes_in_the_files_of_a_run_are_refused_by_name(tmp_path, content):
     for name in ("run.json", "last.pt", "log.jsonl"):
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(common.RunError, match=r"run\.json"):
-        common.read_record(tmp_path)
-    with pytest.raises(common.RunError, match=r"last\.pt"):
-        common.load_checkpoint(tmp_path / "last.pt")
-    with contextlib.suppress(common.RunError):
-        assert isinstance(common.read_log(tmp_path), list)
+    with pytest.raises(records.RunError, match=r"run\.json"):
+        records.read_record(tmp_path)
+    with pytest.raises(records.RunError, match=r"last\.pt"):
+        records.load_checkpoint(tmp_path / "last.pt")
+    with contextlib.suppress(records.RunError):
+        assert isinstance(records.read_log(tmp_path), list)
 
 
 numbers = st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False, width=32)
@@ -119,7 +119,7 @@ def test_whatever_is_written_is_understood_or_refused_in_one_line(content, param
         json.dumps({"parameters": {"x": {**entry, "distribution": kind}}})
     )
     for argv in (["--config", "sweep.yaml"], [f"--param={parameter}"], ["--config", "entry.json"]):
-        with contextlib.suppress(common.UsageError):
+        with contextlib.suppress(records.UsageError):
             sweep.main(
                 [
                     "--method",

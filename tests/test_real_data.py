@@ -29,7 +29,8 @@ def test_one_epoch_learns(script, argv, least):
 
 
 def test_cifar_10_has_its_own_mean_and_std():
-    images = common.load_images(train_cifar.parse_arguments(DATA), "train", train_cifar.synthetic)
+    args = train_cifar.parse_arguments([*DATA, "--val-size", "0"])
+    images = common.load_data(args, train_cifar.synthetic, ("train", "val")).train
     mean, std = images.mean_and_std()
     assert len(images) == 50_000 and images.classes[0] == "airplane"
     assert mean == pytest.approx([0.4914, 0.4822, 0.4465], abs=1e-4)

@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import common
+import records
 import sweep
 
 import optuna
@@ -27,7 +27,7 @@ from optuna.storages.journal import JournalFileBackend
 # sweep's directory.
 TOY = """
 import argparse, json, os, pathlib, signal, time
-import common
+import common, records
 
 def parse_arguments(argv):
     parser = common.ArgumentParser(prog="toy.py")
@@ -44,12 +44,12 @@ def main(argv, on_epoch=None):
     args, rows = parse_arguments(argv), []
     directory = args.resume or args.runs_dir / args.run_name
     if args.resume:
-        rows, old = common.read_log(directory), common.read_json(directory / "run.json")["args"]
+        rows, old = records.read_log(directory), records.read_json(directory / "run.json")["args"]
         vars(args).update(old)
     directory.mkdir(exist_ok=True)
     before, status, error = len(rows), "finished", None
     record = {"args": {key: getattr(args, key) for key in ("x", "k", "lr", "epochs", "seed", "fail")}}
-    common.write_json(directory / "run.json", record)
+    records.write_json(directory / "run.json", record)
     for epoch in range(before + 1, args.epochs + 1):
         while any((directory.parent.parent / f"hold-{name}").exists() for name in ("all", directory.name)):
             time.sleep(0.01)
@@ -66,14 +66,14 @@ def main(argv, on_epoch=None):
         loss = (args.x - 0.3) ** 2 + args.k / 10 + 1 / epoch - args.seed / 1000 + spike
         rows.append({"epoch": epoch, "val_loss": loss, "val_acc": 1 / (1 + loss), "went_on_from": before})
         log = "".join(json.dumps(row) + chr(10) for row in rows)
-        common.write_atomically(directory / "log.jsonl", log.encode())
+        records.write_atomically(directory / "log.jsonl", log.encode())
         (directory / "last.pt").touch()
         if on_epoch(rows[-1]):
             status = "pruned"
             break
     best = min(rows, key=lambda row: row["val_loss"]) if rows else None
     record |= {"status": status, "error": error, "best": best, "epochs": len(rows), "seconds": 0.1}
-    common.write_json(directory / "run.json", record)
+    records.write_json(directory / "run.json", record)
     return record
 """
 GRID = ["--method", "grid", "--param", "x=0.1,0.2,0.3", "--param", "k=1,2"]
@@ -140,7 +140,7 @@ def refused(capsys, *argv):
     try:
         sweep.main(["--runs-dir", "refused", *argv])
         raise AssertionError("it was not refused")
-    except common.UsageError as error:
+    except records.UsageError as error:
         text = " ".join(str(error).split())  # as the program prints it
     except SystemExit as error:
         text = capsys.readouterr().err.strip()
@@ -369,7 +369,7 @@ def test_a_script_that_cannot_be_used_and_data_that_are_missing_are_one_line(cap
         sweep.load_script.cache_clear()
         assert expected in refused(capsys, *argv)
     monkeypatch.setattr("torchvision.datasets.MNIST.mirrors", ["http://127.0.0.1:1/"])
-    with pytest.raises(common.UsageError, match="could not be downloaded"):
+    with pytest.raises(records.UsageError, match="could not be downloaded"):
         sweep.main(["--method", "random", "--runs-dir", "refused", "--", "--data-dir", "none"])
     assert not Path("refused").exists()
 
@@ -443,13 +443,13 @@ def test_a_trial_that_fails_is_recorded_and_does_not_end_the_sweep(toy):
 def test_a_trial_whose_process_dies_or_is_stopped_goes_on_from_where_it_was(toy, way):
     sweep.main([*toy, *GRID, "--", "--fail", way])
     assert {(row["status"], row["epochs"]) for row in lines().values()} == {("finished", 8)}
-    went_on = [row["went_on_from"] for row in common.read_log(Path("runs/s/trial-0001"))]
+    went_on = [row["went_on_from"] for row in records.read_log(Path("runs/s/trial-0001"))]
     assert went_on == [0, 0, 2, 2, 2, 2, 2, 2]
 
 
 def test_a_sweep_stops_after_so_many_failures_in_a_row(toy):
     with pytest.raises(
-        common.RunError, match=r"3 trials in a row failed.*ValueError: k is 1.*--resume runs/s"
+        records.RunError, match=r"3 trials in a row failed.*ValueError: k is 1.*--resume runs/s"
     ):
         sweep.main([*toy, *GRID, "--", "--fail", "all"])
     assert 3 <= len(lines()) < 6
@@ -554,7 +554,7 @@ def test_what_a_script_gives_that_is_no_record_is_a_failed_trial(toy):
     answers = [None, {"status": "failed"}, {"status": "finished", "best": None, "epochs": 1}]
     answers.append({"status": "finished", "best": {"val_loss": float("nan")}, "epochs": 1})
     Path("other.py").write_text(f"from math import nan\nANSWERS = {answers!r}")
-    with pytest.raises(common.RunError, match="no trial finished"):
+    with pytest.raises(records.RunError, match="no trial finished"):
         sweep.main(
             [
                 "--script",
@@ -588,7 +588,7 @@ def train_and_validate(args):
 
 def test_the_script_in_the_docs_can_be_searched(toy):
     example = (
-        (common.HERE / "docs" / "searches.md").read_text().split("```python")[1].split("```")[0]
+        (records.HERE / "docs" / "searches.md").read_text().split("```python")[1].split("```")[0]
     )
     Path("mine.py").write_text(STUBS + example)
     best = sweep.main(
@@ -658,7 +658,7 @@ def test_the_threads_of_the_trials_and_of_those_that_follow(few_images):
     ]
     sweep.main([*argv, "--threads", "2", "--runs-dir", "runs", "--name", "s", "--", *flags])
     sweep.main(["--resume", "runs/s", "--count", "2", "--jobs", "2", "--quiet"])
-    assert [common.read_record(Path(f"runs/s/trial-000{n}"))["threads"] for n in (0, 1)] == [2, 2]
+    assert [records.read_record(Path(f"runs/s/trial-000{n}"))["threads"] for n in (0, 1)] == [2, 2]
 
 
 # ---------------- Interruptions ----------------
@@ -698,7 +698,7 @@ def test_a_signal_reaches_the_trials_and_the_sweep_says_how_to_go_on(toy, number
     assert code == status and "sweep.py --resume runs/s" in error and len(error.splitlines()) == 1
     assert list(lines()) == [0]
     held.unlink()
-    with common.locked(Path("runs/s/.lock")), pytest.raises(common.RunError, match="in use"):
+    with records.locked(Path("runs/s/.lock")), pytest.raises(records.RunError, match="in use"):
         sweep.main(["--resume", "runs/s", "--quiet"])
     sweep.main(["--resume", "runs/s", "--quiet"])
     assert list(lines()) == [*range(6)]
@@ -708,12 +708,12 @@ def test_a_search_that_never_began_and_a_system_without_locks_are_one_line(toy, 
     Path("runs/s").mkdir(parents=True)
     storage = JournalStorage(JournalFileBackend("runs/s/study.journal"))
     optuna.create_study(storage=storage, study_name="s")  # killed here
-    with pytest.raises(common.UsageError, match="stopped before it began"):
+    with pytest.raises(records.UsageError, match="stopped before it began"):
         sweep.main(["--resume", "runs/s"])
     sweep.main([*toy, "--method", "grid", "--param", "k=1"])
     assert list(lines()) == [0]
-    monkeypatch.setattr(common, "fcntl", None)  # as on Windows
-    with pytest.raises(common.UsageError, match="WSL"):
+    monkeypatch.setattr(records, "fcntl", None)  # as on Windows
+    with pytest.raises(records.UsageError, match="WSL"):
         sweep.main(["--resume", "runs/s"])
 
 
@@ -726,13 +726,13 @@ def test_a_directory_holds_one_search_and_never_another(toy, capsys):
         (["--resume", "runs"], "no study.journal"),
         (["--resume", "none"], "none: there is no such directory"),
     ):
-        with pytest.raises(common.UsageError, match=expected):
+        with pytest.raises(records.UsageError, match=expected):
             sweep.main(argv)
     for name, content in (("old", "sweep.json"), ("run", "run.json")):
         Path("runs", name).mkdir()
         Path("runs", name, content).touch()
         with pytest.raises(
-            common.UsageError, match="first version" if name == "old" else "is not a sweep"
+            records.UsageError, match="first version" if name == "old" else "is not a sweep"
         ):
             sweep.main([*toy[:-1], name, *GRID])
     # A sweep that has moved goes on where it is.
@@ -832,7 +832,7 @@ def test_three_machines_share_a_search_and_the_trial_of_a_dead_one_is_run_by_ano
         assert {row["status"] for row in rows.values()} == {"finished"}
         assert all(f"/{other}/{study}/trial-" in rows[trial]["run"] for trial in rows.keys() - here)
     # A search of that name is there, and is not to be mixed with another.
-    with pytest.raises(common.UsageError, match="is another search"):
+    with pytest.raises(records.UsageError, match="is another search"):
         sweep.main(
             ["--method", "grid", "--param", "x=0.1", *toy[:-1], study, "--storage", postgresql.url]
         )
@@ -852,7 +852,7 @@ def test_a_machine_that_is_told_to_stop_gives_its_trial_up_and_may_join_again(to
     assert lines("b", "told")[0]["run"].endswith("/a/told/trial-0000") and list(
         lines("b", "told")
     ) == [*range(6)]
-    with pytest.raises(common.UsageError, match="give its --storage again"):
+    with pytest.raises(records.UsageError, match="give its --storage again"):
         sweep.main(["--resume", "a/told"])
     sweep.main(["--resume", "a/told", *shared])
     rows = lines("a", "told")
@@ -862,7 +862,7 @@ def test_a_machine_that_is_told_to_stop_gives_its_trial_up_and_may_join_again(to
 @pytest.mark.developers
 def test_a_database_that_does_not_answer_is_one_line_without_the_password(toy):
     pytest.importorskip("psycopg", reason="psycopg is not installed (requirements-dev.txt)")
-    with pytest.raises(common.RunError, match=r"postgresql://u:\*\*\*@127.0.0.1:1/d: .*refused"):
+    with pytest.raises(records.RunError, match=r"postgresql://u:\*\*\*@127.0.0.1:1/d: .*refused"):
         sweep.main([*GRID, *toy, "--storage", "postgresql://u:secret@127.0.0.1:1/d"])
     assert not Path("runs").exists()
 
@@ -892,7 +892,7 @@ def test_a_real_search_with_its_report_reads_the_test_set_for_the_winner_alone(t
     assert "on the test set, read once, for this trial alone" in printed
     assert [path.parent.name for path in directory.glob("trial-*/metrics.json")] == [winner["run"]]
     for line in lines().values():
-        record = common.read_record(directory / line["run"])
+        record = records.read_record(directory / line["run"])
         assert record["test"] is None and record["args"]["runs_dir"] == str(directory)
         assert [record["best"][name] for name in ("val_loss", "val_acc")] == [
             line["val_loss"],

@@ -6,7 +6,7 @@ import signal
 import time
 from pathlib import Path
 
-import common
+import records
 import sweep
 
 import pytest
@@ -80,7 +80,7 @@ def test_trials_that_finish_fail_and_are_told_to_stop():
     assert config["command"] == ["${env}", "${interpreter}", "${program}", *FLAGS, "${args}"]
     # W&B compares the best so far.
     assert config["metric"] == {"name": "best_val_loss", "goal": "minimize"}
-    logged = common.read_log(Path("runs/s/trial-0000"))
+    logged = records.read_log(Path("runs/s/trial-0000"))
     history = [row for row in server.history["run0"] if "val_loss" in row]
     assert [row["val_loss"] for row in history] == [row["val_loss"] for row in logged]
     best = [min(row["val_loss"] for row in logged[: epoch + 1]) for epoch in range(2)]
@@ -116,7 +116,7 @@ def test_a_sweep_is_joined_with_the_script_and_the_flags_of_the_one_who_made_it(
     status, error, rows = drive(server, "--sweep-id", "nobody/project/sweep1")
     assert status == 0, error
     assert not server.sweeps and [row["params"] for row in rows] == [{"l1": 8}, {"l1": 16}]
-    record = common.read_record(Path("runs/s/trial-0001"))
+    record = records.read_record(Path("runs/s/trial-0001"))
     assert (record["args"]["dataset"], record["args"]["l1"], record["epochs"]) == (
         "synthetic",
         16,
@@ -163,16 +163,16 @@ def test_auto_says_which_engine_drives_a_bayesian_search_and_why(
     monkeypatch, capsys, mode, key, drives
 ):
     monkeypatch.setenv("WANDB_MODE", mode)
-    monkeypatch.setattr(common, "has_wandb_key", lambda quiet: key)
+    monkeypatch.setattr(records, "has_wandb_key", lambda quiet: key)
 
     def stop_at(name):
         def stop(*arguments):
-            raise common.UsageError(name)
+            raise records.UsageError(name)
 
         return stop
 
     monkeypatch.setattr(sweep, "reach_wandb", stop_at("W&B"))
     monkeypatch.setattr(sweep, "check_directory", stop_at("local"))
-    with pytest.raises(common.UsageError, match=drives):
+    with pytest.raises(records.UsageError, match=drives):
         sweep.main(["--method", "bayes", "--", "--dataset", "synthetic"])
     assert capsys.readouterr().out.startswith(f"engine: {drives}")

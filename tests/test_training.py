@@ -11,6 +11,7 @@ import signal
 import socket
 
 import common
+import records
 import train_cifar
 import train_mnist
 
@@ -52,6 +53,21 @@ def at_step(number, action):
         handle.remove()
 
 
+@contextlib.contextmanager
+def at_test(action):
+    """Call `action()` when a net sees the sixty test images."""
+
+    def event(net, inputs, logits):
+        if type(net) in common.MODELS.values() and len(logits) == 60 and not net.training:
+            action()
+
+    handle = register_module_forward_hook(event)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def interrupt():
     assert callable(signal.getsignal(signal.SIGTERM)), "it would end the tests"
     signal.raise_signal(signal.SIGTERM)
@@ -77,7 +93,7 @@ def batches(monkeypatch):
 
 
 def test_a_run_directory_holds_what_the_contract_says(tmp_path):
-    directory, record, rows = run(train_mnist, *DENSE, "--epochs", 2, "--data-dir", "../data")
+    directory, record, rows = run(train_mnist, *DENSE, "--epochs", 2, "--wandb-project", "mine")
     assert directory.parent == tmp_path / "runs" and directory.name == record["name"]
     assert re.fullmatch(r"train_mnist-\d{8}T\d{6}Z-[0-9a-f]{8}", directory.name)
     assert {path.name for path in directory.iterdir()} == {
@@ -95,7 +111,7 @@ def test_a_run_directory_holds_what_the_contract_says(tmp_path):
         2,
     )
     assert (
-        record["argv"][-4:] == ["--epochs", "2", "--data-dir", "../data"]
+        record["argv"][-4:] == ["--epochs", "2", "--wandb-project", "mine"]
         and record["args"]["batch_size"] == 64
     )
     assert all(os.path.isabs(record["args"][name]) for name in ("runs_dir", "data_dir"))
@@ -105,7 +121,7 @@ def test_a_run_directory_holds_what_the_contract_says(tmp_path):
         2,
     ]
     best = min(rows, key=lambda row: row["val_loss"])
-    state = common.load_checkpoint(directory / "best.pt")
+    state = records.load_checkpoint(directory / "best.pt")
     expected = {
         **{name: best[name] for name in ("epoch", "val_loss", "val_acc")},
         "temperature": state["temperature"],
@@ -117,27 +133,15 @@ def test_a_run_directory_holds_what_the_contract_says(tmp_path):
     ("script", "argv", "accuracy"),
     [
         (train_mnist, ["--model", "dense"], 0.2),
-        (train_cifar, ["--c1", 4, "--c2", 8, "--lr", 0.003], 0.35),
-        (train_mnist, ["--c1", 8], 0.4),
-        (train_mnist, ["--c1", 8, "--optimizer", "muon"], 0.4),
+        (train_cifar, ["--c1", 4, "--c2", 16, "--lr", 0.003], 0.35),
+        (train_mnist, ["--c1", 8, "--c2", 16], 0.4),
+        (train_mnist, ["--c1", 8, "--c2", 16, "--optimizer", "muon"], 0.4),
     ],
 )
 def test_nets_learn(monkeypatch, script, argv, accuracy):
     draw = train_mnist.synthetic_digits if script is train_mnist else train_cifar.synthetic_shapes
     monkeypatch.setattr(script, "synthetic", lambda train: draw(1500 if train else 300, int(train)))
-    fixed = [
-        "--dataset",
-        "synthetic",
-        "--c2",
-        16,
-        "--l1",
-        64,
-        "--batch-size",
-        32,
-        "--epochs",
-        6,
-        "--quiet",
-    ]
+    fixed = ["--dataset", "synthetic", "--l1", 64, "--batch-size", 32, "--epochs", 6, "--quiet"]
     _, record, rows = run(script, *fixed, *argv)
     assert rows[-1]["train_loss"] < rows[0]["train_loss"] and record["test"]["acc"] > accuracy
 
@@ -177,7 +181,7 @@ def test_optimizers_do_what_those_of_torch_do(batches, name, options):
         optimizer.zero_grad()
         F.cross_entropy(net(images), labels).backward()
         optimizer.step()
-    weights = common.load_checkpoint(directory / "best.pt")["weights"]
+    weights = records.load_checkpoint(directory / "best.pt")["weights"]
     assert len(training) == 5
     assert all(
         torch.allclose(p, weights[name], rtol=1e-3, atol=1e-5) for name, p in net.named_parameters()
@@ -215,24 +219,16 @@ def temperature(logits, labels):
     return temperatures[int(np.argmin(losses))].item()
 
 
-def test_a_temperature_is_fitted_on_the_validation_images_when_a_training_ends(batches):
-    argv = [
-        *EVERYTHING_ON,
-        "--label-smoothing",
-        0.4,
-        "--lr",
-        0.01,
-        "--tolerance",
-        0,
-        "--epochs",
-        12,
-        "--no-test",
-    ]
-    directory, record, _ = run(train_cifar, *argv, "--stop-after", 11)
+def test_a_temperature_is_fitted_on_a_hundred_validation_images_when_a_training_ends(batches):
+    argv = [*EVERYTHING_ON, "--label-smoothing", 0.4, "--lr", 0.01, "--tolerance", 0]
+    argv += ["--epochs", 12, "--no-test", "--val-size"]
+    _, record, _ = run(train_cifar, *argv, 99 / 300)
+    assert record["data"]["val"] == 99 and record["best"]["temperature"] == 1
+    directory, record, _ = run(train_cifar, *argv, 100 / 300, "--stop-after", 11)
     assert record["best"]["temperature"] == 1
     _, record, _ = run(train_cifar, "--resume", directory, "--quiet")
     *_, (net, _, logits, labels) = batches
-    weights = common.load_checkpoint(directory / "best.pt")["weights"]
+    weights = records.load_checkpoint(directory / "best.pt")["weights"]
     assert (
         states_are_equal(dict(net.state_dict()), weights) and len(labels) == record["data"]["val"]
     )
@@ -258,19 +254,17 @@ def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, m
         counts += labels.bincount(minlength=10)
     weights = counts.sum() / 10 / counts
     assert weights.argmax() == 3 and len(set(weights.tolist())) > 2
-    losses, images = 0, 0
-    for _, _, logits, labels in training:
-        losses += (
-            len(labels)
-            * F.cross_entropy(logits, labels, weight=weights, label_smoothing=0.1).item()
+
+    def mean(batches):
+        """Images count by the weights of their classes. (torch weighs the smoothing by them too.)"""
+        logits, labels = (torch.cat([batch[column] for batch in batches]) for column in (2, 3))
+        losses = F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+        return pytest.approx(
+            ((losses * weights[labels]).sum() / weights[labels].sum()).item(), 1e-4
         )
-        images += len(labels)
-    assert row["train_loss"] == pytest.approx(losses / images, rel=1e-4)
-    _, _, logits, labels = batches[len(training)]
-    loss = F.cross_entropy(
-        logits, labels, weight=weights, label_smoothing=0.1, reduction="sum"
-    ).item() / len(labels)
-    assert row["val_loss"] == pytest.approx(loss, rel=1e-4)
+
+    assert row["train_loss"] == mean(training)
+    assert row["val_loss"] == mean(batches[len(training) : len(training) + 1])
     *_, (_, _, logits, labels) = batches
     assert record["test"]["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
@@ -341,7 +335,7 @@ def test_validation_and_test_are_means_over_batches_of_so_many_pixels(
 
 
 SMALL = ["--dataset", "synthetic", "--batch-size", 64, "--c1", 8, "--c2", 8, "--quiet"]
-FAST = ["--recipe", "fast", *SMALL, "--c3", 8, "--val-size", 0.1, "--sizes", "16,24,32"]
+FAST = ["--recipe", "fast", *SMALL, "--c3", 8, "--val-size", 0.1, "--sizes", "1/2,3/4,1"]
 
 
 def test_the_images_grow_over_the_epochs_and_come_in_another_order(batches):
@@ -375,7 +369,7 @@ def test_an_interrupted_run_continues_bit_for_bit(script, argv, epochs, precisio
         None,
         1,
     )
-    common.write_json(cut / "run.json", {**record, "seconds": 1000})
+    records.write_json(cut / "run.json", {**record, "seconds": 1000})
     with at_step(2, interrupt):  # in the middle of an epoch
         _, record, rows = run(script, "--resume", cut, "--quiet")
     assert (record["status"], record["error"], len(rows)) == ("interrupted", "SIGTERM", 1)
@@ -431,17 +425,12 @@ def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_
 
 
 @pytest.mark.parametrize("end", [["--epochs", 3], ["--epochs", 40, "--lr", 0.03, "--tolerance", 2]])
-def test_a_run_killed_between_its_last_epoch_and_its_test_is_only_tested(monkeypatch, end):
+def test_a_run_killed_between_its_last_epoch_and_its_test_is_only_tested(end):
     whole, _, _ = run(train_mnist, *DENSE, *end)
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            train_mnist,
-            "synthetic",
-            lambda train: forked.few_digits(train) if train else interrupt(),
-        )
+    with at_test(interrupt):
         cut, record, _ = run(train_mnist, *DENSE, *end)
     assert record["status"] == "interrupted" and record["test"] is None
-    common.write_json(cut / "run.json", {**record, "status": "running", "error": None})
+    records.write_json(cut / "run.json", {**record, "status": "running", "error": None})
     with at_step(1, pytest.fail):
         run(train_mnist, "--resume", cut, "--quiet")
     check_same(whole, cut)
@@ -474,36 +463,32 @@ def test_a_loss_that_is_not_finite_ends_the_run_before_it_touches_the_weights(
     )
     assert len(rows) == epoch - 1 and len(list(directory.glob("*.pt"))) == 2 * len(rows)
     assert all(
-        len(common.load_checkpoint(path).get("history", rows)) == 1
+        len(records.load_checkpoint(path).get("history", rows)) == 1
         for path in directory.glob("*.pt")
     )
-    with pytest.raises(common.RunError, match="would again"):
+    with pytest.raises(records.RunError, match="would again"):
         run(train_cifar, "--resume", directory)
 
 
-def test_the_test_images_are_read_once_after_the_training_if_at_all(monkeypatch):
+def test_the_test_images_are_used_once_after_the_training_if_at_all():
     events = []
-    monkeypatch.setattr(
-        train_cifar, "synthetic", lambda train: events.append(train) or forked.few_shapes(train)
-    )
-    with at_step(None, lambda: events.append("step")):
+    with at_step(None, lambda: events.append("step")), at_test(lambda: events.append("test")):
         run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
-        assert events == [True, *["step"] * 6, False]
+        assert events == [*["step"] * 6, "test"]
         _, record, rows = run(
             train_cifar, *EVERYTHING_ON, "--epochs", 1, "--no-test", on_epoch=events.append
         )
         assert (
-            events[8:] == [True, *["step"] * 3, *rows]
+            events[7:] == [*["step"] * 3, *rows]
             and record["test"] is None
             and record["status"] == "finished"
         )
+        run(train_cifar, *EVERYTHING_ON, "--epochs", 2, "--no-test", on_epoch=lambda row: "no")
+        assert events[11:] == ["step"] * 6, "True alone ends it"
         pruned = {"on_epoch": lambda row: row["epoch"] == 2}
         directory, record, rows = run(train_cifar, *EVERYTHING_ON, "--epochs", 3, **pruned)
     assert (
-        events[13:] == [True, *["step"] * 6]
-        and len(rows) == 2
-        and record["best"]
-        and record["test"] is None
+        events[17:] == ["step"] * 6 and len(rows) == 2 and record["best"] and record["test"] is None
     )
     assert record["status"] == read_run(directory)[0]["status"] == "pruned"
 
@@ -520,14 +505,14 @@ def test_resume_refuses_what_would_not_be_the_same_run(monkeypatch, capsys):
             run(train_cifar, "--resume", directory, *argv)
         assert message in capsys.readouterr().err
     with (
-        common.locked(directory / ".lock"),
-        pytest.raises(common.RunError, match="in use by another process"),
+        records.locked(directory / ".lock"),
+        pytest.raises(records.RunError, match="in use by another process"),
     ):
         run(train_cifar, "--resume", directory)
     monkeypatch.setattr(
         train_cifar, "synthetic", lambda train: train_cifar.synthetic_shapes(300, 99)
     )
-    with pytest.raises(common.RunError, match="checksums differ"):
+    with pytest.raises(records.RunError, match="checksums differ"):
         run(train_cifar, "--resume", directory)
 
 

@@ -1,0 +1,467 @@
+"""What a run leaves on the disk: atomic files, locks, checkpoints, the run directory; and W&B.
+
+Nothing is cleaned up after a process that dies. What it has saved is whole, its lock has gone with
+it, and whoever comes next goes on from there.
+"""
+
+import contextlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: there, do not resume one run from two processes.
+    fcntl = None
+
+HERE = Path(__file__).resolve().parent
+FORMAT = 2  # of run.json and the checkpoints: raised when what is in them changes
+
+
+class UsageError(Exception):
+    """A request that cannot be met as it was asked: one line, exit status 2."""
+
+
+class RunError(Exception):
+    """A failure that the user can cause and mend, such as a full disk: one line, exit status 1."""
+
+
+# ------------------------ The screen ------------------------
+def say(line: str, quiet: bool = False) -> None:
+    """Print a line for a person, unless `quiet`.
+
+    An output that takes no more (`| head -1`, a full disk) does not end a run.
+    """
+    if quiet:
+        return
+    try:
+        with tqdm.external_write_mode():  # no progress bar on the same line
+            print(line, flush=True)
+    except OSError:
+        # Python flushes its output once more at the end, and then needs a file that is open.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def shown(path: Path | str) -> str:
+    """A path as a person writes it: relative where it lies below the current directory."""
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+# ------------------------ Files ------------------------
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path`, then rename: a reader sees the old file or the new one. RunError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise RunError(f"{shown(path)} cannot be written: {error.strerror}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict | list) -> None:
+    """Write JSON for people to read, atomically. RunError."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: Path, lines: bool = False) -> Any:
+    """Read a file of JSON, or of JSON `lines`. RunError where it is damaged."""
+    try:
+        text = path.read_text()
+        return [json.loads(line) for line in text.splitlines()] if lines else json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{shown(path)} is damaged: {error}") from error
+
+
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Save tensors and plain values, atomically, to be read with `load_checkpoint`. RunError."""
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, **state}, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_checkpoint(path: Path) -> dict:
+    """What `save_checkpoint` wrote, on the CPU, without running code from it. RunError.
+
+    torch does not check what it loads. But a checkpoint is a zip file, and that has a checksum of
+    each of its parts.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            damaged = file.testzip()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        text = "is missing: the run has not got so far, or the file was removed"
+        raise RunError(f"{shown(path)} {text}") from None
+    except Exception as error:  # zipfile and torch.load raise whatever they stumble over
+        kind = type(error).__name__
+        raise RunError(f"{shown(path)} is damaged, or is not a checkpoint ({kind})") from error
+    if damaged:
+        raise RunError(f"{shown(path)} is damaged: the checksum of {damaged} is not right")
+    check_format(path, state)
+    return state
+
+
+def check_format(path: Path, content: Any) -> None:
+    """RunError where the `content` of a file is not of this version."""
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise RunError(f"{shown(path)} is not of this version of the scripts")
+
+
+# ------------------------ Locks and signals ------------------------
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on the file `path`; it ends with the process at the latest.
+
+    RunError where another process holds it, unless `wait`.
+    """
+    with open(path, "a") as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                raise RunError(f"{shown(path.parent)} is in use by another process") from None
+        yield
+
+
+def is_locked(path: Path) -> bool:
+    """Whether another process holds the lock on the file `path`."""
+    try:
+        with locked(path) if path.exists() else contextlib.nullcontext():
+            return False
+    except RunError:
+        return True
+
+
+def interrupt(number: int, frame: Any) -> None:
+    """A handler of signals: SIGTERM is to a training what Ctrl-C is."""
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+@contextlib.contextmanager
+def interruptible(handler: Callable = interrupt) -> Iterator[None]:
+    """Let `handler` answer SIGINT and SIGTERM."""
+    # Python lets only the main thread set handlers. In another one, whoever started it stops it.
+    main = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
+
+
+# ------------------------ The run directory ------------------------
+RECORD = {"name", "script", "args", "status", "error", "started", "seconds", "seed", "precision"}
+RECORD |= {"threads", "data", "parameters", "epochs", "best", "test"}
+NOT_RECORDED = {"script", "argv", "typed", "directory", "listing", "resume", "quiet"}
+NOT_RECORDED |= {"stop_after"}
+
+
+def read_record(directory: Path) -> dict:
+    """run.json of a run directory. RunError where there is none, or not one of this version."""
+    path = directory / "run.json"
+    if not path.is_file():
+        raise RunError(f"{shown(directory)} is not a run directory: there is no run.json")
+    record = read_json(path)
+    check_format(path, record)
+    lacking = ", ".join(sorted(RECORD - record.keys()))
+    if lacking:
+        raise RunError(f"{shown(path)} is damaged: it has no {lacking}")
+    return record
+
+
+def read_log(directory: Path) -> list[dict]:
+    """The rows of log.jsonl. RunError, OSError."""
+    return read_json(directory / "log.jsonl", lines=True)
+
+
+def utc_now() -> str:
+    """The time, as in 2026-01-31T23:59:59Z."""
+    return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+
+
+def environment(args: Namespace) -> dict:
+    """Where a run is computed: the part of run.json that a continuation writes anew."""
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True)
+        git = done.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        git = None
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    versions = {"python": sys.version.split()[0], **versions}
+    here = {"versions": versions, "host": socket.gethostname(), "git": git}
+    how = {"device": args.device, "precision": args.precision, "threads": args.threads}
+    return {**how, **here}
+
+
+def already_done(args: Namespace) -> dict | None:
+    """The result of a run that has nothing left to do; None where there is something.
+
+    It is known from run.json and the flags, before any data are loaded. UsageError where the name
+    of a new run is taken, RunError where the run cannot go on.
+    """
+    directory = args.directory
+    if not args.resume:
+        if directory.is_dir() and any(path.name[0] != "." for path in directory.iterdir()):
+            raise UsageError(f"--run-name {args.run_name}: {shown(directory)} exists already")
+        return None
+    record = read_record(directory)
+    if record["status"] == "diverged":
+        text = "and would again; start anew with a lower --lr"
+        raise RunError(f"{shown(directory)}: {record['error']}, {text}")
+
+    # A finished run goes on with more epochs; one that was stopped early, with more patience too.
+    before, status, last = record["args"], record["status"], last_epoch(args)
+    more_patience = args.tolerance == 0 or args.tolerance > before["tolerance"]
+    finished = status == "finished" and record["epochs"] >= last
+    stopped = status == "stopped_early" and args.epochs <= before["epochs"] and not more_patience
+    if not (finished or stopped) or not (directory / "best.pt").exists():
+        return None
+    text = f"{status.replace('_', ' ')} after {record['epochs']} epochs, nothing to do"
+    say(f"{shown(directory)}: {text}", args.quiet)
+    return {**record, "directory": str(directory)}
+
+
+def last_epoch(args: Namespace) -> int:
+    """After which epoch this process ends at the latest."""
+    return min(args.epochs, args.stop_after or args.epochs)
+
+
+class Run:
+    """A run directory: `record` is run.json, `history` the rows of log.jsonl.
+
+    Each save is whole, or not made at all.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory, self.record, self.history = directory, read_record(directory), []
+        self.status, self.wandb = "failed", None
+        self.was_stopped_early = self.record["status"] == "stopped_early"
+        self.began = time.perf_counter() - self.record["seconds"]
+
+    def write_record(self, **changes) -> None:
+        """Write run.json with these changes."""
+        self.record.update(changes, seconds=time.perf_counter() - self.began)
+        write_json(self.directory / "run.json", self.record)
+
+    def save(self, parts: dict) -> None:
+        """Save after an epoch: first last.pt, with the history and the state of each of `parts`."""
+        states = {name: part.state_dict() for name, part in parts.items()}
+        state = {"run": self.record["name"], "history": self.history, **states}
+        save_checkpoint(self.directory / "last.pt", state)
+        self.record["test"] = None  # it was of the best epoch before
+        self.write_results(parts)
+
+    def write_results(self, parts: dict) -> None:
+        """Write what follows from last.pt: best.pt, where it is a new best, log.jsonl, run.json."""
+        best, path = None, self.directory / "best.pt"
+        if self.history:
+            row = min(self.history, key=lambda row: row["val_loss"])
+            best = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
+            best["temperature"] = parts["model"].config["temperature"]
+        if best and (best != self.record["best"] or not path.exists()):
+            weights = parts["early_stopping"].best_weights
+            save_checkpoint(path, {**parts["model"].config, **best, "weights": weights})
+        log = "".join(json.dumps(row) + "\n" for row in self.history)
+        write_atomically(self.directory / "log.jsonl", log.encode())
+        self.write_record(epochs=len(self.history), best=best)
+
+    def restore(self, parts: dict) -> int:
+        """Give `parts` their state in last.pt, and make the other files agree with it.
+
+        Returns the epochs that are done, 0 where none was saved. RunError.
+        """
+        for leftover in self.directory.glob(".*.tmp"):  # of a process that was killed in a save
+            leftover.unlink()
+        path = self.directory / "last.pt"
+        if path.exists() or self.record["epochs"]:
+            state = load_checkpoint(path)
+            if state["run"] != self.record["name"]:
+                raise RunError(f"{shown(path)} is of another run, {state['run']}")
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.history = state["history"]
+        self.write_results(parts)
+        return len(self.history)
+
+    def result(self) -> dict:
+        """The content of run.json, with the run's `directory`."""
+        return {**self.record, "directory": str(self.directory)}
+
+    def report(self, quiet: bool) -> None:
+        """Say how the run has ended."""
+        best, test = self.record["best"], self.record["test"]
+        if best:
+            text = "best epoch {epoch}: validation loss {val_loss:.4f}, accuracy {val_acc:.2%}"
+            say(text.format(**best), quiet)
+        if test:
+            plain = "" if "plain_acc" not in test else " (of single views {plain_acc:.2%})"
+            say(f"test loss {{loss:.4f}}, accuracy {{acc:.2%}}{plain}".format(**test), quiet)
+        say(f"{self.record['status'].replace('_', ' ')}: {shown(self.directory)}", quiet)
+
+
+def new_record(args: Namespace, model: torch.nn.Module, data: Any) -> dict:
+    """run.json of a run that begins."""
+    known = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
+    plain = {
+        name: str(value) if isinstance(value, Path) else value for name, value in known.items()
+    }
+    parameters = sum(p.numel() for p in model.parameters())
+    about = {"script": args.script, "argv": args.argv, "args": plain, "status": "running"}
+    times = {"started": utc_now(), "ended": None, "seconds": 0.0}
+    about |= {"error": None, **times, "seed": args.seed}
+    results = {"parameters": parameters, "epochs": 0, "best": None, "test": None}
+    name = args.directory.name
+    about = {
+        "format": FORMAT,
+        "name": name,
+        **about,
+        **environment(args),
+        "data": {"name": args.dataset},
+    }
+    about["data"] |= data.about()
+    return {**about, **results}
+
+
+@contextlib.contextmanager
+def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run]:
+    """Make the run's directory, or open that of --resume, hold its lock, and say how it ended.
+
+    A signal, and a loss that is not finite, end the `with` block early. They are no exceptions to
+    the caller, but the `status` in run.json. UsageError, RunError.
+    """
+    directory = args.directory
+    directory.mkdir(parents=True, exist_ok=True)
+    with locked(directory / ".lock"):
+        if not args.resume:
+            already_done(args)  # another process may have taken the name while the data were loaded
+            if data.files == "data.csv":
+                write_atomically(directory / "data.csv", data.listing)
+            write_json(directory / "run.json", new_record(args, model, data))
+        run = Run(directory)
+        record = run.record
+        if record["data"]["checksum"] != data.train.checksum:
+            text = f"is not what {shown(directory)} was trained on: the checksums differ"
+            raise RunError(f"{args.dataset} {text}")
+        may_change = {"epochs": args.epochs, "tolerance": args.tolerance, "dataset": args.dataset}
+        record["args"].update(may_change)
+        about = f"{record['parameters']:,} parameters; {args.device}, {args.precision}"
+        say(f"{record['name']}: {args.model}, {about}", args.quiet)
+        status, error = "failed", None
+        try:
+            with interruptible():
+                run.write_record(**environment(args), status="running", error=None, ended=None)
+                run.wandb = start_wandb(args, run)
+                yield run
+            status = run.status
+        except KeyboardInterrupt as interruption:
+            status, error = "interrupted", str(interruption) or "SIGINT"
+        except FloatingPointError as reason:
+            status, error = "diverged", f"{reason} in epoch {len(run.history) + 1}"
+        except BaseException as failure:
+            error = f"{type(failure).__name__}: {failure}"
+            with contextlib.suppress(RunError):  # the disk may have failed: tell the first error
+                run.write_record(status=status, error=error, ended=utc_now())
+            raise
+        finally:
+            finish_wandb(run, failed=error is not None)
+        run.write_record(status=status, error=error, ended=utc_now())
+        run.report(args.quiet)
+
+
+# ------------------------ Weights & Biases ------------------------
+def check_wandb(mode: str, quiet: bool) -> None:
+    """What can be known of --wandb before anything is loaded. UsageError."""
+    if mode == "disabled":
+        return
+    if not importlib.util.find_spec("wandb"):
+        raise UsageError(f"--wandb {mode} needs the package wandb: pip install wandb")
+    if mode == "online" and not has_wandb_key(quiet):
+        text = "needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline"
+        raise UsageError(f"--wandb online {text}")
+
+
+def has_wandb_key(quiet: bool) -> bool:
+    """Whether W&B has an API key. UsageError where it has something else in its place."""
+    import wandb
+
+    wandb.setup(settings=wandb.Settings(silent=quiet))
+    try:
+        return bool(wandb.login(prompt=False, verify=False))
+    except wandb.errors.Error as error:
+        raise UsageError(f"Weights & Biases: {error}") from error
+
+
+def start_wandb(args: Namespace, run: Run) -> Any:
+    """The W&B run of --wandb, None where it is disabled. RunError."""
+    if args.wandb == "disabled":
+        return None
+    import wandb
+
+    # A run that goes on does so in its own W&B run, which no run of the same name elsewhere shares.
+    # In a W&B sweep the agent has named it.
+    named = {"id": f"{run.record['name']}-{re.sub('[^0-9]', '', run.record['started'])}"[-128:]}
+    named = {} if "WANDB_SWEEP_ID" in os.environ else {**named, "resume": "allow"}
+    about = {"project": args.wandb_project, "name": run.record["name"], **named}
+    settings = wandb.Settings(silent=args.quiet, console="off")
+    where = {"dir": run.directory, "mode": args.wandb, "settings": settings}
+    try:
+        return wandb.init(config=run.record["args"], **about, **where)
+    except wandb.errors.Error as error:
+        raise RunError(f"--wandb {args.wandb}: {error}") from error
+
+
+@contextlib.contextmanager
+def wandb_failures_told(run: Run) -> Iterator[None]:
+    """Tell what goes wrong with W&B, and go on without it: it does not end a training."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is Exception:  # so W&B's agent stops a run of a sweep
+            raise
+        text = f"W&B failed ({type(error).__name__}: {error}): going on without it"
+        print(text, file=sys.stderr)
+        run.wandb = None
+
+
+def log_wandb(run: Run, row: dict) -> None:
+    """Log an epoch, with the best so far, which is what a W&B sweep compares."""
+    with wandb_failures_told(run):
+        if run.wandb:
+            best = {f"best_{name}": value for name, value in run.record["best"].items()}
+            run.wandb.log(row | best, step=row["epoch"], commit=True)
+
+
+def finish_wandb(run: Run, failed: bool) -> None:
+    """End the W&B run, if there is one, with the best epoch's results as its summary."""
+    with wandb_failures_told(run):
+        if run.wandb:
+            tested = {f"test_{name}": value for name, value in (run.record["test"] or {}).items()}
+            run.wandb.summary.update({**(run.record["best"] or {}), **tested})
+            run.wandb.finish(exit_code=int(failed))

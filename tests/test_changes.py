@@ -1,0 +1,134 @@
+"""The five changes of CONTRIBUTING.md, as a student makes them in a copy: each in two places at most, and a run
+that began before goes on to the bit."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import train_mnist
+
+import pytest
+from conftest import ROOT, check_same, run
+
+DENSE = ["--dataset", "synthetic", "--model", "dense", "--schedule", "constant", "--quiet"]
+DENSE += ["--augment", "--optimizer", "sgd", "--lr", 0.01]
+
+# Of each change: the class or function, the line of the table that comes before the new one, the
+# new one, and flags that use it.
+CHANGES = {
+    "a model": (
+        '''class Wide(nn.Module):
+    """One layer of `width` units, with a leak."""
+
+    def __init__(self, image_shape, classes, width=16, leak=0.1, deep=False):
+        super().__init__()
+        self.leak, self.deep = leak, deep
+        self.first = nn.Linear(math.prod(image_shape), width)
+        self.second = nn.Linear(width, width)
+        self.last = nn.Linear(width, classes)
+
+    def forward(self, x):
+        x = F.leaky_relu(self.first(x.flatten(1)), self.leak)
+        if self.deep:
+            x = F.leaky_relu(self.second(x), self.leak)
+        return self.last(x)
+''',
+        "MODELS = {\n",
+        '    "wide": Wide,\n',
+        {"model": "wide", "width": 9, "leak": 0.2, "deep": True},
+    ),
+    "a loss": (
+        '''def focal(logits, labels, focus=2.0):
+    """T.-Y. Lin et al., "Focal loss for dense object detection" (2017)."""
+    losses = F.cross_entropy(logits, labels, reduction="none")
+    return (1 - (-losses).exp()) ** focus * losses
+''',
+        "LOSSES = {",
+        '"focal": focal, ',
+        {"loss": "focal", "focus": 3.0, "class_weights": "balanced"},
+    ),
+    "an optimiser": (
+        '''def rmsprop(weights, lr, precision, alpha=0.99):
+    """torch's RMSprop."""
+    return [torch.optim.RMSprop(weights, lr, alpha)]
+''',
+        "OPTIMIZERS = {\n",
+        '    "rmsprop": rmsprop,\n',
+        {"optimizer": "rmsprop", "alpha": 0.9},
+    ),
+    "a schedule": (
+        "",
+        "SCHEDULES = {\n",
+        '    "root": lambda progress: (1 - progress) ** 0.5,\n',
+        {"schedule": "root"},
+    ),
+    "an augmentation": (
+        '''def cut_out(images, pixels, random):
+    """Blacken a square of so many pixels, anywhere in each image."""
+    height, width = images.shape[-2:]
+    top = (one_each(images, random) * height).long()
+    left = (one_each(images, random) * width).long()
+    down = torch.arange(height, device=images.device).view(-1, 1) - top
+    right = torch.arange(width, device=images.device) - left
+    inside = (down >= 0) & (down < pixels) & (right >= 0) & (right < pixels)
+    return images.masked_fill(inside, 0)
+''',
+        '    "shift": (number(int, 0), "PIXELS", "move by up to so many along each axis", shift),\n',
+        '    "cutout": (number(int, 0), "PIXELS", "black square of so many pixels", cut_out),\n',
+        {"cutout": 8},
+    ),
+}
+PROGRAM = """
+import json, sys, forked, train_mnist
+train_mnist.synthetic = forked.few_digits
+for argv in json.loads(sys.argv[1]):
+    print(json.dumps(train_mnist.main(argv)))
+try:
+    train_mnist.main(["--help"])
+except SystemExit:
+    pass
+"""
+
+
+def changed(text, definition, line, new):
+    """The text of common.py with a definition before a table, and a new line after one of the table."""
+    assert text.count(line) == 1
+    end = text.index(line) + len(line)
+    tables = [match.start() for match in re.finditer(r"^[A-Z]+\b.* = \{", text[:end], re.MULTILINE)]
+    start = max(tables)
+    return f"{text[:start]}{definition}\n\n{text[start:end]}{new}{text[end:]}"
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_touches_two_places_and_older_runs_go_on(change, few_images):
+    definition, line, new, options = CHANGES[change]
+    whole, _, _ = run(train_mnist, *DENSE, "--epochs", 2)
+    cut, _, _ = run(train_mnist, *DENSE, "--epochs", 2, "--stop-after", 1)
+
+    # A copy with the change, in which the new thing trains an epoch, and the older run goes on.
+    copy = Path("copy")
+    copy.mkdir()
+    for name in ("records.py", "train_mnist.py", "train_cifar.py"):
+        (copy / name).write_text((ROOT / name).read_text())
+    (copy / "common.py").write_text(
+        changed((ROOT / "common.py").read_text(), definition, line, new)
+    )
+    (copy / "program.py").write_text(PROGRAM)
+    flags = [
+        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+        for name, value in options.items()
+    ]
+    new_run = [*map(str, DENSE), *flags, "--epochs", "1", "--runs-dir", "runs"]  # the last counts
+    calls = [new_run, ["--resume", str(cut), "--quiet"]]
+    command = [sys.executable, str(copy / "program.py"), json.dumps(calls)]
+    env = {"PYTHONPATH": f"{ROOT}/tests", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr
+    first, second, help_text = done.stdout.split("\n", 2)
+    record, resumed = json.loads(first), json.loads(second)
+    assert record["status"] == resumed["status"] == "finished" and record["test"]
+    assert {name: record["args"][name] for name in options} == options
+    check_same(whole, cut)
+    assert all(name.split("=")[0] in help_text for name in flags)
