@@ -149,11 +149,7 @@ OPTIONS = {
     "kernel_size": ("PIXELS", COUNT, "side of the filters"),
     "tutorial_layers": ("", bool, "layers in the order of the tutorials"),
     "momentum": ("FACTOR", PART, "part of a step that the next step repeats"),
-    "weight_decay": (
-        "FACTOR",
-        number(float, 0),
-        "shrinking of the weights (not decoupled in adam)",
-    ),
+    "weight_decay": ("FACTOR", number(float, 0), "shrinking of the weights in each step"),
     "aux_lr": ("RATE", POSITIVE, "learning rate of all weights but convolution filters"),
     "label_smoothing": ("PART", PART, "part of the target that is spread over all classes"),
 }
@@ -322,14 +318,12 @@ def parse_arguments(
 
 def with_options(values: dict) -> dict:
     """`values` with the options of the chosen model, loss and optimiser, and no others'."""
-    chosen = {}
-    for title, table in TABLES.items():
-        chosen |= options_of(table[values[title]])
-    given = {name: value for name, value in values.items() if value is not None}
-    others = owners_of_options().keys() - chosen.keys()
-    return {
-        name: value for name, value in {**values, **chosen, **given}.items() if name not in others
-    }
+    owners = owners_of_options()
+    complete = {name: value for name, value in values.items() if name not in owners}
+    for title in TABLES:
+        for name, default in options_of(TABLES[title][values[title]]).items():
+            complete[name] = default if values.get(name) is None else values[name]
+    return complete
 
 
 def recorded_arguments(record: dict) -> dict:
@@ -343,6 +337,29 @@ def recorded_arguments(record: dict) -> dict:
     for name in args.keys() - defaults.keys():
         raise RunError(f"the run {record['name']} has {as_flag(name)}, which is not here")
     return with_options({**defaults, **args})
+
+
+def why_not_comparable(one: dict, other: dict, figure: str) -> str:
+    """Why a figure of two runs cannot be compared, "" where it can; each run is its run.json.
+
+    `figure` is val_loss, val_acc, test_loss or test_acc. A loss needs the same loss, class weights
+    and pixels, an accuracy the same images at whatever size. The test's loss is always the plain
+    cross-entropy.
+    """
+    part, kind = figure.split("_")
+    args = [recorded_arguments(run) for run in (one, other)]
+    names = {"image_size", "resize", "grey"} if kind == "loss" else set()
+    if figure == "val_loss":
+        names |= {"loss", "class_weights"}.union(*(options_of(LOSSES[a["loss"]]) for a in args))
+    reasons = [as_flag(name) for name in sorted(names) if args[0].get(name) != args[1].get(name)]
+
+    # An older run has no checksum of the images that validate; they follow from the others.
+    keys = ["name", f"{part}_checksum"]
+    if not (one["data"].get(keys[1]) and other["data"].get(keys[1])):
+        keys = ["name", "checksum", part]
+    if any(one["data"].get(key) != other["data"].get(key) for key in keys[1:]):
+        reasons.append(f"{part} images")
+    return f"the runs differ in {', '.join(reasons)}" if reasons else ""
 
 
 def show_help(parser: ArgumentParser, defaults: dict) -> None:
@@ -600,9 +617,8 @@ class Data:
         for part in PARTS:
             images = getattr(self, part)
             about[part] = images and len(images)
-            about["checksum" if part == "train" else f"{part}_checksum"] = (
-                images and images.checksum
-            )
+            key = "checksum" if part == "train" else f"{part}_checksum"
+            about[key] = images and images.checksum
         checksum = self.files and hashlib.sha256(self.listing).hexdigest()
         return {**about, "files": self.files, "files_checksum": checksum}
 
@@ -647,11 +663,13 @@ def load_data(
         parts["train"] = whole.select(train)
         if val.any():
             parts["val"] = whole.select(val)
-        unused = whole.select(~(train | val))
-    listing, files = b"", None
+        parts["unused"] = whole.select(~(train | val))
+
+    # Put the parts together.
+    files, listing = None, b""
     if of_files:
         files = "../data.csv" if known else "data.csv"
-        listing = known.read_bytes() if known else as_csv({**parts, "unused": unused})
+        listing = known.read_bytes() if known else as_csv(parts)
         say_twins(parts, args.quiet)
     val = parts.get("val", None if args.val_size else parts.get("test"))
     if "train" in wanted and not val:
@@ -927,10 +945,10 @@ def as_csv(parts: dict[str, ImageSet]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for part in (*PARTS, "unused"):
-        images = parts.get(part)
-        for file, label in zip(images.files, images.labels.tolist(), strict=True) if images else ():
-            writer.writerow([file.name, images.classes[label], part, file.sha256])
+    for part in (part for part in (*PARTS, "unused") if part in parts):
+        classes = [parts[part].classes[label] for label in parts[part].labels.tolist()]
+        for file, name in zip(parts[part].files, classes, strict=True):
+            writer.writerow([file.name, name, part, file.sha256])
     return text.getvalue().encode(errors="surrogateescape")
 
 
@@ -1056,7 +1074,7 @@ def check_classes(rows: list[dict], args: Namespace) -> None:
 def say_twins(parts: dict[str, ImageSet], quiet: bool) -> None:
     """Say where the same picture is in two parts."""
     seen, twins = {}, []
-    for part, images in parts.items():
+    for part, images in ((part, parts[part]) for part in PARTS if part in parts):
         pictures = (picture for chunk in images.chunks() for picture in chunk)
         for file, picture in zip(images.files, pictures, strict=True):
             digest = hashlib.sha256(picture.numpy().tobytes()).digest()
@@ -1285,28 +1303,22 @@ def augment(images: Tensor, amounts: dict, random: torch.Generator) -> Tensor:
     return images
 
 
+@dataclass
 class Loader:
     """Batches of an `ImageSet` that lies on the device: indexed, augmented and normalised there.
 
     With `seed` it shuffles, and the order and the augmentation of epoch k follow from `seed` and k
-    alone; without, it keeps the order. A last batch of a single image is left out of training, as
-    batch norm needs two. `config` has the `mean` and `std` of each channel.
+    alone; without, it keeps the order. `amounts` are those of the augmentations. A last batch of a
+    single image is left out of training, as batch norm needs two. `config` has the `mean` and `std`
+    of each channel.
     """
 
-    def __init__(
-        self,
-        image_set: ImageSet,
-        batch_size: int,
-        config: dict,
-        seed: int | None = None,
-        amounts: dict | None = None,
-        alternate_flip: bool = False,
-    ):
-        self.image_set, self.batch_size, self.seed = image_set, batch_size, seed
-        self.amounts, self.alternate_flip = amounts, alternate_flip
-        device = image_set.pixels.device
-        self.mean = torch.tensor(config["mean"], device=device).view(-1, 1, 1)
-        self.std = torch.tensor(config["std"], device=device).view(-1, 1, 1)
+    image_set: ImageSet
+    batch_size: int
+    config: dict
+    seed: int | None = None
+    amounts: dict | None = None
+    alternate_flip: bool = False
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -1322,6 +1334,10 @@ class Loader:
         """
         pixels, labels, rows = self.image_set.pixels, self.image_set.labels, self.image_set.rows
         device, amounts, flipped = pixels.device, self.amounts, None
+        mean, std = (
+            torch.tensor(self.config[name], device=device).view(-1, 1, 1)
+            for name in ("mean", "std")
+        )
 
         # The order of the images, and which are mirrored in this epoch where that alternates.
         order = torch.arange(len(labels), device=device)
@@ -1344,7 +1360,7 @@ class Loader:
             if side and side != images.shape[-1]:
                 how = {"mode": "bilinear", "antialias": True, "align_corners": False}
                 images = F.interpolate(images, (side, side), **how)
-            images = images.sub(self.mean).div_(self.std)
+            images = images.sub(mean).div_(std)
             yield images.contiguous(memory_format=torch.channels_last), labels[batch]
 
 

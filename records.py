@@ -329,24 +329,25 @@ class Run:
 def new_record(args: Namespace, model: torch.nn.Module, data: Any) -> dict:
     """run.json of a run that begins."""
     known = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
-    plain = {
-        name: str(value) if isinstance(value, Path) else value for name, value in known.items()
-    }
-    parameters = sum(p.numel() for p in model.parameters())
-    about = {"script": args.script, "argv": args.argv, "args": plain, "status": "running"}
-    times = {"started": utc_now(), "ended": None, "seconds": 0.0}
-    about |= {"error": None, **times, "seed": args.seed}
-    results = {"parameters": parameters, "epochs": 0, "best": None, "test": None}
-    name = args.directory.name
-    about = {
+    return {
         "format": FORMAT,
-        "name": name,
-        **about,
+        "name": args.directory.name,
+        "script": args.script,
+        "argv": args.argv,
+        "args": {k: str(v) if isinstance(v, Path) else v for k, v in known.items()},
+        "status": "running",
+        "error": None,
+        "started": utc_now(),
+        "ended": None,
+        "seconds": 0.0,
+        "seed": args.seed,
         **environment(args),
-        "data": {"name": args.dataset},
+        "data": {"name": args.dataset, **data.about()},
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "epochs": 0,
+        "best": None,
+        "test": None,
     }
-    about["data"] |= data.about()
-    return {**about, **results}
 
 
 @contextlib.contextmanager

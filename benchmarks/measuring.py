@@ -1,8 +1,10 @@
 """What the benchmarks share: where they are, on what machine, and where their results go."""
 
 import json
+import math
 import os
 import platform
+import statistics
 import sys
 from pathlib import Path
 
@@ -44,3 +46,13 @@ def find_result(name, key):
     rows = results_file(name).read_text().splitlines() if results_file(name).exists() else []
     wanted = {**key, **here()}.items()
     return next((row for row in map(json.loads, reversed(rows)) if wanted <= row.items()), None)
+
+
+def ratio_of_pairs(ours, theirs):
+    """Geometric mean of ours / theirs over pairs, and Student's 95% interval [low, high] of it."""
+    from scipy import stats
+
+    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+    mean, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+    low, high = stats.t.interval(0.95, len(logs) - 1, mean, error)
+    return math.exp(mean), [math.exp(low), math.exp(high)]

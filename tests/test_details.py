@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import test_data
 import torch
-from conftest import EVERYTHING_ON, ROOT, check_same, run
+from conftest import EVERYTHING_ON, ROOT, check_same, run, states_are_equal
 from forked import Forked
 from PIL import Image
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -334,3 +334,72 @@ def test_the_temperature_is_1_where_no_validation_image_is_wrong(monkeypatch):
     directory, record, _ = run(train_mnist, *DENSE, "--epochs", 2, "--no-test")
     assert record["data"]["val"] == 220 and record["best"]["val_acc"] == 1
     assert record["best"]["temperature"] == best_of(directory)["temperature"] == 1
+
+
+# ------------------------------ What is left, and what is lacking ------------------------------
+
+
+@pytest.mark.parametrize("end", [["--epochs", 2], ["--epochs", 3, "--stop-after", 2]])
+def test_a_best_pt_that_is_gone_is_made_again(few_images, end):
+    directory, record, _ = run(train_mnist, *DENSE, *end)
+    before = torch.load(directory / "best.pt", weights_only=True)
+    (directory / "best.pt").unlink()
+    _, again, _ = run(train_mnist, "--resume", directory, *end[2:], "--quiet")
+    after = torch.load(directory / "best.pt", weights_only=True)
+    assert states_are_equal(before, after) and again["test"] == record["test"]
+    assert again["status"] == record["status"] and again["epochs"] == 2
+
+
+def test_a_run_that_stopped_early_has_nothing_to_do_with_less_patience(few_images, capsys):
+    argv = [*DENSE, "--lr", 0.03, "--epochs", 40, "--tolerance", 3]
+    directory, record, _ = run(train_mnist, *argv)
+    before = (directory / "run.json").read_bytes()
+    assert record["status"] == "stopped_early"
+    for tolerance in (1, 2, 3):
+        run(train_mnist, "--resume", directory, "--tolerance", tolerance)
+        assert "stopped early after" in capsys.readouterr().out
+    assert (directory / "run.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("output", ["out", "err"])
+def test_an_output_that_takes_nothing_does_not_end_a_training(output):
+    argv = [*map(str, DENSE[:-1]), "--epochs", "2", "--runs-dir", "runs", "--run-name", "r"]
+    process = Forked("train_mnist", *argv, **{output: "/dev/full"})
+    process.process.join(300)
+    assert process.process.exitcode == 0
+    record = json.loads(Path("runs/r/run.json").read_text())
+    assert record["status"] == "finished" and record["test"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        ("--shift 28", "--shift 28: the images are too small"),
+        ("--image-size 1 --tta shift --model dense", "--tta shift: the images are too small"),
+    ],
+)
+def test_images_too_small_for_what_is_done_to_them_are_one_line(flags, text):
+    for name in ("a", "b"):
+        Path("p", name).mkdir(parents=True)
+        for level in range(10):
+            Image.new("L", (8, 8), level).save(Path("p", name, f"{level}.png"))
+    argv = [*(DENSE if "--image-size" not in flags else ["--dataset", "p", "--quiet"])]
+    status, error = Forked("train_mnist", *argv, *flags.split(), "--runs-dir", "runs").finish()
+    assert (status, error.count("\n")) == (2, 1) and text in error and not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("threads", "is_said"), [(2, True), (1, False)])
+def test_other_work_on_the_same_cores_is_said_once(
+    few_images, monkeypatch, capsys, threads, is_said
+):
+    def read_text(path, *arguments, **options):
+        if path.name == "schedstat":  # run, waited, slices: it waits all the time
+            return f"0 {time.perf_counter_ns()} 0"
+        return original(path, *arguments, **options)
+
+    original = Path.read_text
+    monkeypatch.setattr(Path, "read_text", read_text)
+    argv = [*DENSE[:-1], "--batch-size", 4, "--epochs", 4, "--threads", threads, "--no-test"]
+    _, record, _ = run(train_mnist, *argv)
+    said = capsys.readouterr().out.count("--threads 1 would make both faster")
+    assert said == is_said and record["threads"] == record["args"]["threads"] == threads
