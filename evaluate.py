@@ -1165,7 +1165,15 @@ SEEDS = (
     "seed_runs",
     *(f"{name}_acc_{what}" for name in ("val", "test") for what in ("mean", "sd", "low", "high")),
 )
-NOT_OF_THE_CONFIGURATION = {"seed", "run_name", "runs_dir", "data_dir", "wandb", "wandb_project"}
+NOT_OF_THE_CONFIGURATION = {
+    "seed",
+    "threads",
+    "run_name",
+    "runs_dir",
+    "data_dir",
+    "wandb",
+    "wandb_project",
+}
 
 
 def compare(args: argparse.Namespace) -> dict:

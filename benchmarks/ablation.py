@@ -51,7 +51,7 @@ LEFT_OUT = {
     "linear schedule": (["--schedule", "constant"], {}),
     "alternating flips": (["--no-alternate-flip"], {}, "alternate_flip"),
     "shifts": (["--shift", "0"], {}, "shift"),
-    "small images first": (["--sizes", "32"], {}, "sizes"),
+    "small images first": (["--sizes", "1"], {}, "sizes"),
 }
 
 

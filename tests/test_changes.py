@@ -9,7 +9,6 @@ from pathlib import Path
 
 import train_mnist
 
-import pytest
 from conftest import ROOT, check_same, run
 
 DENSE = ["--dataset", "synthetic", "--model", "dense", "--schedule", "constant", "--quiet"]
@@ -84,7 +83,7 @@ PROGRAM = """
 import json, sys, forked, train_mnist
 train_mnist.synthetic = forked.few_digits
 for argv in json.loads(sys.argv[1]):
-    print(json.dumps(train_mnist.main(argv)))
+    print(json.dumps(train_mnist.main(argv)), flush=True)
 try:
     train_mnist.main(["--help"])
 except SystemExit:
@@ -96,39 +95,51 @@ def changed(text, definition, line, new):
     """The text of common.py with a definition before a table, and a new line after one of the table."""
     assert text.count(line) == 1
     end = text.index(line) + len(line)
-    tables = [match.start() for match in re.finditer(r"^[A-Z]+\b.* = \{", text[:end], re.MULTILINE)]
-    start = max(tables)
+    tables = re.finditer(r"^[A-Z]+\b.* = \{", text[:end], re.MULTILINE)
+    start = max(match.start() for match in tables)
     return f"{text[:start]}{definition}\n\n{text[start:end]}{new}{text[end:]}"
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_change_touches_two_places_and_older_runs_go_on(change, few_images):
-    definition, line, new, options = CHANGES[change]
+def test_each_change_touches_two_places_and_a_run_of_before_goes_on_to_the_bit(few_images):
     whole, _, _ = run(train_mnist, *DENSE, "--epochs", 2)
     cut, _, _ = run(train_mnist, *DENSE, "--epochs", 2, "--stop-after", 1)
 
-    # A copy with the change, in which the new thing trains an epoch, and the older run goes on.
+    # A copy with all five changes.
     copy = Path("copy")
     copy.mkdir()
     for name in ("records.py", "train_mnist.py", "train_cifar.py"):
         (copy / name).write_text((ROOT / name).read_text())
-    (copy / "common.py").write_text(
-        changed((ROOT / "common.py").read_text(), definition, line, new)
-    )
+    text = (ROOT / "common.py").read_text()
+    for definition, line, new, _ in CHANGES.values():
+        text = changed(text, definition, line, new)
+    (copy / "common.py").write_text(text)
     (copy / "program.py").write_text(PROGRAM)
-    flags = [
-        f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
-        for name, value in options.items()
-    ]
-    new_run = [*map(str, DENSE), *flags, "--epochs", "1", "--runs-dir", "runs"]  # the last counts
-    calls = [new_run, ["--resume", str(cut), "--quiet"]]
-    command = [sys.executable, str(copy / "program.py"), json.dumps(calls)]
+
+    # In it, each new thing trains an epoch with its options, and the run of before goes on.
+    flags = {
+        change: [
+            f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}")
+            for name, value in options.items()
+        ]
+        for change, (*_, options) in CHANGES.items()
+    }
+    one_epoch = [
+        *map(str, DENSE),
+        "--epochs",
+        "1",
+        "--runs-dir",
+        "runs",
+    ]  # of two flags the last counts
+    calls = [[*one_epoch, *flags[change]] for change in CHANGES]
+    calls.append(["--resume", str(cut), "--quiet"])
     env = {"PYTHONPATH": f"{ROOT}/tests", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, str(copy / "program.py"), json.dumps(calls)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
-    first, second, help_text = done.stdout.split("\n", 2)
-    record, resumed = json.loads(first), json.loads(second)
-    assert record["status"] == resumed["status"] == "finished" and record["test"]
-    assert {name: record["args"][name] for name in options} == options
+    *lines, help_text = done.stdout.split("\n", len(calls))
+    for (*_, options), line in zip(CHANGES.values(), lines, strict=False):
+        record = json.loads(line)
+        assert record["status"] == "finished" and record["test"]
+        assert {name: record["args"][name] for name in options} == options
     check_same(whole, cut)
-    assert all(name.split("=")[0] in help_text for name in flags)
+    assert all(flag.split("=")[0] in help_text for words in flags.values() for flag in words)
