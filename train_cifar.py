@@ -8,9 +8,9 @@
     python train_cifar.py --dataset path/to/images --image-size 64
     python train_cifar.py --resume runs/<run>              # go on where it stopped
 
-The defaults are the last run of the CIFAR-10 tutorial: ConfigNet 48-96-256, Adam at 0.0008, batches of 512,
-augmentation, at most 50 epochs, early stopping after 6 without a lower validation loss. But batch norm comes before
-ReLU and dropout.
+The defaults are the last run of the CIFAR-10 tutorial: ConfigNet 48-96-256, Adam at 0.0008, batches
+of 512, augmentation, at most 50 epochs, early stopping after 6 without a lower validation loss. But
+batch norm comes before ReLU and dropout.
 """
 
 import argparse
@@ -42,7 +42,7 @@ RECIPES = {
     },
     # The tutorial to the letter, but for dropout at evaluation and choosing on the test set.
     "tutorial": {"tutorial_layers": True},
-    # After K. Jordan's airbench94_muon. A fiftieth of the images validates: only the epoch is chosen.
+    # After K. Jordan's airbench94_muon. A fiftieth of the images validates: it chooses the epoch.
     "fast": {
         "val_size": 0.02,
         "normalize": "dataset",
@@ -98,12 +98,13 @@ def main(argv: list[str] | None = None, on_epoch: Callable[[dict], bool] | None 
 
 # ------------------------ Synthetic images ------------------------
 def synthetic(train):
-    """The images of --dataset synthetic, the same for every --seed, which changes the training and not the task."""
+    """The images of --dataset synthetic; the same for every --seed, which changes the training."""
     return synthetic_shapes(10_000, seed=0) if train else synthetic_shapes(2_000, seed=1)
 
 
 def synthetic_shapes(count, seed):
-    """`count` noisy 32x32 images of six shapes and four textures, each anywhere, of any size and in two colours."""
+    """`count` noisy 32x32 images of six shapes and four textures, anywhere, of any size, in two
+    colours."""
     classes = [
         "disc",
         "ring",
@@ -128,7 +129,8 @@ def synthetic_shapes(count, seed):
     x, y = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
     radius = (x**2 + y**2).sqrt()
     moon = ((x - size / 2) ** 2 + y**2).sqrt()
-    # Each is positive inside the figure and grows by about one a pixel; a texture has a period of 3 to 8 pixels.
+    # Each is positive inside the figure and grows by about one a pixel. A texture has a period of 3
+    # to 8 pixels.
     period = 2 * math.pi / uniform(3, 8)
     wave_x, wave_y = (x * period).sin() * 2, (y * period).sin() * 2
     figures = [

@@ -1,15 +1,16 @@
-"""Train a dense net or a CNN on MNIST, FashionMNIST, KMNIST, synthetic digits or a folder of images.
+"""Train a dense net or a CNN on MNIST, FashionMNIST, KMNIST, synthetic digits or your own images.
 
     python train_mnist.py --dataset synthetic --epochs 3   # no download, half a minute
     python train_mnist.py                                  # the CNN on MNIST
     python train_mnist.py --model dense
-    python train_mnist.py --recipe tutorial                # with the tutorial's constant learning rate
+    python train_mnist.py --recipe tutorial                # a constant learning rate, as there
     python train_mnist.py --recipe fast                    # one epoch, 99.3%
     python train_mnist.py --recipe fast996                 # twelve epochs, 99.7%
     python train_mnist.py --resume runs/<run>              # go on where it stopped
 
-The defaults are the MNIST tutorial's: Adam at 0.001, batches of 64, 10 epochs, no augmentation. But the learning rate
-follows a one-cycle schedule: at a constant rate the validation loss jumps about, and stays higher for both nets.
+The defaults are the MNIST tutorial's: Adam at 0.001, batches of 64, 10 epochs, no augmentation. But
+the learning rate follows a one-cycle schedule: at a constant rate the validation loss jumps about,
+and stays higher for both nets.
 """
 
 import argparse
@@ -107,12 +108,12 @@ def main(argv: list[str] | None = None, on_epoch: Callable[[dict], bool] | None 
 
 # ------------------------ Synthetic images ------------------------
 def synthetic(train):
-    """The images of --dataset synthetic, the same for every --seed, which changes the training and not the task."""
+    """The images of --dataset synthetic; the same for every --seed, which changes the training."""
     return synthetic_digits(10_000, seed=0) if train else synthetic_digits(2_000, seed=1)
 
 
 def synthetic_digits(count, seed):
-    """`count` grey 28x28 digits from matplotlib's fonts, shifted, turned, scaled, thinned or thickened, noisy."""
+    """`count` grey 28x28 digits from matplotlib's fonts: shifted, turned, scaled, thick or thin."""
     import matplotlib
     from PIL import Image, ImageDraw, ImageFont
 
