@@ -87,8 +87,7 @@ def number(
             if low <= value <= high and above < value < below and math.isfinite(value):
                 return value
         wanted = "a whole number" if kind is int else "a number"
-        text = f"expected {wanted} {' and '.join(limits)}, not {text!r}"
-        raise argparse.ArgumentTypeError(text)
+        raise argparse.ArgumentTypeError(f"expected {wanted} {' and '.join(limits)}, not {text!r}")
 
     return parse
 
@@ -109,23 +108,24 @@ def absolute_path(text: str) -> Path:
 
 def dataset(text: str) -> str:
     """An argparse `type`: one of DATASETS, or the path of a folder or a CSV file."""
-    path = text if text in DATASETS else str(absolute_path(text))
-    if text not in DATASETS and not (Path(path).is_dir() or is_csv(path)):
+    if text in DATASETS:
+        return text
+    path = absolute_path(text)
+    if not (path.is_dir() or (path.is_file() and is_csv(path))):
         names = ", ".join(DATASETS)
         raise argparse.ArgumentTypeError(f"{path} is no folder, no CSV file and none of {names}")
-    return path
+    return str(path)
 
 
 def sizes(text: str) -> list[float]:
     """An argparse `type`: parts of the images' side, as in 5/8,3/4,1."""
-    try:
+    with contextlib.suppress(ValueError, ZeroDivisionError):
         parts = [float(Fraction(word)) for word in text.split(",")]
         if all(0 < part <= 1 for part in parts):
             return parts
-    except (ValueError, ZeroDivisionError):
-        pass
-    example = "parts of the images' side, as in 5/8,3/4,1"
-    raise argparse.ArgumentTypeError(f"expected {example}, not {text!r}")
+    raise argparse.ArgumentTypeError(
+        f"expected parts of the images' side, as in 5/8,3/4,1, not {text!r}"
+    )
 
 
 def fold(text: str) -> str:
@@ -160,13 +160,18 @@ def make_parser(script: str, description: str, recipes: dict) -> tuple[ArgumentP
 
     Beside it: the defaults of the flags that no recipe sets.
     """
-    form = {"argument_default": argparse.SUPPRESS, "add_help": False, "usage": "%(prog)s [flags]"}
-    parser = ArgumentParser(prog=script, description=description, **form)
+    parser = ArgumentParser(
+        prog=script,
+        description=description,
+        usage="%(prog)s [flags]",
+        argument_default=argparse.SUPPRESS,
+        add_help=False,
+    )
     defaults = {}
 
     def flag(usage, kind, text, default=None):
         name, _, metavar = usage.partition(" ")
-        takes = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": metavar}
+        takes = {"type": kind, "metavar": metavar} if callable(kind) else {"choices": kind}
         if kind is bool:
             takes = {"action": argparse.BooleanOptionalAction}
         defaults[group.add_argument(name, help=text, **takes).dest] = default
@@ -175,8 +180,8 @@ def make_parser(script: str, description: str, recipes: dict) -> tuple[ArgumentP
     flag(
         "--dataset NAME|PATH", dataset, f"{', '.join(DATASETS)}, a folder of images, or a CSV file"
     )
-    flag("--recipe", tuple(recipes), "set of defaults; --recipe NAME --help shows it", "default")
-    flag("--model", tuple(MODELS), "architecture")
+    flag("--recipe", recipes, "set of defaults; --recipe NAME --help shows it", "default")
+    flag("--model", MODELS, "architecture")
     flag("--epochs N", COUNT, "passes over the training images, at most")
     flag("--batch-size IMAGES", COUNT, "images in one step")
     flag("--lr RATE", POSITIVE, "learning rate, at the peak of the schedule")
@@ -205,12 +210,15 @@ def make_parser(script: str, description: str, recipes: dict) -> tuple[ArgumentP
     flag("--alternate-flip", bool, "mirrored images: drawn once, then all others in turn", False)
 
     group = parser.add_argument_group("training")
-    flag("--optimizer", tuple(OPTIMIZERS), "optimiser; sgd has Nesterov momentum", "adam")
-    flag("--schedule", tuple(SCHEDULES), "course of the learning rate", "constant")
-    flag("--loss", tuple(LOSSES), "loss, which the training makes small", "cross-entropy")
+    flag("--optimizer", OPTIMIZERS, "optimiser; sgd has Nesterov momentum", "adam")
+    flag("--schedule", SCHEDULES, "course of the learning rate", "constant")
+    flag("--loss", LOSSES, "loss, which the training makes small", "cross-entropy")
     flag("--class-weights", ("balanced",), "weight of each class in the loss, by how rare it is")
-    text = "parts of the images' side to train at, over equal parts of the run"
-    flag("--sizes PART,...", sizes, text)
+    flag(
+        "--sizes PART,...",
+        sizes,
+        "parts of the images' side to train at, over equal parts of the run",
+    )
     flag("--tolerance EPOCHS", number(int, 0), "epochs without a new best that end the run; 0: any")
     flag("--test", bool, "test with the weights of the best epoch, at the end", True)
     flag("--tta", TTA, "views to average of the test images that the model is not sure of")
@@ -259,9 +267,8 @@ def owners_of_options() -> dict[str, dict]:
 
 def build(table: dict, entry: str, values: dict) -> Callable:
     """The entry of a table with its options as they are in `values`."""
-    options = {name: values.get(name) for name in options_of(table[entry])}
-    given = {name: value for name, value in options.items() if value is not None}
-    return functools.partial(table[entry], **given)
+    names = [name for name in options_of(table[entry]) if values.get(name) is not None]
+    return functools.partial(table[entry], **{name: values[name] for name in names})
 
 
 # What may differ when a run goes on: where it runs, how it reports, and how long. Never what it
@@ -288,10 +295,11 @@ def parse_arguments(
         if typed.get("optimizer") == "muon" != recipe.get("optimizer"):
             recipe |= MUON_DEFAULTS
         recorded = recorded_arguments(record) if record else {}
-        values |= recipe | recorded | typed
-        values = with_options(values)
+        values = with_options(values | recipe | recorded | typed)
         if "help" in typed:
-            show_help(parser, values)
+            parser.set_defaults(**values)
+            parser.print_help()
+            parser.exit()
         if "augment" not in typed:  # an amount that is typed switches it on
             values["augment"] |= any(typed.get(name) for name in AUGMENTATIONS)
         refuse_what_has_no_effect(values, typed)
@@ -302,16 +310,14 @@ def parse_arguments(
         args.device, args.precision = choose_device(args.device, args.precision)
         args.threads = args.threads or torch.get_num_threads()
         records.check_wandb(args.wandb, args.quiet)
-        listing = None
         if record:
-            check_resumed(args, typed, with_options(values | recorded), record)
-            listing = listing_of(args.resume, record)
+            check_resumed(args, typed, recorded, record)
+        args.listing = listing_of(args.resume, record) if record else None
     except (UsageError, RunError) as error:
         parser.error(str(error))
     now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
     name = args.run_name or f"{Path(script).stem}-{now}-{secrets.token_hex(4)}"
     args.directory = args.resume or args.runs_dir / name
-    args.listing = listing
     args.script, args.argv, args.typed = Path(script).stem, argv, set(typed)
     return args
 
@@ -329,14 +335,11 @@ def with_options(values: dict) -> dict:
 def recorded_arguments(record: dict) -> dict:
     """The arguments in a run.json. One that an older run does not have has its default. RunError."""
     _, defaults = make_parser("", "", {})
-    args = {"threads": record["threads"], **record["args"]}
-    for title, table in TABLES.items():
-        entry = args.get(title, defaults[title])
-        if entry not in table:
-            raise RunError(f"the run {record['name']} has --{title} {entry}, which is not here")
-    for name in args.keys() - defaults.keys():
-        raise RunError(f"the run {record['name']} has {as_flag(name)}, which is not here")
-    return with_options({**defaults, **args})
+    args = {**defaults, "threads": record["threads"], **record["args"]}
+    lacking = [f"--{title} {args[title]}" for title in TABLES if args[title] not in TABLES[title]]
+    for text in lacking + [as_flag(name) for name in args if name not in defaults]:
+        raise RunError(f"the run {record['name']} has {text}, which is not here")
+    return with_options(args)
 
 
 def why_not_comparable(one: dict, other: dict, figure: str) -> str:
@@ -354,20 +357,12 @@ def why_not_comparable(one: dict, other: dict, figure: str) -> str:
     reasons = [as_flag(name) for name in sorted(names) if args[0].get(name) != args[1].get(name)]
 
     # An older run has no checksum of the images that validate; they follow from the others.
-    keys = ["name", f"{part}_checksum"]
-    if not (one["data"].get(keys[1]) and other["data"].get(keys[1])):
-        keys = ["name", "checksum", part]
-    if any(one["data"].get(key) != other["data"].get(key) for key in keys[1:]):
+    keys = [f"{part}_checksum"]
+    if not (one["data"].get(keys[0]) and other["data"].get(keys[0])):
+        keys = ["checksum", part]
+    if any(one["data"].get(key) != other["data"].get(key) for key in keys):
         reasons.append(f"{part} images")
     return f"the runs differ in {', '.join(reasons)}" if reasons else ""
-
-
-def show_help(parser: ArgumentParser, defaults: dict) -> None:
-    """Print the help with these defaults, and exit."""
-    for action in parser._actions:
-        action.default = defaults.get(action.dest)
-    parser.print_help()
-    parser.exit()
 
 
 def refuse_what_has_no_effect(values: dict, typed: dict) -> None:
@@ -388,8 +383,9 @@ def refuse_what_has_no_effect(values: dict, typed: dict) -> None:
             if not has_effect:
                 raise UsageError(f"{as_flag(name)} has no effect {text}")
     if not values["val_size"] and not values["test"]:
-        text = "chooses the epoch on the test set, which --no-test forbids to read"
-        raise UsageError(f"--val-size 0 {text}")
+        raise UsageError(
+            "--val-size 0 chooses the epoch on the test set, which --no-test forbids to read"
+        )
 
 
 def check_resumed(args: Namespace, typed: dict, recorded: dict, record: dict) -> None:
@@ -400,14 +396,17 @@ def check_resumed(args: Namespace, typed: dict, recorded: dict, record: dict) ->
     if args.dataset != recorded["dataset"] and {args.dataset, recorded["dataset"]} & {*DATASETS}:
         raise UsageError("--dataset cannot change when a run is resumed, but for files that moved")
     if args.class_weights and "files" not in record["data"] and args.epochs > record["epochs"]:
-        text = "--class-weights weighed the losses otherwise in the version that began this run"
-        raise UsageError(f"{text}; train anew")
+        raise UsageError(
+            "--class-weights weighed the losses otherwise in the version that began this run; "
+            "train anew"
+        )
     if args.epochs < record["epochs"]:
         raise UsageError(f"--epochs {args.epochs}: the run already has {record['epochs']} epochs")
     if args.epochs != recorded["epochs"] and (args.schedule != "constant" or args.sizes):
         cause = "--sizes" if args.sizes else f"--schedule {args.schedule}"
-        text = f"--epochs cannot change under {cause}, which is planned for the whole run"
-        raise UsageError(text)
+        raise UsageError(
+            f"--epochs cannot change under {cause}, which is planned for the whole run"
+        )
 
 
 # The type that autocast computes in. None leaves all to torch's defaults for float32 (on CUDA, TF32
@@ -417,16 +416,20 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def choose_device(device: str, precision: str) -> tuple[str, str]:
     """What `auto` means on this machine. UsageError where it lacks the device."""
-    mps = torch.backends.mps.is_available()
-    available = {"cuda": torch.cuda.is_available(), "mps": mps, "cpu": True}
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if device == "auto":
         device = next(name for name in available if available[name])
     if not available[device]:
-        text = "this machine or this build of torch has none; use --device cpu or auto"
-        raise UsageError(f"--device {device}: {text}")
+        raise UsageError(
+            f"--device {device}: this machine or this build of torch has none; "
+            "use --device cpu or auto"
+        )
     if precision == "auto" and device == "cuda":
-        has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-        precision = "bf16" if has_bf16 else "fp16"
+        precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto":
         # Without AVX-512's bf16 instructions a CPU emulates it, many times slower than fp32.
         has_bf16 = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -443,15 +446,18 @@ def keep_freed_memory(device: str) -> None:
 
     To get them from the system anew took a third of ConfigNet's step.
     """
-    if device == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+    if device == "cpu" and sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):
+            library.mallopt(-4, 0)  # M_MMAP_MAX
+            library.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def autocast_to(device: str, precision: str) -> Callable:
     """A function that makes the context of a forward pass in `precision`."""
-    enabled = precision != "fp32"
-    return functools.partial(torch.autocast, device, PRECISIONS[precision], enabled=enabled)
+    return functools.partial(
+        torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32"
+    )
 
 
 # ------------------------ The program ------------------------
@@ -487,8 +493,10 @@ def command_line(main: Callable[[list[str]], dict]) -> int:
     # A run that did not come to its end says so in its record.
     status, error = record.get("status"), record.get("error")
     if status == "diverged":
-        where = f"The epochs before are in {shown(record['directory'])}"
-        return fail(1, f"{error}; try a lower --lr. {where}")
+        return fail(
+            1,
+            f"{error}; try a lower --lr. The epochs before are in {shown(record['directory'])}",
+        )
     if status == "interrupted" and error:
         words = ["python", sys.argv[0], "--resume", shown(record["directory"])]
         go_on = record.get("go_on") or shlex.join(words)
@@ -652,9 +660,8 @@ def load_data(
     """
     # Read each part that has images of its own. A fold leaves the test images alone.
     of_files = args.dataset not in DATASETS
-    needed = {*wanted} - {"test" if args.fold else None}
     known = known_listing(args) if of_files else None
-    parts = read_files(args, needed, known) if of_files else read_named(args, synthetic, needed)
+    parts = read_files(args, wanted, known) if of_files else read_named(args, synthetic, wanted)
 
     # Cut the training images in two.
     if "train" in parts:
@@ -686,28 +693,37 @@ def say_census(data: Data, args: Namespace) -> None:
     classes, counts = data.train.classes, data.train.labels.bincount()
     few, many = (f"{counts[i]:,} ({classes[i]})" for i in (counts.argmin(), counts.argmax()))
     count = len(data.train)
-    text = f"{count:,} training and {len(data.val):,} validation images; {len(classes)} classes"
-    say(f"{args.dataset}: {text}, the smallest {few}, the largest {many}", args.quiet)
+    say(
+        f"{args.dataset}: {count:,} training and {len(data.val):,} validation images; "
+        f"{len(classes)} classes, the smallest {few}, the largest {many}",
+        args.quiet,
+    )
     if data.val is data.test:
-        text = "the test set chooses the epoch, as in the tutorials; its accuracy is flattered"
-        say(f"--val-size 0: {text}", args.quiet)
+        say(
+            "--val-size 0: the test set chooses the epoch, as in the tutorials; "
+            "its accuracy is flattered",
+            args.quiet,
+        )
     if count < 2:
         raise RunError(f"{args.dataset}: {count} training images are too few")
     if args.batch_size >= count:
-        text = f"the {count} training images are one step an epoch, so little is learnt"
-        advice = f"try --batch-size {max(2, count // 20)}"
-        say(f"--batch-size {args.batch_size}: {text}; {advice}", args.quiet)
+        say(
+            f"--batch-size {args.batch_size}: the {count} training images are one step an epoch, "
+            f"so little is learnt; try --batch-size {max(2, count // 20)}",
+            args.quiet,
+        )
 
 
-def read_named(args: Namespace, synthetic: Callable, needed: set[str]) -> dict[str, ImageSet]:
-    """The training and the test images of one of DATASETS, on --device."""
+def read_named(args: Namespace, synthetic: Callable, wanted: tuple) -> dict[str, ImageSet]:
+    """The training and the test images of one of DATASETS, on --device. A fold has no test."""
     parts, cache = {}, images_read if search_directory else {}
-    for part in needed - {"val"}:
+    for part in {*wanted} - {"val", "test" if args.fold else None}:
         key = args.script, args.dataset, args.data_dir, args.device, part
         if key not in cache:
-            named = args.dataset, args.data_dir, args.quiet
-            draws = args.dataset == "synthetic"
-            images = synthetic(part == "train") if draws else read_torchvision(*named, part)
+            if args.dataset == "synthetic":
+                images = synthetic(part == "train")
+            else:
+                images = read_torchvision(args, part)
             cache[key] = images.to(args.device)
         parts[part] = cache[key]
     return parts
@@ -720,24 +736,29 @@ def divide(images: ImageSet, args: Namespace, draw: bool) -> tuple[Tensor, Tenso
     """
     count, labels = len(images), images.labels.cpu()
     val = torch.zeros(count, dtype=torch.bool)
-    if draw and args.fold:
-        # Every n-th of the images validates, with those of a class one after the other.
-        part, parts = map(int, args.fold.split("/"))
-        names = [file.name for file in images.files or ()] or map(str, range(count))
-        keys = list(zip(labels.tolist(), map(hash_of, names), strict=True))
-        val[sorted(range(count), key=keys.__getitem__)[part - 1 :: parts]] = True
-    elif draw and args.val_size:
-        size = round(count * args.val_size)
-        val = stratified_sample(labels, size, generator_for(args.seed, "validation"))
-    if draw and (args.fold or args.val_size) and not val.any():
-        cause = f"--fold {args.fold}" if args.fold else f"--val-size {args.val_size}"
-        raise RunError(f"{cause} of {count} images leaves none for validation")
+    if draw and (args.fold or args.val_size):
+        cause = f"--val-size {args.val_size}"
+        if args.fold:
+            # Every n-th of the images validates, with those of a class one after the other.
+            cause = f"--fold {args.fold}"
+            part, parts = map(int, args.fold.split("/"))
+            names = [file.name for file in images.files or ()] or map(str, range(count))
+            keys = list(zip(labels.tolist(), map(hash_of, names), strict=True))
+            val[sorted(range(count), key=keys.__getitem__)[part - 1 :: parts]] = True
+        else:
+            size = round(count * args.val_size)
+            val = stratified_sample(labels, size, generator_for(args.seed, "validation"))
+        if not val.any():
+            raise RunError(f"{cause} of {count} images leaves none for validation")
+
+    # Of the others, train with as many as --limit-train says.
     train = ~val
     if args.limit_train:
         places = train.nonzero().flatten()
         if args.limit_train > len(places):
-            text = f"there are only {len(places)} training images"
-            raise RunError(f"--limit-train {args.limit_train}: {text}")
+            raise RunError(
+                f"--limit-train {args.limit_train}: there are only {len(places)} training images"
+            )
         random = generator_for(args.seed, "limit")
         train[places[~stratified_sample(labels[places], args.limit_train, random)]] = False
     return train, val
@@ -768,34 +789,42 @@ def stratified_sample(labels: Tensor, size: int, generator: torch.Generator) -> 
     return mask
 
 
-def read_torchvision(name: str, data_dir: Path, quiet: bool, part: str) -> ImageSet:
-    """The `part` train or test of a torchvision dataset in `data_dir`, downloaded where it is missing. RunError.
+def read_torchvision(args: Namespace, part: str) -> ImageSet:
+    """The `part` train or test of a torchvision dataset, downloaded where it is missing. RunError.
 
     torchvision checks the MD5 of what it downloads, of an archive that lies there already, and of
     CIFAR's files.
     """
     from torchvision import datasets
 
-    dataset_class = getattr(datasets, TORCHVISION[name])
-    folder = data_dir / getattr(dataset_class, "base_folder", f"{dataset_class.__name__}/raw")
+    # Read it, or download it, with torchvision's progress bar where somebody sees it.
+    name, data_dir = TORCHVISION[args.dataset], args.data_dir
+    dataset_class = getattr(datasets, name)
+    read = functools.partial(dataset_class, data_dir, train=part == "train")
+    folder = data_dir / getattr(dataset_class, "base_folder", f"{name}/raw")
     socket.setdefaulttimeout(60)  # a server that falls silent does not hold a run for ever
-    is_silent = quiet or not sys.stderr.isatty()
-    silent = contextlib.redirect_stderr(io.StringIO()) if is_silent else contextlib.nullcontext()
+    is_silent = args.quiet or not sys.stderr.isatty()
     try:
         try:
-            dataset = dataset_class(data_dir, train=part == "train")
+            dataset = read()
         except RuntimeError:  # it is not there, or not whole
             data_dir.mkdir(parents=True, exist_ok=True)
-            with records.locked(data_dir / ".download.lock", wait=True), silent:
-                dataset = dataset_class(data_dir, train=part == "train", download=True)
+            screen = contextlib.redirect_stderr(io.StringIO() if is_silent else sys.stderr)
+            with records.locked(data_dir / ".download.lock", wait=True), screen:
+                dataset = read(download=True)
     except (RuntimeError, OSError, ValueError, AssertionError, EOFError) as error:
-        text = f"is missing or damaged, and {dataset_class.__name__} could not be downloaded"
-        advice = "see README, Data, for slow networks, or try --dataset synthetic"
-        raise RunError(f"{shown(folder)} {text} ({error}); {advice}") from error
+        raise RunError(
+            f"{shown(folder)} is missing or damaged, and {name} could not be downloaded ({error}); "
+            "see README, Data, for slow networks, or try --dataset synthetic"
+        ) from error
+
+    # Look at its labels, and have the axes of the images in torch's order.
     images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
     if len(images) != len(labels) or labels.min() < 0 or labels.max() >= len(dataset.classes):
-        text = "its labels do not fit its images; remove it, and it is downloaded anew"
-        raise RunError(f"{shown(folder)}: {text}")
+        raise RunError(
+            f"{shown(folder)}: its labels do not fit its images; "
+            "remove it, and it is downloaded anew"
+        )
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return ImageSet(images, labels, [str(name) for name in dataset.classes])
 
@@ -805,12 +834,13 @@ def read_torchvision(name: str, data_dir: Path, quiet: bool, part: str) -> Image
 # file's bytes.
 COLUMNS = ("file", "class", "part", "sha256")
 PART_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-PART_NAMES |= dict.fromkeys(("val", "valid", "validation"), "val")
-PART_NAMES |= {"unused": "unused"}  # by --limit-train
+PART_NAMES |= {"val": "val", "valid": "val", "validation": "val"}
+PART_NAMES["unused"] = "unused"  # by --limit-train
 RESIZE = ("stretch", "crop", "pad")
+HEIF = {".heic", ".heif"}  # the endings of photos from a phone
 
 
-def read_files(args: Namespace, needed: set[str], known: Path | None) -> dict[str, ImageSet]:
+def read_files(args: Namespace, wanted: tuple, known: Path | None) -> dict[str, ImageSet]:
     """The parts of a folder of images, or of a CSV file, that have images of their own.
 
     A run that goes on, and a trial of a search, read the files of a data.csv that is `known`.
@@ -818,11 +848,9 @@ def read_files(args: Namespace, needed: set[str], known: Path | None) -> dict[st
     root = folder_of(args.dataset)
     if not root.is_dir():
         raise RunError(f"{shown(root)} is not there; say where the images are with --dataset")
-    rows = read_rows(known) if known else find_rows(args)
+    rows = list_source(known, args, quiet=True) if known else find_rows(args)
     if args.listing and root == Path(args.dataset):
-        left_out = "test" if args.fold else None
-        listed = list_folder(root, quiet=True)
-        there = {row["file"] for row in listed if row["part"] != left_out}
+        there = {row["file"] for row in list_source(root, args, quiet=True)}
         new = len(there - {row["file"] for row in rows})
         if new:
             say(f"{new:,} new files in {shown(root)} are not part of this run", args.quiet)
@@ -833,8 +861,8 @@ def read_files(args: Namespace, needed: set[str], known: Path | None) -> dict[st
 
     # Look at all that are needed; the parts share the pixels.
     classes = classes_of(rows, args.dataset)
-    rows = [row for part in PARTS for row in rows if row["part"] == part and part in needed]
-    key = args.dataset, args.image_size, args.grey, args.resize, args.device, *sorted(needed)
+    rows = [row for part in PARTS for row in rows if row["part"] == part and part in wanted]
+    key = args.dataset, args.image_size, args.grey, args.resize, args.device, wanted
     cache = images_read if search_directory else {}
     if key not in cache:
         pixels = read_pixels(rows, root, args)
@@ -855,25 +883,28 @@ def known_listing(args: Namespace) -> Path | None:
     return shared if shared and shared.exists() else args.listing
 
 
-def is_csv(path: str | Path) -> bool:
-    """Whether `path` is that of a CSV file."""
-    return Path(path).suffix.lower() == ".csv" and Path(path).is_file()
+def is_csv(path: Path) -> bool:
+    """Whether `path` is that of a CSV file, which need not be there."""
+    return path.suffix.lower() == ".csv" and not path.is_dir()
 
 
 def folder_of(source: str) -> Path:
     """The folder from which the paths in a data.csv are seen."""
     path = Path(source)
-    return path.parent if path.suffix.lower() == ".csv" and not path.is_dir() else path
+    return path.parent if is_csv(path) else path
 
 
 def listing_of(directory: Path, record: dict) -> Path | None:
     """The data.csv of a run, None where its dataset has a name. RunError where it is not whole."""
-    about, path = record["data"], directory / (record["data"].get("files") or "data.csv")
+    about = record["data"]
     if record["args"]["dataset"] in DATASETS:
         return None
     if "files" not in about:
-        text = "is of an earlier version, which did not write down its images: train anew"
-        raise RunError(f"{shown(directory)} {text}")
+        raise RunError(
+            f"{shown(directory)} is of an earlier version, "
+            "which did not write down its images: train anew"
+        )
+    path = directory / about["files"]
     if not path.is_file():
         raise RunError(f"{shown(path)} is missing: it says which images are those of the run")
     if hashlib.sha256(path.read_bytes()).hexdigest() != about["files_checksum"]:
@@ -883,7 +914,13 @@ def listing_of(directory: Path, record: dict) -> Path | None:
 
 def listing_of_search(args: Namespace) -> bytes:
     """The content of a search's data.csv. Each trial cuts the training images in two. RunError."""
-    return as_csv(read_files(args, {*PARTS} - {"test" if args.fold else None}, None))
+    return as_csv(read_files(args, PARTS, None))
+
+
+def list_source(path: Path, args: Namespace, quiet: bool) -> list[dict]:
+    """The rows of a folder or a CSV file; a fold leaves the test images alone. RunError."""
+    rows = read_rows(path) if is_csv(path) else list_folder(path, quiet)
+    return [row for row in rows if not (args.fold and row["part"] == "test")]
 
 
 def find_rows(args: Namespace) -> list[dict]:
@@ -892,15 +929,14 @@ def find_rows(args: Namespace) -> list[dict]:
     These are the files whose paths have the lowest hashes. So a new file changes one at most.
     RunError.
     """
-    path = Path(args.dataset)
-    rows = read_rows(path) if is_csv(path) else list_folder(path, args.quiet)
-    if args.fold:
-        rows = [row for row in rows if row["part"] != "test"]
+    rows = list_source(Path(args.dataset), args, args.quiet)
     check_classes(rows, args)
     if {row["part"] for row in rows} == {"train"} and not args.fold:
         if len(rows) < 10:
-            text = f"{len(rows)} images are too few to set a tenth aside as the test set"
-            raise RunError(f"{shown(path)}: {text}")
+            raise RunError(
+                f"{shown(args.dataset)}: {len(rows)} images are too few "
+                "to set a tenth aside as the test set"
+            )
         for name in classes_of(rows, args.dataset):
             group = [row for row in rows if row["class"] == name]
             count = max(1, round(len(group) / 10)) if len(group) > 2 else 0
@@ -918,8 +954,9 @@ def read_rows(path: Path) -> list[dict]:
     try:
         for column in ("file", "class"):
             if column not in (lines.fieldnames or ()):
-                text = f"has no column {column}; its first line names the columns"
-                raise RunError(f"{shown(path)} {text}")
+                raise RunError(
+                    f"{shown(path)} has no column {column}; its first line names the columns"
+                )
         for line in lines:
             row = {column: line.get(column) or "" for column in COLUMNS}
             if not any(row.values()):
@@ -927,14 +964,15 @@ def read_rows(path: Path) -> list[dict]:
             part = PART_NAMES.get(row["part"].strip().lower() or "train")
             where = f"{shown(path)}, line {lines.line_num}"
             if not (row["file"] and row["class"] and part):
-                text = "expected a file, its class, and as part train, val or test"
-                raise RunError(f"{where}: {text}")
+                raise RunError(
+                    f"{where}: expected a file, its class, and as part train, val or test"
+                )
             file = os.path.normpath(row["file"])
             if file in seen:
                 raise RunError(f"{where}: {file} is there twice")
             seen.add(file)
             checksum = row["sha256"].strip().lower()
-            rows.append({"file": file, "class": row["class"], "part": part, "sha256": checksum})
+            rows.append({**row, "file": file, "part": part, "sha256": checksum})
     except csv.Error as error:
         raise RunError(f"{shown(path)} is no CSV file: {error}") from error
     return rows
@@ -945,10 +983,11 @@ def as_csv(parts: dict[str, ImageSet]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for part in (part for part in (*PARTS, "unused") if part in parts):
-        classes = [parts[part].classes[label] for label in parts[part].labels.tolist()]
-        for file, name in zip(parts[part].files, classes, strict=True):
-            writer.writerow([file.name, name, part, file.sha256])
+    for part in (*PARTS, "unused"):
+        if part in parts:
+            images = parts[part]
+            for file, label in zip(images.files, images.labels.tolist(), strict=True):
+                writer.writerow([file.name, images.classes[label], part, file.sha256])
     return text.getvalue().encode(errors="surrogateescape")
 
 
@@ -959,16 +998,16 @@ def list_folder(root: Path, quiet: bool) -> list[dict]:
     for path in folders(root):
         part = PART_NAMES.get(path.name.lower())
         if part in parts:
-            names = f"{parts[part].name} and {path.name}"
-            raise RunError(f"{shown(root)} has two folders for one part: {names}")
+            raise RunError(
+                f"{shown(root)} has two folders for one part: {parts[part].name} and {path.name}"
+            )
         if part and image_files(path):
             parts[part] = path
     others = [path for path in folders(root) if path.name.lower() not in PART_NAMES]
     if "train" in parts and folders(parts["train"]) and (len(parts) > 1 or not others):
         for path in parts.values():
             if not folders(path):
-                text = "has no class folders: make them, or move it away"
-                raise RunError(f"{shown(path)} {text}")
+                raise RunError(f"{shown(path)} has no class folders: make them, or move it away")
     elif parts and not others:
         raise RunError(f"{shown(root)} has no folder train with class folders in it")
     else:
@@ -982,7 +1021,7 @@ def list_folder(root: Path, quiet: bool) -> list[dict]:
                 row = {"file": path.relative_to(root).as_posix(), "class": class_folder.name}
                 rows.append({**row, "part": part, "sha256": ""})
     if skipped:
-        hints = dict.fromkeys((".heic", ".heif"), " (pip install pillow-heif)")
+        hints = dict.fromkeys(HEIF, " (pip install pillow-heif)")
         kinds = [f"{n} {kind}{hints.get(kind, '')}" for kind, n in skipped.most_common()]
         say(f"{skipped.total()} files skipped: {', '.join(kinds)}", quiet)
     return rows
@@ -1038,7 +1077,7 @@ def image_endings() -> set[str]:
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-        endings |= {".heic", ".heif"}
+        endings |= HEIF
     return endings
 
 
@@ -1046,8 +1085,9 @@ def classes_of(rows: list[dict], source: str) -> list[str]:
     """The classes of the images, in natural order. RunError where there are not two."""
     names = {row["class"] for row in rows}
     if len(names) < 2:
-        text = "expected at least two classes, PATH/<class>/*, with images in each"
-        raise RunError(f"{shown(source)}: {text}")
+        raise RunError(
+            f"{shown(source)}: expected at least two classes, PATH/<class>/*, with images in each"
+        )
     return sorted(names, key=in_natural_order)
 
 
@@ -1057,8 +1097,10 @@ def check_classes(rows: list[dict], args: Namespace) -> None:
     for name in sorted({row["class"] for row in rows}):
         other = alike.setdefault(unicodedata.normalize("NFC", name), name)
         if other != name:
-            text = f"the classes {other!a} and {name!a} look the same"
-            raise RunError(f"{args.dataset}: {text}; give them one name")
+            raise RunError(
+                f"{args.dataset}: the classes {other!a} and {name!a} look the same; "
+                "give them one name"
+            )
     classes = classes_of([row for row in rows if row["part"] == "train"], args.dataset)
     for part in sorted({row["part"] for row in rows} & {"val", "test"}):
         found = {row["class"] for row in rows if row["part"] == part}
@@ -1109,22 +1151,19 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
 
     with room_for((len(rows), side, side, channels), rows, args) as (room, decoded):
         pixels = room.permute(0, 3, 1, 2)
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pool = ThreadPoolExecutor(os.cpu_count())
+        try:
             done = pool.map(read, range(len(rows)))
-            try:
-                hidden = args.quiet or None
-                for _ in tqdm(done, "reading images", len(rows), leave=False, disable=hidden):
-                    pass
-            except BaseException:
-                pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
-                raise
+            list(tqdm(done, "reading images", len(rows), leave=False, disable=args.quiet or None))
+        finally:
+            pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
         if problems:
             texts = [f"{rows[index]['file']} ({problems[index]})" for index in sorted(problems)]
             more = f", and {len(texts) - 10} more" if len(texts) > 10 else ""
-            text = (
-                f"{len(texts)} of {len(rows)} files cannot be used: {', '.join(texts[:10])}{more}"
+            raise RunError(
+                f"{shown(root)}: {len(texts)} of {len(rows)} files cannot be used: "
+                f"{', '.join(texts[:10])}{more}"
             )
-            raise RunError(f"{shown(root)}: {text}")
     return pixels
 
 
@@ -1144,8 +1183,11 @@ def room_for(shape: tuple, rows: list[dict], args: Namespace) -> Iterator[tuple[
         return
     directory = search_directory or args.directory
     directory.mkdir(parents=True, exist_ok=True)
-    place = f"{size / 1e9:.1f} GB of images do not fit the memory: they lie in {shown(directory)}"
-    say(f"{place} meanwhile", args.quiet)
+    say(
+        f"{size / 1e9:.1f} GB of images do not fit the memory: "
+        f"they lie in {shown(directory)} meanwhile",
+        args.quiet,
+    )
     with records.locked(directory / ".pixels.lock", wait=True):
         key = random_seed([row["file"] for row in rows], shape, args.resize)
         path = directory / f".pixels-{key:x}"
@@ -1186,6 +1228,7 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
     `resize`, one of RESIZE, says. Raises what Pillow's decoders raise.
     """
     from PIL import Image, ImageOps
+    from torchvision.transforms.functional import pil_to_tensor
 
     with Image.open(io.BytesIO(content)) as image:
         # A JPEG is read in half, a quarter or an eighth of its size, where that is enough.
@@ -1199,11 +1242,12 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if grey else "RGB")
-        fit, pad = functools.partial(ImageOps.fit, image), functools.partial(ImageOps.pad, image)
-        ways: dict[str, Callable] = {"stretch": image.resize, "crop": fit, "pad": pad}
-        image = ways[resize]((side, side), Image.Resampling.BILINEAR)
-        pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-        return pixels.view(side, side, -1).permute(2, 0, 1)
+        ways: dict[str, Callable] = {
+            "stretch": Image.Image.resize,
+            "crop": ImageOps.fit,
+            "pad": ImageOps.pad,
+        }
+        return pil_to_tensor(ways[resize](image, (side, side), Image.Resampling.BILINEAR))
 
 
 # ------------------------ Augmentation and batches ------------------------
@@ -1285,12 +1329,8 @@ AUGMENTATIONS: dict[str, tuple] = {
     "flip": (number(float, 0, 1), "PROBABILITY", "mirrored left to right", flip),
     "shift": (number(int, 0), "PIXELS", "move by up to so many along each axis", shift),
 }
-ALWAYS_DRAWN = (
-    "rotation",
-    "brightness",
-    "hue",
-    "flip",
-)  # by older runs, whether they are on or off
+# Those for which older runs drew numbers, whether they were on or off.
+ALWAYS_DRAWN = ("rotation", "brightness", "hue", "flip")
 
 
 def augment(images: Tensor, amounts: dict, random: torch.Generator) -> Tensor:
@@ -1350,16 +1390,14 @@ class Loader:
             flipped = in_odd_epochs if epoch % 2 == 1 else ~in_odd_epochs
             amounts = {**amounts, "flip": 0}
 
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            batch = order[start : start + self.batch_size]
+        for batch in order.split(self.batch_size)[: len(self)]:
             images = pixels[rows[batch]].float().div_(255)
             if flipped is not None:
                 images = flip_where(flipped[batch].view(-1, 1, 1, 1), images)
             if amounts:
                 images = augment(images, amounts, random)
             if side and side != images.shape[-1]:
-                how = {"mode": "bilinear", "antialias": True, "align_corners": False}
-                images = F.interpolate(images, (side, side), **how)
+                images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
             images = images.sub(mean).div_(std)
             yield images.contiguous(memory_format=torch.channels_last), labels[batch]
 
@@ -1653,8 +1691,9 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     model = build_model(config).to(args.device)
     has_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
     if args.optimizer == "muon" and not has_norm:
-        text = "is for convolutions with batch norm: --model cnn, fastnet or patchnet"
-        raise UsageError(f"--optimizer muon {text}")
+        raise UsageError(
+            "--optimizer muon is for convolutions with batch norm: --model cnn, fastnet or patchnet"
+        )
     return model
 
 
@@ -1670,8 +1709,7 @@ def refused_as(text: str) -> Iterator[None]:
 # ------------------------ Losses and optimisers ------------------------
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of each image, [B], with the labels smoothed."""
-    how = {"label_smoothing": label_smoothing, "reduction": "none"}
-    return F.cross_entropy(logits, labels, **how)
+    return F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
 
 
 # A loss is a function of `logits` [B, K], `labels` [B] and options, to the loss of each image [B].
@@ -1753,8 +1791,15 @@ def adam(weights, lr, precision, weight_decay=0.0, kind=torch.optim.Adam):
 
 def sgd(weights, lr, precision, momentum=0.9, weight_decay=0.0):
     """torch's SGD with Nesterov momentum."""
-    how = {"momentum": momentum, "nesterov": momentum > 0, "weight_decay": weight_decay}
-    return [torch.optim.SGD(weights, lr, **how, fused=is_fused(weights))]
+    optimizer = torch.optim.SGD(
+        weights,
+        lr,
+        momentum,
+        weight_decay=weight_decay,
+        nesterov=momentum > 0,
+        fused=is_fused(weights),
+    )
+    return [optimizer]
 
 
 def muon(weights, lr, precision, momentum=0.6, aux_lr=0.015, weight_decay=0.0):
@@ -1910,8 +1955,11 @@ def say_if_cores_are_shared(args: Namespace, began: tuple[float, float]) -> None
     """
     seconds, waited = time.perf_counter() - began[0], seconds_waited() - began[1]
     if args.device == "cpu" and args.threads > 1 and waited > seconds * args.threads / 4:
-        text = "other work runs beside this training, and they wait for one another"
-        say(f"{text}: --threads 1 would make both faster", args.quiet)
+        say(
+            "other work runs beside this training, and they wait for one another: "
+            "--threads 1 would make both faster",
+            args.quiet,
+        )
 
 
 def seconds_waited() -> float:
@@ -2028,7 +2076,7 @@ class EarlyStopping:
         if improved:
             self.best_loss, self.epochs_without_improvement = val_loss, 0
             weights = model.state_dict().items()
-            self.best_weights = {name: tensor.detach().clone() for name, tensor in weights}
+            self.best_weights = {name: tensor.clone() for name, tensor in weights}
         else:
             self.epochs_without_improvement += 1
         return improved
@@ -2153,6 +2201,6 @@ def final_test(args: Namespace, model: nn.Module, test_set: ImageSet, run: recor
     result = {"loss": plain.loss, "acc": plain.accuracy}
     if args.tta:
         averaged, _ = evaluate(model, loader, autocast, plain_loss, args.tta)
-        plainly = {"plain_loss": plain.loss, "plain_acc": plain.accuracy}
-        result = {"loss": averaged.loss, "acc": averaged.accuracy, **plainly}
+        result |= {"plain_loss": plain.loss, "plain_acc": plain.accuracy}
+        result |= {"loss": averaged.loss, "acc": averaged.accuracy}
     run.record["test"] = result
