@@ -106,7 +106,7 @@ def absolute_path(text: str) -> Path:
     return Path(os.path.expanduser(text)).absolute()
 
 
-def dataset(text: str) -> str:
+def dataset(text):
     """An argparse `type`: one of DATASETS, or the path of a folder or a CSV file."""
     if text in DATASETS:
         return text
@@ -117,7 +117,7 @@ def dataset(text: str) -> str:
     return str(path)
 
 
-def sizes(text: str) -> list[float]:
+def sizes(text):
     """An argparse `type`: parts of the images' side, as in 5/8,3/4,1."""
     with contextlib.suppress(ValueError, ZeroDivisionError):
         parts = [float(Fraction(word)) for word in text.split(",")]
@@ -128,7 +128,7 @@ def sizes(text: str) -> list[float]:
     )
 
 
-def fold(text: str) -> str:
+def fold(text):
     """An argparse `type`: K/N, the K-th of N parts."""
     found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", text)
     if not found or int(found[2]) < max(2, int(found[1])):
@@ -196,8 +196,12 @@ def make_parser(script: str, description: str, recipes: dict) -> tuple[ArgumentP
     group = parser.add_argument_group("data")
     flag("--data-dir DIR", absolute_path, "directory of the named datasets", records.HERE / "data")
     flag("--image-size PIXELS", COUNT, "side of the square to which images of files are resized")
-    text = "way to the square: stretch the image, crop its middle, or pad it with black"
-    flag("--resize", RESIZE, text, RESIZE[0])
+    flag(
+        "--resize",
+        RESIZE,
+        "way to the square: stretch the image, crop its middle, or pad it with black",
+        RESIZE[0],
+    )
     flag("--grey", bool, "images of files without their colours")
     flag("--val-size PART", PART, "part of the training images that validates; 0: test set", 0.1)
     flag("--fold K/N", fold, "validation with the K-th of N parts of all images but the test set")
@@ -243,19 +247,19 @@ def make_parser(script: str, description: str, recipes: dict) -> tuple[ArgumentP
     return parser, defaults
 
 
-def as_flag(name: str) -> str:
+def as_flag(name):
     """The flag of an argument."""
     return "--" + name.replace("_", "-")
 
 
-def options_of(entry: Callable) -> dict:
+def options_of(entry):
     """The options of an entry of a table, with their defaults: its arguments that are numbers or
     switches."""
     arguments = inspect.signature(entry).parameters.values()
     return {each.name: each.default for each in arguments if isinstance(each.default, int | float)}
 
 
-def owners_of_options() -> dict[str, dict]:
+def owners_of_options():
     """For each option, the entries of TABLES that have it, and their defaults."""
     owners = {}
     for title, table in TABLES.items():
@@ -322,7 +326,7 @@ def parse_arguments(
     return args
 
 
-def with_options(values: dict) -> dict:
+def with_options(values):
     """`values` with the options of the chosen model, loss and optimiser, and no others'."""
     owners = owners_of_options()
     complete = {name: value for name, value in values.items() if name not in owners}
@@ -365,7 +369,7 @@ def why_not_comparable(one: dict, other: dict, figure: str) -> str:
     return f"the runs differ in {', '.join(reasons)}" if reasons else ""
 
 
-def refuse_what_has_no_effect(values: dict, typed: dict) -> None:
+def refuse_what_has_no_effect(values, typed):
     """UsageError where what is typed changes nothing."""
     source, augmented = values["dataset"], values["augment"]
     rules = [
@@ -388,7 +392,7 @@ def refuse_what_has_no_effect(values: dict, typed: dict) -> None:
         )
 
 
-def check_resumed(args: Namespace, typed: dict, recorded: dict, record: dict) -> None:
+def check_resumed(args, typed, recorded, record):
     """UsageError where `args` would change what the run of a run.json computes."""
     for name in [*sorted(typed), *vars(args)]:
         if name not in CHANGEABLE and str(getattr(args, name)) != str(recorded.get(name)):
@@ -441,7 +445,7 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
     return device, precision
 
 
-def keep_freed_memory(device: str) -> None:
+def keep_freed_memory(device):
     """Have glibc keep the gigabytes that each step on a CPU frees.
 
     To get them from the system anew took a third of ConfigNet's step.
@@ -504,7 +508,7 @@ def command_line(main: Callable[[list[str]], dict]) -> int:
     return 0
 
 
-def repair_outputs() -> None:
+def repair_outputs():
     """Let a program print whose outputs are closed, or lack the characters of a file's name."""
     for descriptor in range(3):
         try:
@@ -688,7 +692,7 @@ def load_data(
     return data
 
 
-def say_census(data: Data, args: Namespace) -> None:
+def say_census(data, args):
     """Say what a training is to know of its images. RunError where they are too few."""
     classes, counts = data.train.classes, data.train.labels.bincount()
     few, many = (f"{counts[i]:,} ({classes[i]})" for i in (counts.argmin(), counts.argmax()))
@@ -714,7 +718,7 @@ def say_census(data: Data, args: Namespace) -> None:
         )
 
 
-def read_named(args: Namespace, synthetic: Callable, wanted: tuple) -> dict[str, ImageSet]:
+def read_named(args, synthetic, wanted):
     """The training and the test images of one of DATASETS, on --device. A fold has no test."""
     parts, cache = {}, images_read if search_directory else {}
     for part in {*wanted} - {"val", "test" if args.fold else None}:
@@ -764,7 +768,7 @@ def divide(images: ImageSet, args: Namespace, draw: bool) -> tuple[Tensor, Tenso
     return train, val
 
 
-def hash_of(name: str) -> str:
+def hash_of(name):
     """A hash that puts names into an order of no meaning, always the same."""
     return hashlib.sha256(os.fsencode(name)).hexdigest()
 
@@ -789,7 +793,7 @@ def stratified_sample(labels: Tensor, size: int, generator: torch.Generator) -> 
     return mask
 
 
-def read_torchvision(args: Namespace, part: str) -> ImageSet:
+def read_torchvision(args, part):
     """The `part` train or test of a torchvision dataset, downloaded where it is missing. RunError.
 
     torchvision checks the MD5 of what it downloads, of an archive that lies there already, and of
@@ -877,13 +881,13 @@ def read_files(args: Namespace, wanted: tuple, known: Path | None) -> dict[str, 
     return parts
 
 
-def known_listing(args: Namespace) -> Path | None:
+def known_listing(args):
     """The data.csv that says which files to read: a search's, or that of a run that goes on."""
     shared = search_directory and search_directory / "data.csv"
     return shared if shared and shared.exists() else args.listing
 
 
-def is_csv(path: Path) -> bool:
+def is_csv(path):
     """Whether `path` is that of a CSV file, which need not be there."""
     return path.suffix.lower() == ".csv" and not path.is_dir()
 
@@ -912,18 +916,18 @@ def listing_of(directory: Path, record: dict) -> Path | None:
     return path
 
 
-def listing_of_search(args: Namespace) -> bytes:
+def listing_of_search(args):
     """The content of a search's data.csv. Each trial cuts the training images in two. RunError."""
     return as_csv(read_files(args, PARTS, None))
 
 
-def list_source(path: Path, args: Namespace, quiet: bool) -> list[dict]:
+def list_source(path, args, quiet):
     """The rows of a folder or a CSV file; a fold leaves the test images alone. RunError."""
     rows = read_rows(path) if is_csv(path) else list_folder(path, quiet)
     return [row for row in rows if not (args.fold and row["part"] == "test")]
 
 
-def find_rows(args: Namespace) -> list[dict]:
+def find_rows(args):
     """The rows of a new data.csv; where no images test or validate, a tenth of each class tests.
 
     These are the files whose paths have the lowest hashes. So a new file changes one at most.
@@ -945,7 +949,7 @@ def find_rows(args: Namespace) -> list[dict]:
     return rows
 
 
-def read_rows(path: Path) -> list[dict]:
+def read_rows(path):
     """The rows of a data.csv, or of a CSV file as a spreadsheet writes it. RunError."""
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     delimiter = ";" if ";" in text.partition("\n")[0] else ","
@@ -978,7 +982,7 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
-def as_csv(parts: dict[str, ImageSet]) -> bytes:
+def as_csv(parts):
     """The content of a data.csv."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -991,10 +995,10 @@ def as_csv(parts: dict[str, ImageSet]) -> bytes:
     return text.getvalue().encode(errors="surrogateescape")
 
 
-def list_folder(root: Path, quiet: bool) -> list[dict]:
+def list_folder(root, quiet):
     """The rows of PATH/<class>/*, or of PATH/train/<class>/*, PATH/val and PATH/test. RunError."""
     # Which folders are parts, and which are classes.
-    parts: dict[str, Path] = {}
+    parts = {}
     for path in folders(root):
         part = PART_NAMES.get(path.name.lower())
         if part in parts:
@@ -1018,8 +1022,8 @@ def list_folder(root: Path, quiet: bool) -> list[dict]:
     for part, folder in parts.items():
         for class_folder in folders(folder):
             for path in image_files(class_folder, skipped):
-                row = {"file": path.relative_to(root).as_posix(), "class": class_folder.name}
-                rows.append({**row, "part": part, "sha256": ""})
+                file = path.relative_to(root).as_posix()
+                rows.append({"file": file, "class": class_folder.name, "part": part, "sha256": ""})
     if skipped:
         hints = dict.fromkeys(HEIF, " (pip install pillow-heif)")
         kinds = [f"{n} {kind}{hints.get(kind, '')}" for kind, n in skipped.most_common()]
@@ -1027,18 +1031,18 @@ def list_folder(root: Path, quiet: bool) -> list[dict]:
     return rows
 
 
-def is_visible(name: str) -> bool:
+def is_visible(name):
     """Whether a file or folder is one of the user's, and not of some program's."""
     return name[0] != "." and name != "__MACOSX"
 
 
-def in_natural_order(name: str) -> tuple:
+def in_natural_order(name):
     """A key that sorts as people count: 1, 2, 10."""
     words = re.split(r"(\d+)", name)
     return [int(word) if place % 2 else word for place, word in enumerate(words)], name
 
 
-def folders(path: Path) -> list[Path]:
+def folders(path):
     """The folders in `path`, in natural order."""
     found = [below for below in path.iterdir() if below.is_dir() and is_visible(below.name)]
     return sorted(found, key=lambda below: in_natural_order(below.name))
@@ -1068,7 +1072,7 @@ def image_files(folder: Path, skipped: Counter | None = None) -> list[Path]:
 
 
 @functools.cache
-def image_endings() -> set[str]:
+def image_endings():
     """The endings of the files that Pillow can read here."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -1081,7 +1085,7 @@ def image_endings() -> set[str]:
     return endings
 
 
-def classes_of(rows: list[dict], source: str) -> list[str]:
+def classes_of(rows, source):
     """The classes of the images, in natural order. RunError where there are not two."""
     names = {row["class"] for row in rows}
     if len(names) < 2:
@@ -1091,7 +1095,7 @@ def classes_of(rows: list[dict], source: str) -> list[str]:
     return sorted(names, key=in_natural_order)
 
 
-def check_classes(rows: list[dict], args: Namespace) -> None:
+def check_classes(rows, args):
     """RunError where the classes of the parts do not agree; a warning where one is not tested."""
     alike = {}
     for name in sorted({row["class"] for row in rows}):
@@ -1109,11 +1113,13 @@ def check_classes(rows: list[dict], args: Namespace) -> None:
             raise RunError(f"{args.dataset}: {part} has classes that train has not: {lacking}")
         absent = [name for name in classes if name not in found]
         if absent:
-            text = f"{part} has no images of {', '.join(absent)}; its figures are over the others"
-            say(text, args.quiet)
+            say(
+                f"{part} has no images of {', '.join(absent)}; its figures are over the others",
+                args.quiet,
+            )
 
 
-def say_twins(parts: dict[str, ImageSet], quiet: bool) -> None:
+def say_twins(parts, quiet):
     """Say where the same picture is in two parts."""
     seen, twins = {}, []
     for part, images in ((part, parts[part]) for part in PARTS if part in parts):
@@ -1124,8 +1130,7 @@ def say_twins(parts: dict[str, ImageSet], quiet: bool) -> None:
             if other_part != part:
                 twins.append(f"{other} ({other_part}) and {file.name} ({part})")
     if twins:
-        text = f"the same picture is in two parts, {len(twins)} times: {', '.join(twins[:10])}"
-        say(text, quiet)
+        say(f"the same picture is in two parts, {len(twins)} times: {', '.join(twins[:10])}", quiet)
 
 
 def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
@@ -1208,7 +1213,7 @@ def room_for(shape: tuple, rows: list[dict], args: Namespace) -> Iterator[tuple[
                 temporary.unlink()
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error):
     """Why a file cannot be used, in a few words."""
     return getattr(error, "strerror", None) or str(error).partition(" <")[0]
 
@@ -1221,7 +1226,7 @@ def read_image(path: Path, side: int, grey: bool, resize: str = "stretch") -> Te
         raise RunError(f"{shown(path)} cannot be used ({reason_of(error)})") from error
 
 
-def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
+def decode(content, side, grey, resize):
     """The bytes of an image file of any size and mode as uint8 [C, side, side].
 
     It is turned as the camera says, what is transparent lies on white, and the square is made as
@@ -1242,7 +1247,7 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if grey else "RGB")
-        ways: dict[str, Callable] = {
+        ways = {
             "stretch": Image.Image.resize,
             "crop": ImageOps.fit,
             "pad": ImageOps.pad,
@@ -1251,7 +1256,7 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
 
 
 # ------------------------ Augmentation and batches ------------------------
-def one_each(images: Tensor, random: torch.Generator) -> Tensor:
+def one_each(images, random):
     """A random number from 0 to 1 for each of `images`: [N, 1, 1, 1]."""
     numbers = torch.rand(len(images), generator=random, device=random.device)
     return numbers.view(-1, 1, 1, 1)
@@ -1300,7 +1305,7 @@ def flip(images: Tensor, probability: float, random: torch.Generator) -> Tensor:
     return flip_where(one_each(images, random) < probability, images)
 
 
-def flip_where(chosen: Tensor, images: Tensor) -> Tensor:
+def flip_where(chosen, images):
     """`images` [N, C, H, W], mirrored left to right where `chosen` [N, 1, 1, 1] is true."""
     return torch.where(chosen, images.flip(3), images)
 
@@ -1312,7 +1317,7 @@ def shift(images: Tensor, pixels: int, random: torch.Generator) -> Tensor:
     return shift_by(images, down, right, pixels)
 
 
-def shift_by(images: Tensor, down: Tensor, right: Tensor, most: int) -> Tensor:
+def shift_by(images, down, right, most):
     """`images` [N, C, H, W] moved by `down` and `right` [N] pixels, at `most` so many."""
     height, width = images.shape[-2:]
     windows = F.pad(images, (most,) * 4, "reflect").unfold(2, height, 1).unfold(3, width, 1)
@@ -1402,7 +1407,7 @@ class Loader:
             yield images.contiguous(memory_format=torch.channels_last), labels[batch]
 
 
-def training_loader(args: Namespace, image_set: ImageSet, config: dict) -> Loader:
+def training_loader(args, image_set, config):
     """A Loader for training: shuffled, and with --augment augmented."""
     amounts = {name: getattr(args, name) for name in AUGMENTATIONS} if args.augment else None
     return Loader(image_set, args.batch_size, config, args.seed, amounts, args.alternate_flip)
@@ -1564,14 +1569,15 @@ class Whitening(nn.Conv2d):
         covariance, patches = 0, 0
         for some in images.split(500):
             some = F.unfold(some, self.kernel_size).transpose(1, 2).flatten(0, 1)
-            covariance, patches = covariance + some.T @ some, patches + len(some)
+            covariance += some.T @ some
+            patches += len(some)
         eigenvalues, eigenvectors = torch.linalg.eigh((covariance / patches).cpu().double())
         filters = (eigenvectors / (eigenvalues + smallest).sqrt()).T
         filters = filters.reshape(-1, *self.weight.shape[1:])
         self.weight.copy_(torch.cat([filters, -filters]))
 
 
-def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
+def identity_convolution(channels_in, channels_out):
     """A 3x3 convolution that at first hands its inputs on: S. Zagoruyko and N. Komodakis,
     "DiracNets" (2017)."""
     convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
@@ -1579,7 +1585,7 @@ def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
     return convolution
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
+def batch_norm(channels):
     """Batch norm without a learnt scale; for evaluation it has the statistics of the last few
     batches."""
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
@@ -1677,8 +1683,11 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     sides = sides_in_training(args, size[1])
     for height, width in (size, *([side, side] for side in sides)):
         images = torch.zeros(min(2, args.batch_size), channels, height, width, device="meta")
-        text = f"--model {args.model} with these options does not take images of {height}x{width}"
-        with refused_as(f"{text} pixels, {args.batch_size} in a batch"), torch.device("meta"):
+        text = (
+            f"--model {args.model} with these options does not take images of {height}x{width} "
+            f"pixels, {args.batch_size} in a batch"
+        )
+        with refused_as(text), torch.device("meta"):
             build_model(config)(images)
     images, random = torch.zeros(1, channels, *size), torch.Generator()
     for name, (*_, change) in AUGMENTATIONS.items() if args.augment else ():
@@ -1698,7 +1707,7 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
 
 
 @contextlib.contextmanager
-def refused_as(text: str) -> Iterator[None]:
+def refused_as(text):
     """UsageError with this text where torch refuses to compute something."""
     try:
         yield
@@ -1779,7 +1788,7 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(step.view(shape), alpha=group["lr"])
 
 
-def is_fused(weights: list[Tensor]) -> bool:
+def is_fused(weights):
     """Whether torch has optimisers of one kernel for the device of the weights."""
     return weights[0].device.type in ("cpu", "cuda")
 
@@ -1832,12 +1841,12 @@ def make_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optim
     return optimizers
 
 
-def cosine(progress: float) -> float:
+def cosine(progress):
     """From 1 to 0 along half a cosine."""
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def onecycle(progress: float) -> float:
+def onecycle(progress):
     """L. N. Smith and N. Topin, "Super-convergence" (2018), in the phases of torch's OneCycleLR."""
     if progress < 0.3:
         return 1 + (1 / 25 - 1) * cosine(progress / 0.3)
@@ -1858,7 +1867,7 @@ TABLES: dict[str, dict] = {"model": MODELS, "loss": LOSSES, "optimizer": OPTIMIZ
 
 
 # ------------------------ Train and evaluate for one epoch ------------------------
-def finite(loss: Tensor) -> float:
+def finite(loss):
     """The value of a loss. FloatingPointError: the training has diverged."""
     if not math.isfinite(loss.item()):
         raise FloatingPointError(f"the loss became {loss.item()}")
@@ -1937,18 +1946,18 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, began, bar)
     return meter
 
 
-def sides_in_training(args: Namespace, side: int) -> list[int]:
+def sides_in_training(args, side):
     """--sizes in pixels, for images with this side. An older run has pixels in its record."""
     return [round(size * side) if size <= 1 else size for size in args.sizes or ()]
 
 
-def side_in_epoch(args: Namespace, epoch: int, side: int) -> int:
+def side_in_epoch(args, epoch, side):
     """The side of the training images in an epoch; the last epoch has the last of --sizes."""
     sides, epochs_left = sides_in_training(args, side) or [side], args.epochs - epoch
     return sides[-1 - epochs_left * len(sides) // args.epochs]
 
 
-def say_if_cores_are_shared(args: Namespace, began: tuple[float, float]) -> None:
+def say_if_cores_are_shared(args, began):
     """Say when other work has had the cores for more than a quarter of the time since `began`.
 
     Each parallel part of a step waits for its slowest thread, and so for the other work.
@@ -1962,7 +1971,7 @@ def say_if_cores_are_shared(args: Namespace, began: tuple[float, float]) -> None
         )
 
 
-def seconds_waited() -> float:
+def seconds_waited():
     """How long the threads of this process have waited for a core; 0 where no file tells."""
     nanoseconds = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
@@ -1996,7 +2005,7 @@ def evaluate(
     return meter, torch.cat(outputs)
 
 
-def plain_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def plain_loss(logits, labels):
     """The cross-entropy of each image [B], for the test, and weights of 1."""
     losses = cross_entropy(logits, labels)
     return losses, torch.ones_like(losses)
@@ -2021,7 +2030,7 @@ def average_views(model: nn.Module, images: Tensor, tta: str | None = None) -> T
     return logits
 
 
-def views(images: Tensor, tta: str) -> list[tuple[float, Tensor]]:
+def views(images, tta):
     """Views of `images` [N, C, H, W] with their weights, the images themselves first.
 
     They are moved by a pixel down and right, and up and left, and mirrored. K. Jordan, "94% on
@@ -2044,7 +2053,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     It is 1 where the images cannot tell: fewer than a hundred, or none that is wrong.
     """
     logits, labels = logits.cpu().double(), labels.cpu()
-    if len(labels) < 100 or bool((logits.argmax(1) == labels).all()):
+    if len(labels) < 100 or (logits.argmax(1) == labels).all():
         return 1.0
     log_temperature = torch.zeros((), dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([log_temperature], max_iter=100, line_search_fn="strong_wolfe")
@@ -2130,8 +2139,13 @@ def fit(
     torch.compiler.config.recompile_limit = 64  # each size of images has code of its own
 
     began = time.perf_counter(), seconds_waited()
-    steps = {"total": last * len(loader), "initial": done * len(loader)}
-    with tqdm(**steps, smoothing=0, leave=False, disable=args.quiet or None) as bar:
+    with tqdm(
+        total=last * len(loader),
+        initial=done * len(loader),
+        smoothing=0,
+        leave=False,
+        disable=args.quiet or None,
+    ) as bar:
         for epoch in range(done + 1, last + 1):
             if early_stopping.should_stop:
                 break
@@ -2160,17 +2174,19 @@ def fit(
             }
 
             # Early stopping looks at the validation loss, and keeps the weights of the best epoch.
-            is_best = early_stopping.step(row["val_loss"], model)
+            best = "  best" if early_stopping.step(row["val_loss"], model) else ""
 
             # Save, log, and say it.
             run.history.append(row)
             run.save(state)
             records.log_wandb(run, row)
-            text = (
-                "epoch {epoch:2}/{epochs}  train loss {train_loss:.4f} accuracy {train_acc:.2%}  "
-                "validation loss {val_loss:.4f} accuracy {val_acc:.2%}  {seconds:.1f} s"
+            say(
+                f"epoch {epoch:2}/{args.epochs}  "
+                f"train loss {train_loss:.4f} accuracy {row['train_acc']:.2%}  "
+                f"validation loss {row['val_loss']:.4f} accuracy {row['val_acc']:.2%}  "
+                f"{row['seconds']:.1f} s{best}",
+                args.quiet,
             )
-            say(text.format(**row, epochs=args.epochs) + ("  best" if is_best else ""), args.quiet)
             if on_epoch and on_epoch(row) is True:
                 run.status = "pruned"
                 return False

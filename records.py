@@ -114,8 +114,9 @@ def load_checkpoint(path: Path) -> dict:
             damaged = file.testzip()
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        text = "is missing: the run has not got so far, or the file was removed"
-        raise RunError(f"{shown(path)} {text}") from None
+        raise RunError(
+            f"{shown(path)} is missing: the run has not got so far, or the file was removed"
+        ) from None
     except Exception as error:  # zipfile and torch.load raise whatever they stumble over
         kind = type(error).__name__
         raise RunError(f"{shown(path)} is damaged, or is not a checkpoint ({kind})") from error
@@ -125,7 +126,7 @@ def load_checkpoint(path: Path) -> dict:
     return state
 
 
-def check_format(path: Path, content: Any) -> None:
+def check_format(path, content):
     """RunError where the `content` of a file is not of this version."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise RunError(f"{shown(path)} is not of this version of the scripts")
@@ -147,7 +148,7 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         yield
 
 
-def is_locked(path: Path) -> bool:
+def is_locked(path):
     """Whether another process holds the lock on the file `path`."""
     try:
         with locked(path) if path.exists() else contextlib.nullcontext():
@@ -156,7 +157,7 @@ def is_locked(path: Path) -> bool:
         return True
 
 
-def interrupt(number: int, frame: Any) -> None:
+def interrupt(number, frame):
     """A handler of signals: SIGTERM is to a training what Ctrl-C is."""
     raise KeyboardInterrupt(signal.Signals(number).name)
 
@@ -200,12 +201,12 @@ def read_log(directory: Path) -> list[dict]:
     return read_json(directory / "log.jsonl", lines=True)
 
 
-def utc_now() -> str:
+def utc_now():
     """The time, as in 2026-01-31T23:59:59Z."""
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
 
 
-def environment(args: Namespace) -> dict:
+def environment(args):
     """Where a run is computed: the part of run.json that a continuation writes anew."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -213,11 +214,15 @@ def environment(args: Namespace) -> dict:
         git = done.stdout.strip()
     except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
         git = None
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
-    versions = {"python": sys.version.split()[0], **versions}
-    here = {"versions": versions, "host": socket.gethostname(), "git": git}
-    how = {"device": args.device, "precision": args.precision, "threads": args.threads}
-    return {**how, **here}
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
+    return {
+        "device": args.device,
+        "precision": args.precision,
+        "threads": args.threads,
+        "versions": {"python": sys.version.split()[0], **packages},
+        "host": socket.gethostname(),
+        "git": git,
+    }
 
 
 def already_done(args: Namespace) -> dict | None:
@@ -233,8 +238,9 @@ def already_done(args: Namespace) -> dict | None:
         return None
     record = read_record(directory)
     if record["status"] == "diverged":
-        text = "and would again; start anew with a lower --lr"
-        raise RunError(f"{shown(directory)}: {record['error']}, {text}")
+        raise RunError(
+            f"{shown(directory)}: {record['error']}, and would again; start anew with a lower --lr"
+        )
 
     # A finished run goes on with more epochs; one that was stopped early, with more patience too.
     before, status, last = record["args"], record["status"], last_epoch(args)
@@ -243,12 +249,12 @@ def already_done(args: Namespace) -> dict | None:
     stopped = status == "stopped_early" and args.epochs <= before["epochs"] and not more_patience
     if not (finished or stopped) or not (directory / "best.pt").exists():
         return None
-    text = f"{status.replace('_', ' ')} after {record['epochs']} epochs, nothing to do"
-    say(f"{shown(directory)}: {text}", args.quiet)
+    ended = f"{status.replace('_', ' ')} after {record['epochs']} epochs"
+    say(f"{shown(directory)}: {ended}, nothing to do", args.quiet)
     return {**record, "directory": str(directory)}
 
 
-def last_epoch(args: Namespace) -> int:
+def last_epoch(args):
     """After which epoch this process ends at the latest."""
     return min(args.epochs, args.stop_after or args.epochs)
 
@@ -318,15 +324,18 @@ class Run:
         """Say how the run has ended."""
         best, test = self.record["best"], self.record["test"]
         if best:
-            text = "best epoch {epoch}: validation loss {val_loss:.4f}, accuracy {val_acc:.2%}"
-            say(text.format(**best), quiet)
+            say(
+                f"best epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, "
+                f"accuracy {best['val_acc']:.2%}",
+                quiet,
+            )
         if test:
-            plain = "" if "plain_acc" not in test else " (of single views {plain_acc:.2%})"
-            say(f"test loss {{loss:.4f}}, accuracy {{acc:.2%}}{plain}".format(**test), quiet)
+            plain = f" (of single views {test['plain_acc']:.2%})" if "plain_acc" in test else ""
+            say(f"test loss {test['loss']:.4f}, accuracy {test['acc']:.2%}{plain}", quiet)
         say(f"{self.record['status'].replace('_', ' ')}: {shown(self.directory)}", quiet)
 
 
-def new_record(args: Namespace, model: torch.nn.Module, data: Any) -> dict:
+def new_record(args, model, data):
     """run.json of a run that begins."""
     known = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
     return {
@@ -368,12 +377,17 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
         run = Run(directory)
         record = run.record
         if record["data"]["checksum"] != data.train.checksum:
-            text = f"is not what {shown(directory)} was trained on: the checksums differ"
-            raise RunError(f"{args.dataset} {text}")
-        may_change = {"epochs": args.epochs, "tolerance": args.tolerance, "dataset": args.dataset}
-        record["args"].update(may_change)
-        about = f"{record['parameters']:,} parameters; {args.device}, {args.precision}"
-        say(f"{record['name']}: {args.model}, {about}", args.quiet)
+            raise RunError(
+                f"{args.dataset} is not what {shown(directory)} was trained on: "
+                "the checksums differ"
+            )
+        for name in ("epochs", "tolerance", "dataset"):  # these may change
+            record["args"][name] = getattr(args, name)
+        say(
+            f"{record['name']}: {args.model}, {record['parameters']:,} parameters; "
+            f"{args.device}, {args.precision}",
+            args.quiet,
+        )
         status, error = "failed", None
         try:
             with interruptible():
@@ -404,11 +418,12 @@ def check_wandb(mode: str, quiet: bool) -> None:
     if not importlib.util.find_spec("wandb"):
         raise UsageError(f"--wandb {mode} needs the package wandb: pip install wandb")
     if mode == "online" and not has_wandb_key(quiet):
-        text = "needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline"
-        raise UsageError(f"--wandb online {text}")
+        raise UsageError(
+            "--wandb online needs an API key: `wandb login`, WANDB_API_KEY, or use --wandb offline"
+        )
 
 
-def has_wandb_key(quiet: bool) -> bool:
+def has_wandb_key(quiet):
     """Whether W&B has an API key. UsageError where it has something else in its place."""
     import wandb
 
@@ -419,7 +434,7 @@ def has_wandb_key(quiet: bool) -> bool:
         raise UsageError(f"Weights & Biases: {error}") from error
 
 
-def start_wandb(args: Namespace, run: Run) -> Any:
+def start_wandb(args, run):
     """The W&B run of --wandb, None where it is disabled. RunError."""
     if args.wandb == "disabled":
         return None
@@ -427,31 +442,37 @@ def start_wandb(args: Namespace, run: Run) -> Any:
 
     # A run that goes on does so in its own W&B run, which no run of the same name elsewhere shares.
     # In a W&B sweep the agent has named it.
-    named = {"id": f"{run.record['name']}-{re.sub('[^0-9]', '', run.record['started'])}"[-128:]}
-    named = {} if "WANDB_SWEEP_ID" in os.environ else {**named, "resume": "allow"}
-    about = {"project": args.wandb_project, "name": run.record["name"], **named}
-    settings = wandb.Settings(silent=args.quiet, console="off")
-    where = {"dir": run.directory, "mode": args.wandb, "settings": settings}
+    name, named = run.record["name"], {}
+    if "WANDB_SWEEP_ID" not in os.environ:
+        started = re.sub("[^0-9]", "", run.record["started"])
+        named = {"id": f"{name}-{started}"[-128:], "resume": "allow"}
     try:
-        return wandb.init(config=run.record["args"], **about, **where)
+        return wandb.init(
+            config=run.record["args"],
+            project=args.wandb_project,
+            name=name,
+            dir=run.directory,
+            mode=args.wandb,
+            settings=wandb.Settings(silent=args.quiet, console="off"),
+            **named,
+        )
     except wandb.errors.Error as error:
         raise RunError(f"--wandb {args.wandb}: {error}") from error
 
 
 @contextlib.contextmanager
-def wandb_failures_told(run: Run) -> Iterator[None]:
+def wandb_failures_told(run):
     """Tell what goes wrong with W&B, and go on without it: it does not end a training."""
     try:
         yield
     except Exception as error:
         if type(error) is Exception:  # so W&B's agent stops a run of a sweep
             raise
-        text = f"W&B failed ({type(error).__name__}: {error}): going on without it"
-        print(text, file=sys.stderr)
+        print(f"W&B failed ({type(error).__name__}: {error}): going on without it", file=sys.stderr)
         run.wandb = None
 
 
-def log_wandb(run: Run, row: dict) -> None:
+def log_wandb(run, row):
     """Log an epoch, with the best so far, which is what a W&B sweep compares."""
     with wandb_failures_told(run):
         if run.wandb:
@@ -459,7 +480,7 @@ def log_wandb(run: Run, row: dict) -> None:
             run.wandb.log(row | best, step=row["epoch"], commit=True)
 
 
-def finish_wandb(run: Run, failed: bool) -> None:
+def finish_wandb(run, failed):
     """End the W&B run, if there is one, with the best epoch's results as its summary."""
     with wandb_failures_told(run):
         if run.wandb:
