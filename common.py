@@ -92,7 +92,7 @@ def number(
     return parse
 
 
-def run_name(text: str) -> str:
+def run_name(text):
     """An argparse `type`: the name of a directory, without a path."""
     if text in ("", ".", "..") or not {"/", os.sep, "\0"}.isdisjoint(text):
         raise argparse.ArgumentTypeError(f"expected a name without slashes, not {text!r}")
@@ -269,7 +269,7 @@ def owners_of_options():
     return owners
 
 
-def build(table: dict, entry: str, values: dict) -> Callable:
+def build(table, entry, values):
     """The entry of a table with its options as they are in `values`."""
     names = [name for name in options_of(table[entry]) if values.get(name) is not None]
     return functools.partial(table[entry], **{name: values[name] for name in names})
@@ -525,7 +525,7 @@ def random_seed(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def generator_for(*parts, device: str | torch.device = "cpu") -> torch.Generator:
+def generator_for(*parts, device="cpu"):
     """A random generator with the seed `random_seed(*parts)`."""
     return torch.Generator(device=device).manual_seed(random_seed(*parts))
 
@@ -724,10 +724,8 @@ def read_named(args, synthetic, wanted):
     for part in {*wanted} - {"val", "test" if args.fold else None}:
         key = args.script, args.dataset, args.data_dir, args.device, part
         if key not in cache:
-            if args.dataset == "synthetic":
-                images = synthetic(part == "train")
-            else:
-                images = read_torchvision(args, part)
+            draws, train = args.dataset == "synthetic", part == "train"
+            images = synthetic(train) if draws else read_torchvision(args, train)
             cache[key] = images.to(args.device)
         parts[part] = cache[key]
     return parts
@@ -773,7 +771,7 @@ def hash_of(name):
     return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
-def stratified_sample(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def stratified_sample(labels, size, generator):
     """Draw `size` of the images with `labels` [N], each class in its own proportion to within one.
 
     Returns a mask [N].
@@ -786,15 +784,16 @@ def stratified_sample(labels: Tensor, size: int, generator: torch.Generator) -> 
     classes = torch.randperm(len(counts), generator=generator)
     lost = (quota - take)[classes]
     classes = classes[lost.argsort(descending=True, stable=True)]
-    take[classes[: size - int(take.sum())]] += 1
+    take[classes[: size - take.sum()]] += 1
     mask = torch.zeros(len(labels), dtype=torch.bool)
     for label, count in enumerate(take.tolist()):
         mask[order[labels[order] == label][:count]] = True
     return mask
 
 
-def read_torchvision(args, part):
-    """The `part` train or test of a torchvision dataset, downloaded where it is missing. RunError.
+def read_torchvision(args, train):
+    """The training or test images of a torchvision dataset, downloaded where they are missing.
+    RunError.
 
     torchvision checks the MD5 of what it downloads, of an archive that lies there already, and of
     CIFAR's files.
@@ -804,7 +803,7 @@ def read_torchvision(args, part):
     # Read it, or download it, with torchvision's progress bar where somebody sees it.
     name, data_dir = TORCHVISION[args.dataset], args.data_dir
     dataset_class = getattr(datasets, name)
-    read = functools.partial(dataset_class, data_dir, train=part == "train")
+    read = functools.partial(dataset_class, data_dir, train=train)
     folder = data_dir / getattr(dataset_class, "base_folder", f"{name}/raw")
     socket.setdefaulttimeout(60)  # a server that falls silent does not hold a run for ever
     is_silent = args.quiet or not sys.stderr.isatty()
@@ -874,10 +873,9 @@ def read_files(args: Namespace, wanted: tuple, known: Path | None) -> dict[str, 
         files = [File(root / row["file"], row["file"], row["sha256"]) for row in rows]
         cache[key] = ImageSet(pixels, labels, classes, files).to(args.device)
     parts = {}
-    for part in PARTS:
-        chosen = torch.tensor([row["part"] == part for row in rows], dtype=torch.bool)
-        if chosen.any():
-            parts[part] = cache[key].select(chosen)
+    for part in dict.fromkeys(row["part"] for row in rows):
+        chosen = torch.tensor([row["part"] == part for row in rows])
+        parts[part] = cache[key].select(chosen)
     return parts
 
 
@@ -954,7 +952,7 @@ def read_rows(path):
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     delimiter = ";" if ";" in text.partition("\n")[0] else ","
     lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    rows, seen = [], set()
+    rows = {}
     try:
         for column in ("file", "class"):
             if column not in (lines.fieldnames or ()):
@@ -972,14 +970,13 @@ def read_rows(path):
                     f"{where}: expected a file, its class, and as part train, val or test"
                 )
             file = os.path.normpath(row["file"])
-            if file in seen:
+            if file in rows:
                 raise RunError(f"{where}: {file} is there twice")
-            seen.add(file)
             checksum = row["sha256"].strip().lower()
-            rows.append({**row, "file": file, "part": part, "sha256": checksum})
+            rows[file] = {**row, "file": file, "part": part, "sha256": checksum}
     except csv.Error as error:
         raise RunError(f"{shown(path)} is no CSV file: {error}") from error
-    return rows
+    return list(rows.values())
 
 
 def as_csv(parts):
@@ -1108,7 +1105,7 @@ def check_classes(rows, args):
     classes = classes_of([row for row in rows if row["part"] == "train"], args.dataset)
     for part in sorted({row["part"] for row in rows} & {"val", "test"}):
         found = {row["class"] for row in rows if row["part"] == part}
-        lacking = ", ".join(sorted(found - {*classes}))
+        lacking = ", ".join(sorted(found.difference(classes)))
         if lacking:
             raise RunError(f"{args.dataset}: {part} has classes that train has not: {lacking}")
         absent = [name for name in classes if name not in found]
@@ -1262,7 +1259,7 @@ def one_each(images, random):
     return numbers.view(-1, 1, 1, 1)
 
 
-def rotate(images: Tensor, degrees: float, random: torch.Generator) -> Tensor:
+def rotate(images, degrees, random):
     """Turn each image by up to `degrees` either way, as torchvision's RandomRotation does: nearest
     neighbour, black corners."""
     height, width = images.shape[-2:]
@@ -1274,12 +1271,12 @@ def rotate(images: Tensor, degrees: float, random: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
-def brighten(images: Tensor, part: float, random: torch.Generator) -> Tensor:
+def brighten(images, part, random):
     """Multiply each image by 1 - `part` to 1 + `part`, as torchvision's ColorJitter does."""
     return (images * (1 + (one_each(images, random) * 2 - 1) * part)).clamp(0, 1)
 
 
-def turn_hue(images: Tensor, part: float, random: torch.Generator) -> Tensor:
+def turn_hue(images, part, random):
     """Turn the hue of each image by up to `part` of a full turn, as torchvision's ColorJitter does.
 
     Saturation and value are kept; grey has no hue. HSV as in A. R. Smith, "Color gamut transform
@@ -1300,7 +1297,7 @@ def turn_hue(images: Tensor, part: float, random: torch.Generator) -> Tensor:
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def flip(images: Tensor, probability: float, random: torch.Generator) -> Tensor:
+def flip(images, probability, random):
     """Mirror each image left to right with this probability."""
     return flip_where(one_each(images, random) < probability, images)
 
@@ -1310,7 +1307,7 @@ def flip_where(chosen, images):
     return torch.where(chosen, images.flip(3), images)
 
 
-def shift(images: Tensor, pixels: int, random: torch.Generator) -> Tensor:
+def shift(images, pixels, random):
     """Move each image by up to so many `pixels` along each axis, the border mirrored."""
     size, device = (2, len(images)), random.device
     down, right = torch.randint(-pixels, pixels + 1, size, generator=random, device=device)
@@ -1368,9 +1365,8 @@ class Loader:
     def __len__(self) -> int:
         """Batches an epoch."""
         full, rest = divmod(len(self.image_set), self.batch_size)
-        shuffles = self.seed is not None
-        is_left_out = rest == 0 or (rest == 1 and shuffles and self.batch_size > 1)
-        return full if is_left_out else full + 1
+        smallest = 1 if self.seed is None else 2
+        return full + 1 if rest >= smallest else full
 
     def batches(self, epoch: int = 0, side: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (`images` float [B, C, H, W], `labels` int64 [B]).
@@ -1405,12 +1401,6 @@ class Loader:
                 images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
             images = images.sub(mean).div_(std)
             yield images.contiguous(memory_format=torch.channels_last), labels[batch]
-
-
-def training_loader(args, image_set, config):
-    """A Loader for training: shuffled, and with --augment augmented."""
-    amounts = {name: getattr(args, name) for name in AUGMENTATIONS} if args.augment else None
-    return Loader(image_set, args.batch_size, config, args.seed, amounts, args.alternate_flip)
 
 
 def evaluation_loader(image_set: ImageSet, batch_size: int, config: dict) -> Loader:
@@ -1725,7 +1715,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 LOSSES = {"cross-entropy": cross_entropy}
 
 
-def make_criterion(args: Namespace, train_set: ImageSet) -> Callable:
+def make_criterion(args, train_set):
     """The loss of --loss for each image, and the weight that --class-weights gives it.
 
     A function of `logits` [B, K] and `labels` [B] to losses and weights, each [B].
@@ -1815,8 +1805,9 @@ def muon(weights, lr, precision, momentum=0.6, aux_lr=0.015, weight_decay=0.0):
     """Muon for the filters of convolutions, AdamW for all other weights."""
     filters, others = [p for p in weights if p.ndim == 4], [p for p in weights if p.ndim != 4]
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    how = {"betas": (0.8, 0.95), "weight_decay": weight_decay, "fused": is_fused(weights)}
-    return [Muon(filters, lr, momentum, dtype), torch.optim.AdamW(others, aux_lr, **how)]
+    fused = is_fused(weights)
+    adamw = torch.optim.AdamW(others, aux_lr, (0.8, 0.95), weight_decay=weight_decay, fused=fused)
+    return [Muon(filters, lr, momentum, dtype), adamw]
 
 
 # An optimiser is a function of the weights to learn, the learning rate, the precision and options,
@@ -1830,7 +1821,7 @@ OPTIMIZERS = {
 MUON_DEFAULTS = {"lr": 0.12, "schedule": "linear"}  # where the recipe is for another optimiser
 
 
-def make_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
+def make_optimizers(args, model):
     """Those of --optimizer, over what `model` learns."""
     weights = [p for p in model.parameters() if p.requires_grad]
     make = build(OPTIMIZERS, args.optimizer, vars(args))
@@ -2015,7 +2006,7 @@ TTA = ("mirror", "shift", "mirror+shift")
 UNSURE = 0.75
 
 
-def average_views(model: nn.Module, images: Tensor, tta: str | None = None) -> Tensor:
+def average_views(model, images, tta=None):
     """Logits [B, K], float32, of `images` [B, C, H, W].
 
     With `tta`, those of which the model is not sure, with no class above a probability of UNSURE,
@@ -2046,7 +2037,7 @@ def views(images, tta):
     return found
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits, labels):
     """The number by which to divide `logits` [N, K], so that their softmax gives the `labels` [N]
     the highest likelihood: C. Guo et al., "On calibration of modern neural networks" (2017).
 
@@ -2120,7 +2111,9 @@ def fit(
     """
     torch.set_num_threads(args.threads)
     keep_freed_memory(args.device)
-    loader = training_loader(args, data.train, model.config)
+    amounts = {name: getattr(args, name) for name in AUGMENTATIONS} if args.augment else None
+    shuffled = args.seed, amounts, args.alternate_flip
+    loader = Loader(data.train, args.batch_size, model.config, *shuffled)
     val_loader = evaluation_loader(data.val, args.batch_size, model.config)
     autocast = autocast_to(args.device, args.precision)
     criterion = make_criterion(args, data.train)
@@ -2214,9 +2207,8 @@ def final_test(args: Namespace, model: nn.Module, test_set: ImageSet, run: recor
     loader = evaluation_loader(test_set, args.batch_size, model.config)
     autocast = autocast_to(args.device, args.precision)
     plain, _ = evaluate(model, loader, autocast, plain_loss)
-    result = {"loss": plain.loss, "acc": plain.accuracy}
+    run.record["test"] = {"loss": plain.loss, "acc": plain.accuracy}
     if args.tta:
         averaged, _ = evaluate(model, loader, autocast, plain_loss, args.tta)
-        result |= {"plain_loss": plain.loss, "plain_acc": plain.accuracy}
-        result |= {"loss": averaged.loss, "acc": averaged.accuracy}
-    run.record["test"] = result
+        result = {"loss": averaged.loss, "acc": averaged.accuracy}
+        run.record["test"] = {**result, "plain_loss": plain.loss, "plain_acc": plain.accuracy}
