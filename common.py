@@ -1149,7 +1149,7 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
                 pixels[index] = decode(content, side, args.grey, args.resize)
             row["sha256"] = checksum
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            problems[index] = reason_of(error)
+            problems[row["file"]] = reason_of(error)
 
     with room_for((len(rows), side, side, channels), rows, args) as (room, decoded):
         pixels = room.permute(0, 3, 1, 2)
@@ -1160,7 +1160,8 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
         finally:
             pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
         if problems:
-            texts = [f"{rows[index]['file']} ({problems[index]})" for index in sorted(problems)]
+            names = sorted(problems, key=in_natural_order)
+            texts = [f"{name} ({problems[name]})" for name in names]
             more = f", and {len(texts) - 10} more" if len(texts) > 10 else ""
             raise RunError(
                 f"{shown(root)}: {len(texts)} of {len(rows)} files cannot be used: "
