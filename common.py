@@ -112,8 +112,9 @@ def dataset(text):
         return text
     path = absolute_path(text)
     if not (path.is_dir() or (path.is_file() and is_csv(path))):
-        names = ", ".join(DATASETS)
-        raise argparse.ArgumentTypeError(f"{path} is no folder, no CSV file and none of {names}")
+        raise argparse.ArgumentTypeError(
+            f"{path} is no folder, no CSV file and none of {', '.join(DATASETS)}"
+        )
     return str(path)
 
 
@@ -470,10 +471,12 @@ def command_line(main: Callable[[list[str]], dict]) -> int:
 
     def fail(status, message):
         with contextlib.suppress(OSError):  # nobody reads it; the exit status tells as well
-            print(f"{script.name}: error: {' '.join(str(message).split())}", file=sys.stderr)
+            print(
+                f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}",
+                file=sys.stderr,
+            )
         return status
 
-    script = Path(sys.argv[0])
     signal.signal(signal.SIGTERM, records.interrupt)
     repair_outputs()
     try:
@@ -574,9 +577,13 @@ class ImageSet:
 
     def to(self, device: str) -> "ImageSet":
         """The same images on `device`; no copy of those that are there."""
-        pixels = self.pixels.to(device, memory_format=torch.channels_last)
-        labels, rows = self.labels.to(device), self.rows.to(device)
-        return ImageSet(pixels, labels, self.classes, self.files, rows)
+        return ImageSet(
+            self.pixels.to(device, memory_format=torch.channels_last),
+            self.labels.to(device),
+            self.classes,
+            self.files,
+            self.rows.to(device),
+        )
 
     def chunks(self) -> Iterator[Tensor]:
         """The images on the CPU, a few at a time: uint8 [64, H, W, C]."""
@@ -731,7 +738,7 @@ def read_named(args, synthetic, wanted):
     return parts
 
 
-def divide(images: ImageSet, args: Namespace, draw: bool) -> tuple[Tensor, Tensor]:
+def divide(images, args, draw):
     """Which of the `images` [N] train, and which validate: two masks [N]. RunError.
 
     A fold follows from the names of the images. Without `draw`, none of them validates.
@@ -1171,7 +1178,7 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
 
 
 @contextlib.contextmanager
-def room_for(shape: tuple, rows: list[dict], args: Namespace) -> Iterator[tuple[Tensor, bool]]:
+def room_for(shape, rows, args):
     """An uint8 tensor of this shape, and whether the images of `rows` are in it already.
 
     It lies in memory, or else in a file of the run's directory, or of the search's, where the
@@ -1256,8 +1263,7 @@ def decode(content, side, grey, resize):
 # ------------------------ Augmentation and batches ------------------------
 def one_each(images, random):
     """A random number from 0 to 1 for each of `images`: [N, 1, 1, 1]."""
-    numbers = torch.rand(len(images), generator=random, device=random.device)
-    return numbers.view(-1, 1, 1, 1)
+    return torch.rand(len(images), generator=random, device=random.device).view(-1, 1, 1, 1)
 
 
 def rotate(images, degrees, random):
@@ -1310,8 +1316,9 @@ def flip_where(chosen, images):
 
 def shift(images, pixels, random):
     """Move each image by up to so many `pixels` along each axis, the border mirrored."""
-    size, device = (2, len(images)), random.device
-    down, right = torch.randint(-pixels, pixels + 1, size, generator=random, device=device)
+    down, right = torch.randint(
+        -pixels, pixels + 1, (2, len(images)), generator=random, device=random.device
+    )
     return shift_by(images, down, right, pixels)
 
 
@@ -1374,7 +1381,7 @@ class Loader:
 
         `side` resizes the images to so many pixels square.
         """
-        pixels, labels, rows = self.image_set.pixels, self.image_set.labels, self.image_set.rows
+        pixels, labels = self.image_set.pixels, self.image_set.labels
         device, amounts, flipped = pixels.device, self.amounts, None
         mean, std = (
             torch.tensor(self.config[name], device=device).view(-1, 1, 1)
@@ -1393,7 +1400,7 @@ class Loader:
             amounts = {**amounts, "flip": 0}
 
         for batch in order.split(self.batch_size)[: len(self)]:
-            images = pixels[rows[batch]].float().div_(255)
+            images = pixels[self.image_set.rows[batch]].float().div_(255)
             if flipped is not None:
                 images = flip_where(flipped[batch].view(-1, 1, 1, 1), images)
             if amounts:
@@ -1791,15 +1798,16 @@ def adam(weights, lr, precision, weight_decay=0.0, kind=torch.optim.Adam):
 
 def sgd(weights, lr, precision, momentum=0.9, weight_decay=0.0):
     """torch's SGD with Nesterov momentum."""
-    optimizer = torch.optim.SGD(
-        weights,
-        lr,
-        momentum,
-        weight_decay=weight_decay,
-        nesterov=momentum > 0,
-        fused=is_fused(weights),
-    )
-    return [optimizer]
+    return [
+        torch.optim.SGD(
+            weights,
+            lr,
+            momentum,
+            weight_decay=weight_decay,
+            nesterov=momentum > 0,
+            fused=is_fused(weights),
+        )
+    ]
 
 
 def muon(weights, lr, precision, momentum=0.6, aux_lr=0.015, weight_decay=0.0):
@@ -1932,8 +1940,7 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, began, bar)
         meter.update(losses.detach(), weights, logits.detach(), labels)
         if (epoch - 1) * len(loader) + step == 100:
             say_if_cores_are_shared(args, began)
-        was_drawn = bar.update()
-        if was_drawn:
+        if bar.update():
             bar.set_postfix(loss=f"{meter.loss:.4f}", refresh=False)
     return meter
 
@@ -2087,11 +2094,11 @@ class EarlyStopping:
         """Whether the tolerance is used up."""
         return 0 < self.tolerance <= self.epochs_without_improvement
 
-    def state_dict(self) -> dict:
+    def state_dict(self):
         """All but the tolerance, which may change when a run goes on."""
         return {name: value for name, value in vars(self).items() if name != "tolerance"}
 
-    def load_state_dict(self, state: dict) -> None:
+    def load_state_dict(self, state):
         """Go on from `state_dict()`."""
         vars(self).update(state)
 
@@ -2113,8 +2120,9 @@ def fit(
     torch.set_num_threads(args.threads)
     keep_freed_memory(args.device)
     amounts = {name: getattr(args, name) for name in AUGMENTATIONS} if args.augment else None
-    shuffled = args.seed, amounts, args.alternate_flip
-    loader = Loader(data.train, args.batch_size, model.config, *shuffled)
+    loader = Loader(
+        data.train, args.batch_size, model.config, args.seed, amounts, args.alternate_flip
+    )
     val_loader = evaluation_loader(data.val, args.batch_size, model.config)
     autocast = autocast_to(args.device, args.precision)
     criterion = make_criterion(args, data.train)

@@ -118,8 +118,9 @@ def load_checkpoint(path: Path) -> dict:
             f"{shown(path)} is missing: the run has not got so far, or the file was removed"
         ) from None
     except Exception as error:  # zipfile and torch.load raise whatever they stumble over
-        kind = type(error).__name__
-        raise RunError(f"{shown(path)} is damaged, or is not a checkpoint ({kind})") from error
+        raise RunError(
+            f"{shown(path)} is damaged, or is not a checkpoint ({type(error).__name__})"
+        ) from error
     if damaged:
         raise RunError(f"{shown(path)} is damaged: the checksum of {damaged} is not right")
     check_format(path, state)
@@ -251,7 +252,7 @@ def already_done(args: Namespace) -> dict | None:
         return None
     ended = f"{status.replace('_', ' ')} after {record['epochs']} epochs"
     say(f"{shown(directory)}: {ended}, nothing to do", args.quiet)
-    return {**record, "directory": str(directory)}
+    return record | {"directory": str(directory)}
 
 
 def last_epoch(args):
@@ -271,12 +272,12 @@ class Run:
         self.was_stopped_early = self.record["status"] == "stopped_early"
         self.began = time.perf_counter() - self.record["seconds"]
 
-    def write_record(self, **changes) -> None:
+    def write_record(self, **changes):
         """Write run.json with these changes."""
         self.record.update(changes, seconds=time.perf_counter() - self.began)
         write_json(self.directory / "run.json", self.record)
 
-    def save(self, parts: dict) -> None:
+    def save(self, parts):
         """Save after an epoch: first last.pt, with the history and the state of each of `parts`."""
         states = {name: part.state_dict() for name, part in parts.items()}
         state = {"run": self.record["name"], "history": self.history, **states}
@@ -284,7 +285,7 @@ class Run:
         self.record["test"] = None  # it was of the best epoch before
         self.write_results(parts)
 
-    def write_results(self, parts: dict) -> None:
+    def write_results(self, parts):
         """Write what follows from last.pt: best.pt, where it is a new best, log.jsonl, run.json."""
         best, path = None, self.directory / "best.pt"
         if self.history:
@@ -292,13 +293,13 @@ class Run:
             best = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
             best["temperature"] = parts["model"].config["temperature"]
         if best and (best != self.record["best"] or not path.exists()):
-            weights = parts["early_stopping"].best_weights
-            save_checkpoint(path, {**parts["model"].config, **best, "weights": weights})
+            weights = {"weights": parts["early_stopping"].best_weights}
+            save_checkpoint(path, parts["model"].config | best | weights)
         log = "".join(json.dumps(row) + "\n" for row in self.history)
         write_atomically(self.directory / "log.jsonl", log.encode())
         self.write_record(epochs=len(self.history), best=best)
 
-    def restore(self, parts: dict) -> int:
+    def restore(self, parts):
         """Give `parts` their state in last.pt, and make the other files agree with it.
 
         Returns the epochs that are done, 0 where none was saved. RunError.
@@ -316,11 +317,11 @@ class Run:
         self.write_results(parts)
         return len(self.history)
 
-    def result(self) -> dict:
+    def result(self):
         """The content of run.json, with the run's `directory`."""
-        return {**self.record, "directory": str(self.directory)}
+        return self.record | {"directory": str(self.directory)}
 
-    def report(self, quiet: bool) -> None:
+    def report(self, quiet):
         """Say how the run has ended."""
         best, test = self.record["best"], self.record["test"]
         if best:
@@ -337,13 +338,17 @@ class Run:
 
 def new_record(args, model, data):
     """run.json of a run that begins."""
-    known = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
+    known = {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in vars(args).items()
+        if name not in NOT_RECORDED
+    }
     return {
         "format": FORMAT,
         "name": args.directory.name,
         "script": args.script,
         "argv": args.argv,
-        "args": {k: str(v) if isinstance(v, Path) else v for k, v in known.items()},
+        "args": known,
         "status": "running",
         "error": None,
         "started": utc_now(),
