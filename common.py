@@ -872,7 +872,7 @@ def read_files(args: Namespace, wanted: tuple, known: Path | None) -> dict[str, 
     # Look at all that are needed; the parts share the pixels.
     classes = classes_of(rows, args.dataset)
     rows = [row for part in PARTS for row in rows if row["part"] == part and part in wanted]
-    key = args.dataset, args.image_size, args.grey, args.resize, args.device, wanted
+    key = args.dataset, args.image_size, args.grey, args.resize, args.device, wanted, len(rows)
     cache = images_read if search_directory else {}
     if key not in cache:
         pixels = read_pixels(rows, root, args)
