@@ -2216,8 +2216,9 @@ def final_test(args: Namespace, model: nn.Module, test_set: ImageSet, run: recor
     loader = evaluation_loader(test_set, args.batch_size, model.config)
     autocast = autocast_to(args.device, args.precision)
     plain, _ = evaluate(model, loader, autocast, plain_loss)
-    run.record["test"] = {"loss": plain.loss, "acc": plain.accuracy}
+    result = {"loss": plain.loss, "acc": plain.accuracy}
     if args.tta:
         averaged, _ = evaluate(model, loader, autocast, plain_loss, args.tta)
-        result = {"loss": averaged.loss, "acc": averaged.accuracy}
-        run.record["test"] = {**result, "plain_loss": plain.loss, "plain_acc": plain.accuracy}
+        result |= {"plain_loss": plain.loss, "plain_acc": plain.accuracy}
+        result |= {"loss": averaged.loss, "acc": averaged.accuracy}
+    run.record["test"] = result
