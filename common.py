@@ -1252,11 +1252,7 @@ def decode(content, side, grey, resize):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if grey else "RGB")
-        ways = {
-            "stretch": Image.Image.resize,
-            "crop": ImageOps.fit,
-            "pad": ImageOps.pad,
-        }
+        ways = {"stretch": Image.Image.resize, "crop": ImageOps.fit, "pad": ImageOps.pad}
         return pil_to_tensor(ways[resize](image, (side, side), Image.Resampling.BILINEAR))
 
 
