@@ -421,6 +421,7 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def choose_device(device: str, precision: str) -> tuple[str, str]:
     """What `auto` means on this machine. UsageError where it lacks the device."""
+    # The device.
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -433,6 +434,8 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
             f"--device {device}: this machine or this build of torch has none; "
             "use --device cpu or auto"
         )
+
+    # The precision.
     if precision == "auto" and device == "cuda":
         precision = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif precision == "auto":
@@ -441,6 +444,7 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
         precision = "bf16" if has_bf16 else "fp32"
     if (device, precision) == ("cpu", "fp16"):
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32")
+
     # Two runs of one seed are to give the same bytes; cuDNN's fastest kernels do not.
     torch.backends.cudnn.deterministic = True
     return device, precision
@@ -477,6 +481,7 @@ def command_line(main: Callable[[list[str]], dict]) -> int:
             )
         return status
 
+    # What goes wrong by a user's mistake or the machine's limits is one line.
     signal.signal(signal.SIGTERM, records.interrupt)
     repair_outputs()
     try:
@@ -858,6 +863,8 @@ def read_files(args: Namespace, wanted: tuple, known: Path | None) -> dict[str, 
     root = folder_of(args.dataset)
     if not root.is_dir():
         raise RunError(f"{shown(root)} is not there; say where the images are with --dataset")
+
+    # Which files: those that are known, whatever has come since, or those that are there.
     rows = list_source(known, args, quiet=True) if known else find_rows(args)
     if args.listing and root == Path(args.dataset):
         there = {row["file"] for row in list_source(root, args, quiet=True)}
@@ -879,6 +886,8 @@ def read_files(args: Namespace, wanted: tuple, known: Path | None) -> dict[str, 
         labels = torch.tensor([classes.index(row["class"]) for row in rows], dtype=torch.long)
         files = [File(root / row["file"], row["file"], row["sha256"]) for row in rows]
         cache[key] = ImageSet(pixels, labels, classes, files).to(args.device)
+
+    # Give each part its own of them.
     parts = {}
     for part in dict.fromkeys(row["part"] for row in rows):
         chosen = torch.tensor([row["part"] == part for row in rows])
@@ -956,6 +965,7 @@ def find_rows(args):
 
 def read_rows(path):
     """The rows of a data.csv, or of a CSV file as a spreadsheet writes it. RunError."""
+    # A spreadsheet may begin the file with a mark of its encoding, and separate with semicolons.
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     delimiter = ";" if ";" in text.partition("\n")[0] else ","
     lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
@@ -966,6 +976,8 @@ def read_rows(path):
                 raise RunError(
                     f"{shown(path)} has no column {column}; its first line names the columns"
                 )
+
+        # Take the lines one by one, with one spelling of each part and path.
         for line in lines:
             row = {column: line.get(column) or "" for column in COLUMNS}
             if not any(row.values()):
@@ -1101,6 +1113,7 @@ def classes_of(rows, source):
 
 def check_classes(rows, args):
     """RunError where the classes of the parts do not agree; a warning where one is not tested."""
+    # Names that look the same, but are spelt with other bytes.
     alike = {}
     for name in sorted({row["class"] for row in rows}):
         other = alike.setdefault(unicodedata.normalize("NFC", name), name)
@@ -1109,6 +1122,8 @@ def check_classes(rows, args):
                 f"{args.dataset}: the classes {other!a} and {name!a} look the same; "
                 "give them one name"
             )
+
+    # What is validated and tested is what was trained.
     classes = classes_of([row for row in rows if row["part"] == "train"], args.dataset)
     for part in sorted({row["part"] for row in rows} & {"val", "test"}):
         found = {row["class"] for row in rows if row["part"] == part}
@@ -1159,6 +1174,7 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
             problems[row["file"]] = reason_of(error)
 
     with room_for((len(rows), side, side, channels), rows, args) as (room, decoded):
+        # Read the files, as many at a time as there are cores.
         pixels = room.permute(0, 3, 1, 2)
         pool = ThreadPoolExecutor(os.cpu_count())
         try:
@@ -1166,6 +1182,8 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
             list(tqdm(done, "reading images", len(rows), leave=False, disable=args.quiet or None))
         finally:
             pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
+
+        # Name the first ten of those that cannot be used.
         if problems:
             names = sorted(problems, key=in_natural_order)
             texts = [f"{name} ({problems[name]})" for name in names]
@@ -1184,6 +1202,7 @@ def room_for(shape, rows, args):
     It lies in memory, or else in a file of the run's directory, or of the search's, where the
     trials share it.
     """
+    # In memory, where there is enough of it, or where no file tells.
     size, meminfo = math.prod(shape), Path("/proc/meminfo")
     free = math.inf
     if meminfo.exists():
@@ -1191,6 +1210,8 @@ def room_for(shape, rows, args):
     if size <= free:
         yield torch.empty(shape, dtype=torch.uint8), False
         return
+
+    # Else in a file, one for each choice of images, size and way to the square.
     directory = search_directory or args.directory
     directory.mkdir(parents=True, exist_ok=True)
     say(
@@ -1205,6 +1226,8 @@ def room_for(shape, rows, args):
         for leftover in directory.glob(".pixels-*"):  # of a process that was killed
             if leftover != path:
                 leftover.unlink()
+
+        # Its name is the final one when all are in it; that of a single run goes at once.
         temporary = path if decoded else path.with_suffix(".tmp")
         try:
             with open(temporary, "ab") as file:
@@ -1244,6 +1267,8 @@ def decode(content, side, grey, resize):
         # A JPEG is read in half, a quarter or an eighth of its size, where that is enough.
         image.draft(None, (2 * side, 2 * side))
         image = ImageOps.exif_transpose(image)
+
+        # Bring it to 8 bits a channel, without transparency.
         if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at 255
             image = image.convert("I").point(lambda level: level * (1 / 257)).convert("L")
         if image.mode in ("I", "F"):
@@ -1252,6 +1277,8 @@ def decode(content, side, grey, resize):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if grey else "RGB")
+
+        # Make it square.
         ways = {"stretch": Image.Image.resize, "crop": ImageOps.fit, "pad": ImageOps.pad}
         return pil_to_tensor(ways[resize](image, (side, side), Image.Resampling.BILINEAR))
 
@@ -1395,6 +1422,7 @@ class Loader:
             flipped = in_odd_epochs if epoch % 2 == 1 else ~in_odd_epochs
             amounts = {**amounts, "flip": 0}
 
+        # Each batch: bytes become numbers from 0 to 1, and are changed, resized and normalised.
         for batch in order.split(self.batch_size)[: len(self)]:
             images = pixels[self.image_set.rows[batch]].float().div_(255)
             if flipped is not None:
@@ -1690,6 +1718,7 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     with refused_as(f"--tta {args.tta}: the images are too small"):
         views(images, args.tta or "")
 
+    # Draw the weights.
     torch.manual_seed(random_seed(args.seed, "weights"))
     model = build_model(config).to(args.device)
     has_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
