@@ -338,7 +338,7 @@ def with_options(values):
 
 
 def recorded_arguments(record: dict) -> dict:
-    """The arguments in a run.json. One that an older run does not have has its default. RunError."""
+    """The arguments in a run.json. One that an older run lacks has its default. RunError."""
     _, defaults = make_parser("", "", {})
     args = {**defaults, "threads": record["threads"], **record["args"]}
     lacking = [f"--{title} {args[title]}" for title in TABLES if args[title] not in TABLES[title]]
@@ -671,8 +671,8 @@ def load_data(
 
     Every image is looked at now, those of the test set too, and not after hours of training. A part
     of the training images validates, unless there are others; at --val-size 0 the test set does.
-    `wanted` is all, or ("test",), or ("train", "val"). RunError says what is missing, damaged or too
-    little, UsageError what does not go together.
+    `wanted` is all, or ("test",), or ("train", "val"). RunError says what is missing, damaged or
+    too little, UsageError what does not go together.
     """
     # Read each part that has images of its own. A fold leaves the test images alone.
     of_files = args.dataset not in DATASETS
@@ -1065,7 +1065,7 @@ def folders(path):
 
 
 def image_files(folder: Path, skipped: Counter | None = None) -> list[Path]:
-    """The image files in and below `folder`. The endings of other files are counted in `skipped`."""
+    """The image files in and below `folder`. `skipped` counts the endings of the other files."""
 
     def fail(error):
         raise error
