@@ -92,7 +92,7 @@ def number(
     return parse
 
 
-def run_name(text):
+def run_name(text: str) -> str:
     """An argparse `type`: the name of a directory, without a path."""
     if text in ("", ".", "..") or not {"/", os.sep, "\0"}.isdisjoint(text):
         raise argparse.ArgumentTypeError(f"expected a name without slashes, not {text!r}")
@@ -106,7 +106,7 @@ def absolute_path(text: str) -> Path:
     return Path(os.path.expanduser(text)).absolute()
 
 
-def dataset(text):
+def dataset(text: str) -> str:
     """An argparse `type`: one of DATASETS, or the path of a folder or a CSV file."""
     if text in DATASETS:
         return text
@@ -118,7 +118,7 @@ def dataset(text):
     return str(path)
 
 
-def sizes(text):
+def sizes(text: str) -> list[float]:
     """An argparse `type`: parts of the images' side, as in 5/8,3/4,1."""
     with contextlib.suppress(ValueError, ZeroDivisionError):
         parts = [float(Fraction(word)) for word in text.split(",")]
@@ -129,7 +129,7 @@ def sizes(text):
     )
 
 
-def fold(text):
+def fold(text: str) -> str:
     """An argparse `type`: K/N, the K-th of N parts."""
     found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", text)
     if not found or int(found[2]) < max(2, int(found[1])):
@@ -156,7 +156,9 @@ OPTIONS = {
 }
 
 
-def make_parser(script: str, description: str, recipes: dict) -> tuple[ArgumentParser, dict]:
+def make_parser(  # noqa: PLR0915 (a table of flags)
+    script: str, description: str, recipes: dict
+) -> tuple[ArgumentParser, dict]:
     """The parser of a training script, which returns what is typed and nothing else.
 
     Beside it: the defaults of the flags that no recipe sets.
@@ -248,19 +250,19 @@ def make_parser(script: str, description: str, recipes: dict) -> tuple[ArgumentP
     return parser, defaults
 
 
-def as_flag(name):
+def as_flag(name: str) -> str:
     """The flag of an argument."""
     return "--" + name.replace("_", "-")
 
 
-def options_of(entry):
+def options_of(entry: Callable) -> dict:
     """The options of an entry of a table, with their defaults: its arguments that are numbers or
     switches."""
     arguments = inspect.signature(entry).parameters.values()
     return {each.name: each.default for each in arguments if isinstance(each.default, int | float)}
 
 
-def owners_of_options():
+def owners_of_options() -> dict[str, dict]:
     """For each option, the entries of TABLES that have it, and their defaults."""
     owners = {}
     for title, table in TABLES.items():
@@ -270,7 +272,7 @@ def owners_of_options():
     return owners
 
 
-def build(table, entry, values):
+def build(table: dict, entry: str, values: dict) -> Callable:
     """The entry of a table with its options as they are in `values`."""
     names = [name for name in options_of(table[entry]) if values.get(name) is not None]
     return functools.partial(table[entry], **{name: values[name] for name in names})
@@ -327,7 +329,7 @@ def parse_arguments(
     return args
 
 
-def with_options(values):
+def with_options(values: dict) -> dict:
     """`values` with the options of the chosen model, loss and optimiser, and no others'."""
     owners = owners_of_options()
     complete = {name: value for name, value in values.items() if name not in owners}
@@ -533,7 +535,7 @@ def random_seed(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def generator_for(*parts, device="cpu"):
+def generator_for(*parts, device: str | torch.device = "cpu") -> torch.Generator:
     """A random generator with the seed `random_seed(*parts)`."""
     return torch.Generator(device=device).manual_seed(random_seed(*parts))
 
@@ -695,8 +697,6 @@ def load_data(
         listing = known.read_bytes() if known else as_csv(parts)
         say_twins(parts, args.quiet)
     val = parts.get("val", None if args.val_size else parts.get("test"))
-    if "train" in wanted and not val:
-        raise RunError(f"{args.dataset}: there are no images to validate with")
     test = parts.get("test") if args.test else None  # its files were looked at, and nothing else
     data = Data(parts.get("train"), val, test, files, listing)
     if wanted == PARTS:
@@ -704,14 +704,18 @@ def load_data(
     return data
 
 
-def say_census(data, args):
+def say_census(data: Data, args: Namespace) -> None:
     """Say what a training is to know of its images. RunError where they are too few."""
+    if not data.val:
+        raise RunError(f"{args.dataset}: there are no images to validate with")
     classes, counts = data.train.classes, data.train.labels.bincount()
-    few, many = (f"{counts[i]:,} ({classes[i]})" for i in (counts.argmin(), counts.argmax()))
+    smallest, largest = (
+        f"{counts[label]:,} ({classes[label]})" for label in (counts.argmin(), counts.argmax())
+    )
     count = len(data.train)
     say(
         f"{args.dataset}: {count:,} training and {len(data.val):,} validation images; "
-        f"{len(classes)} classes, the smallest {few}, the largest {many}",
+        f"{len(classes)} classes, the smallest {smallest}, the largest {largest}",
         args.quiet,
     )
     if data.val is data.test:
@@ -743,7 +747,7 @@ def read_named(args, synthetic, wanted):
     return parts
 
 
-def divide(images, args, draw):
+def divide(images: ImageSet, args: Namespace, draw: bool) -> tuple[Tensor, Tensor]:
     """Which of the `images` [N] train, and which validate: two masks [N]. RunError.
 
     A fold follows from the names of the images. Without `draw`, none of them validates.
@@ -783,7 +787,7 @@ def hash_of(name):
     return hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
-def stratified_sample(labels, size, generator):
+def stratified_sample(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """Draw `size` of the images with `labels` [N], each class in its own proportion to within one.
 
     Returns a mask [N].
@@ -941,7 +945,7 @@ def list_source(path, args, quiet):
     return [row for row in rows if not (args.fold and row["part"] == "test")]
 
 
-def find_rows(args):
+def find_rows(args: Namespace) -> list[dict]:
     """The rows of a new data.csv; where no images test or validate, a tenth of each class tests.
 
     These are the files whose paths have the lowest hashes. So a new file changes one at most.
@@ -963,7 +967,7 @@ def find_rows(args):
     return rows
 
 
-def read_rows(path):
+def read_rows(path: Path) -> list[dict]:
     """The rows of a data.csv, or of a CSV file as a spreadsheet writes it. RunError."""
     # A spreadsheet may begin the file with a mark of its encoding, and separate with semicolons.
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
@@ -998,7 +1002,7 @@ def read_rows(path):
     return list(rows.values())
 
 
-def as_csv(parts):
+def as_csv(parts: dict[str, ImageSet]) -> bytes:
     """The content of a data.csv."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -1011,31 +1015,10 @@ def as_csv(parts):
     return text.getvalue().encode(errors="surrogateescape")
 
 
-def list_folder(root, quiet):
+def list_folder(root: Path, quiet: bool) -> list[dict]:
     """The rows of PATH/<class>/*, or of PATH/train/<class>/*, PATH/val and PATH/test. RunError."""
-    # Which folders are parts, and which are classes.
-    parts = {}
-    for path in folders(root):
-        part = PART_NAMES.get(path.name.lower())
-        if part in parts:
-            raise RunError(
-                f"{shown(root)} has two folders for one part: {parts[part].name} and {path.name}"
-            )
-        if part and image_files(path):
-            parts[part] = path
-    others = [path for path in folders(root) if path.name.lower() not in PART_NAMES]
-    if "train" in parts and folders(parts["train"]) and (len(parts) > 1 or not others):
-        for path in parts.values():
-            if not folders(path):
-                raise RunError(f"{shown(path)} has no class folders: make them, or move it away")
-    elif parts and not others:
-        raise RunError(f"{shown(root)} has no folder train with class folders in it")
-    else:
-        parts = {"train": root}
-
-    # The images in them.
     rows, skipped = [], Counter()
-    for part, folder in parts.items():
+    for part, folder in part_folders(root).items():
         for class_folder in folders(folder):
             for path in image_files(class_folder, skipped):
                 file = path.relative_to(root).as_posix()
@@ -1045,6 +1028,32 @@ def list_folder(root, quiet):
         kinds = [f"{n} {kind}{hints.get(kind, '')}" for kind, n in skipped.most_common()]
         say(f"{skipped.total()} files skipped: {', '.join(kinds)}", quiet)
     return rows
+
+
+def part_folders(root: Path) -> dict[str, Path]:
+    """The folders of the parts; where all folders are classes, {"train": root}. RunError."""
+    # The folders with the names of parts that have images in them.
+    parts = {}
+    for path in folders(root):
+        part = PART_NAMES.get(path.name.lower())
+        if part in parts:
+            raise RunError(
+                f"{shown(root)} has two folders for one part: {parts[part].name} and {path.name}"
+            )
+        if part and image_files(path):
+            parts[part] = path
+
+    # They are parts where class folders are in them, and classes where other classes are beside.
+    others = [path for path in folders(root) if path.name.lower() not in PART_NAMES]
+    if "train" in parts and folders(parts["train"]) and (len(parts) > 1 or not others):
+        for path in parts.values():
+            if not folders(path):
+                raise RunError(f"{shown(path)} has no class folders: make them, or move it away")
+    elif parts and not others:
+        raise RunError(f"{shown(root)} has no folder train with class folders in it")
+    else:
+        parts = {"train": root}
+    return parts
 
 
 def is_visible(name):
@@ -1058,7 +1067,7 @@ def in_natural_order(name):
     return [int(word) if place % 2 else word for place, word in enumerate(words)], name
 
 
-def folders(path):
+def folders(path: Path) -> list[Path]:
     """The folders in `path`, in natural order."""
     found = [below for below in path.iterdir() if below.is_dir() and is_visible(below.name)]
     return sorted(found, key=lambda below: in_natural_order(below.name))
@@ -1088,7 +1097,7 @@ def image_files(folder: Path, skipped: Counter | None = None) -> list[Path]:
 
 
 @functools.cache
-def image_endings():
+def image_endings() -> set[str]:
     """The endings of the files that Pillow can read here."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -1142,7 +1151,7 @@ def say_twins(parts, quiet):
     """Say where the same picture is in two parts."""
     seen, twins = {}, []
     for part, images in ((part, parts[part]) for part in PARTS if part in parts):
-        pictures = (picture for chunk in images.chunks() for picture in chunk)
+        pictures = (images.pixels[row].cpu().permute(1, 2, 0) for row in images.rows.tolist())
         for file, picture in zip(images.files, pictures, strict=True):
             digest = hashlib.sha256(picture.numpy().tobytes()).digest()
             other_part, other = seen.setdefault(digest, (part, file.name))
@@ -1254,7 +1263,7 @@ def read_image(path: Path, side: int, grey: bool, resize: str = "stretch") -> Te
         raise RunError(f"{shown(path)} cannot be used ({reason_of(error)})") from error
 
 
-def decode(content, side, grey, resize):
+def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
     """The bytes of an image file of any size and mode as uint8 [C, side, side].
 
     It is turned as the camera says, what is transparent lies on white, and the square is made as
@@ -1279,17 +1288,21 @@ def decode(content, side, grey, resize):
         image = image.convert("L" if grey else "RGB")
 
         # Make it square.
-        ways = {"stretch": Image.Image.resize, "crop": ImageOps.fit, "pad": ImageOps.pad}
+        ways: dict[str, Callable] = {
+            "stretch": Image.Image.resize,
+            "crop": ImageOps.fit,
+            "pad": ImageOps.pad,
+        }
         return pil_to_tensor(ways[resize](image, (side, side), Image.Resampling.BILINEAR))
 
 
 # ------------------------ Augmentation and batches ------------------------
-def one_each(images, random):
+def one_each(images: Tensor, random: torch.Generator) -> Tensor:
     """A random number from 0 to 1 for each of `images`: [N, 1, 1, 1]."""
     return torch.rand(len(images), generator=random, device=random.device).view(-1, 1, 1, 1)
 
 
-def rotate(images, degrees, random):
+def rotate(images: Tensor, degrees: float, random: torch.Generator) -> Tensor:
     """Turn each image by up to `degrees` either way, as torchvision's RandomRotation does: nearest
     neighbour, black corners."""
     height, width = images.shape[-2:]
@@ -1301,12 +1314,12 @@ def rotate(images, degrees, random):
     return F.grid_sample(images, grid, mode="nearest", align_corners=False)
 
 
-def brighten(images, part, random):
+def brighten(images: Tensor, part: float, random: torch.Generator) -> Tensor:
     """Multiply each image by 1 - `part` to 1 + `part`, as torchvision's ColorJitter does."""
     return (images * (1 + (one_each(images, random) * 2 - 1) * part)).clamp(0, 1)
 
 
-def turn_hue(images, part, random):
+def turn_hue(images: Tensor, part: float, random: torch.Generator) -> Tensor:
     """Turn the hue of each image by up to `part` of a full turn, as torchvision's ColorJitter does.
 
     Saturation and value are kept; grey has no hue. HSV as in A. R. Smith, "Color gamut transform
@@ -1327,17 +1340,17 @@ def turn_hue(images, part, random):
     return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def flip(images, probability, random):
+def flip(images: Tensor, probability: float, random: torch.Generator) -> Tensor:
     """Mirror each image left to right with this probability."""
     return flip_where(one_each(images, random) < probability, images)
 
 
-def flip_where(chosen, images):
+def flip_where(chosen: Tensor, images: Tensor) -> Tensor:
     """`images` [N, C, H, W], mirrored left to right where `chosen` [N, 1, 1, 1] is true."""
     return torch.where(chosen, images.flip(3), images)
 
 
-def shift(images, pixels, random):
+def shift(images: Tensor, pixels: int, random: torch.Generator) -> Tensor:
     """Move each image by up to so many `pixels` along each axis, the border mirrored."""
     down, right = torch.randint(
         -pixels, pixels + 1, (2, len(images)), generator=random, device=random.device
@@ -1345,7 +1358,7 @@ def shift(images, pixels, random):
     return shift_by(images, down, right, pixels)
 
 
-def shift_by(images, down, right, most):
+def shift_by(images: Tensor, down: Tensor, right: Tensor, most: int) -> Tensor:
     """`images` [N, C, H, W] moved by `down` and `right` [N] pixels, at `most` so many."""
     height, width = images.shape[-2:]
     windows = F.pad(images, (most,) * 4, "reflect").unfold(2, height, 1).unfold(3, width, 1)
@@ -1599,7 +1612,7 @@ class Whitening(nn.Conv2d):
         self.weight.copy_(torch.cat([filters, -filters]))
 
 
-def identity_convolution(channels_in, channels_out):
+def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
     """A 3x3 convolution that at first hands its inputs on: S. Zagoruyko and N. Komodakis,
     "DiracNets" (2017)."""
     convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
@@ -1607,7 +1620,7 @@ def identity_convolution(channels_in, channels_out):
     return convolution
 
 
-def batch_norm(channels):
+def batch_norm(channels: int) -> nn.BatchNorm2d:
     """Batch norm without a learnt scale; for evaluation it has the statistics of the last few
     batches."""
     norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
@@ -1748,7 +1761,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 LOSSES = {"cross-entropy": cross_entropy}
 
 
-def make_criterion(args, train_set):
+def make_criterion(args: Namespace, train_set: ImageSet) -> Callable:
     """The loss of --loss for each image, and the weight that --class-weights gives it.
 
     A function of `logits` [B, K] and `labels` [B] to losses and weights, each [B].
@@ -1811,7 +1824,7 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(step.view(shape), alpha=group["lr"])
 
 
-def is_fused(weights):
+def is_fused(weights: list[Tensor]) -> bool:
     """Whether torch has optimisers of one kernel for the device of the weights."""
     return weights[0].device.type in ("cpu", "cuda")
 
@@ -1855,7 +1868,7 @@ OPTIMIZERS = {
 MUON_DEFAULTS = {"lr": 0.12, "schedule": "linear"}  # where the recipe is for another optimiser
 
 
-def make_optimizers(args, model):
+def make_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
     """Those of --optimizer, over what `model` learns."""
     weights = [p for p in model.parameters() if p.requires_grad]
     make = build(OPTIMIZERS, args.optimizer, vars(args))
@@ -1866,12 +1879,12 @@ def make_optimizers(args, model):
     return optimizers
 
 
-def cosine(progress):
+def cosine(progress: float) -> float:
     """From 1 to 0 along half a cosine."""
     return (1 + math.cos(math.pi * progress)) / 2
 
 
-def onecycle(progress):
+def onecycle(progress: float) -> float:
     """L. N. Smith and N. Topin, "Super-convergence" (2018), in the phases of torch's OneCycleLR."""
     if progress < 0.3:
         return 1 + (1 / 25 - 1) * cosine(progress / 0.3)
@@ -1965,7 +1978,8 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, began, bar)
         meter.update(losses.detach(), weights, logits.detach(), labels)
         if (epoch - 1) * len(loader) + step == 100:
             say_if_cores_are_shared(args, began)
-        if bar.update():
+        was_drawn = bar.update()
+        if was_drawn:
             bar.set_postfix(loss=f"{meter.loss:.4f}", refresh=False)
     return meter
 
@@ -1977,8 +1991,9 @@ def sides_in_training(args, side):
 
 def side_in_epoch(args, epoch, side):
     """The side of the training images in an epoch; the last epoch has the last of --sizes."""
-    sides, epochs_left = sides_in_training(args, side) or [side], args.epochs - epoch
-    return sides[-1 - epochs_left * len(sides) // args.epochs]
+    sides = sides_in_training(args, side) or [side]
+    changes_left = (args.epochs - epoch) * len(sides) // args.epochs
+    return sides[len(sides) - 1 - changes_left]
 
 
 def say_if_cores_are_shared(args, began):
@@ -2029,7 +2044,7 @@ def evaluate(
     return meter, torch.cat(outputs)
 
 
-def plain_loss(logits, labels):
+def plain_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy of each image [B], for the test, and weights of 1."""
     losses = cross_entropy(logits, labels)
     return losses, torch.ones_like(losses)
@@ -2039,7 +2054,7 @@ TTA = ("mirror", "shift", "mirror+shift")
 UNSURE = 0.75
 
 
-def average_views(model, images, tta=None):
+def average_views(model: nn.Module, images: Tensor, tta: str | None = None) -> Tensor:
     """Logits [B, K], float32, of `images` [B, C, H, W].
 
     With `tta`, those of which the model is not sure, with no class above a probability of UNSURE,
@@ -2054,7 +2069,7 @@ def average_views(model, images, tta=None):
     return logits
 
 
-def views(images, tta):
+def views(images: Tensor, tta: str) -> list[tuple[float, Tensor]]:
     """Views of `images` [N, C, H, W] with their weights, the images themselves first.
 
     They are moved by a pixel down and right, and up and left, and mirrored. K. Jordan, "94% on
@@ -2070,7 +2085,7 @@ def views(images, tta):
     return found
 
 
-def fit_temperature(logits, labels):
+def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     """The number by which to divide `logits` [N, K], so that their softmax gives the `labels` [N]
     the highest likelihood: C. Guo et al., "On calibration of modern neural networks" (2017).
 
@@ -2238,6 +2253,8 @@ def final_test(args: Namespace, model: nn.Module, test_set: ImageSet, run: recor
 
     With --tta, its accuracy is that of averaged views; that of the plain images stands beside it.
     """
+    if run.record["test"]:
+        return  # nothing has been trained since
     loader = evaluation_loader(test_set, args.batch_size, model.config)
     autocast = autocast_to(args.device, args.precision)
     plain, _ = evaluate(model, loader, autocast, plain_loss)
