@@ -2157,6 +2157,7 @@ def fit(
     `on_epoch(row)` is called with each row of log.jsonl; True ends the run as `pruned`. Returns
     whether the training has come to its own end, so that the test may follow. FloatingPointError.
     """
+    # What a step needs: batches, the loss, the optimisers.
     torch.set_num_threads(args.threads)
     keep_freed_memory(args.device)
     amounts = {name: getattr(args, name) for name in AUGMENTATIONS} if args.augment else None
@@ -2175,11 +2176,12 @@ def fit(
     state = {"model": model, "scaler": scaler, "early_stopping": early_stopping}
     state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
     last, done = records.last_epoch(args), run.restore(state)
-    if run.was_stopped_early and early_stopping.should_stop:
-        early_stopping.epochs_without_improvement = 0  # it is asked to go on
+    if run.is_prolonged:
+        early_stopping.epochs_without_improvement = 0
     compiled = torch.compile(model, dynamic=False) if args.compile else model
     torch.compiler.config.recompile_limit = 64  # each size of images has code of its own
 
+    # Epoch after epoch, with a bar of the whole run and the time that is left of it.
     began = time.perf_counter(), seconds_waited()
     with tqdm(
         total=last * len(loader),

@@ -211,9 +211,9 @@ def environment(args):
     """Where a run is computed: the part of run.json that a continuation writes anew."""
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True, check=True)
-        git = done.stdout.strip()
-    except (OSError, subprocess.CalledProcessError):  # no git, or no checkout
+        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
+        git = done.stdout.strip() or None  # None: no checkout
+    except OSError:  # no git
         git = None
     packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision")}
     return {
@@ -243,16 +243,24 @@ def already_done(args: Namespace) -> dict | None:
             f"{shown(directory)}: {record['error']}, and would again; start anew with a lower --lr"
         )
 
-    # A finished run goes on with more epochs; one that was stopped early, with more patience too.
-    before, status, last = record["args"], record["status"], last_epoch(args)
-    more_patience = args.tolerance == 0 or args.tolerance > before["tolerance"]
-    finished = status == "finished" and record["epochs"] >= last
-    stopped = status == "stopped_early" and args.epochs <= before["epochs"] and not more_patience
+    # A lost best.pt is to be made again.
+    status = record["status"]
+    finished = status == "finished" and record["epochs"] >= last_epoch(args)
+    stopped = status == "stopped_early" and not asks_for_more(args, record)
     if not (finished or stopped) or not (directory / "best.pt").exists():
         return None
-    ended = f"{status.replace('_', ' ')} after {record['epochs']} epochs"
-    say(f"{shown(directory)}: {ended}, nothing to do", args.quiet)
+    say(
+        f"{shown(directory)}: {status.replace('_', ' ')} after {record['epochs']} epochs, "
+        "nothing to do",
+        args.quiet,
+    )
     return record | {"directory": str(directory)}
+
+
+def asks_for_more(args, record):
+    """Whether a run that was stopped early is to go on: with more epochs, or more patience."""
+    before = record["args"]
+    return args.epochs > before["epochs"] or not 0 < args.tolerance <= before["tolerance"]
 
 
 def last_epoch(args):
@@ -266,10 +274,11 @@ class Run:
     Each save is whole, or not made at all.
     """
 
+    is_prolonged = False  # it had stopped early, and is to go on
+
     def __init__(self, directory: Path):
         self.directory, self.record, self.history = directory, read_record(directory), []
         self.status, self.wandb = "failed", None
-        self.was_stopped_early = self.record["status"] == "stopped_early"
         self.began = time.perf_counter() - self.record["seconds"]
 
     def write_record(self, **changes):
@@ -331,7 +340,7 @@ class Run:
                 quiet,
             )
         if test:
-            plain = f" (of single views {test['plain_acc']:.2%})" if "plain_acc" in test else ""
+            plain = f" (plain images: {test['plain_acc']:.2%})" if "plain_acc" in test else ""
             say(f"test loss {test['loss']:.4f}, accuracy {test['acc']:.2%}{plain}", quiet)
         say(f"{self.record['status'].replace('_', ' ')}: {shown(self.directory)}", quiet)
 
@@ -374,6 +383,7 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
     directory = args.directory
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory / ".lock"):
+        # Write down what is begun, or look whether the images are those that it was begun with.
         if not args.resume:
             already_done(args)  # another process may have taken the name while the data were loaded
             if data.files == "data.csv":
@@ -386,14 +396,19 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
                 f"{args.dataset} is not what {shown(directory)} was trained on: "
                 "the checksums differ"
             )
-        for name in ("epochs", "tolerance", "dataset"):  # these may change
+
+        # Take note of what may change when a run goes on.
+        run.is_prolonged = record["status"] == "stopped_early" and asks_for_more(args, record)
+        for name in ("epochs", "tolerance", "dataset"):
             record["args"][name] = getattr(args, name)
         say(
             f"{record['name']}: {args.model}, {record['parameters']:,} parameters; "
             f"{args.device}, {args.precision}",
             args.quiet,
         )
-        status, error = "failed", None
+
+        # Here the training runs; its end is written down, whatever it is.
+        error = None
         try:
             with interruptible():
                 run.write_record(**environment(args), status="running", error=None, ended=None)
@@ -407,7 +422,7 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
         except BaseException as failure:
             error = f"{type(failure).__name__}: {failure}"
             with contextlib.suppress(RunError):  # the disk may have failed: tell the first error
-                run.write_record(status=status, error=error, ended=utc_now())
+                run.write_record(status="failed", error=error, ended=utc_now())
             raise
         finally:
             finish_wandb(run, failed=error is not None)

@@ -339,15 +339,23 @@ def test_the_temperature_is_1_where_no_validation_image_is_wrong(monkeypatch):
 # ------------------------------ What is left, and what is lacking ------------------------------
 
 
-@pytest.mark.parametrize("end", [["--epochs", 2], ["--epochs", 3, "--stop-after", 2]])
+@pytest.mark.parametrize(
+    "end",
+    [
+        ["--epochs", 2],
+        ["--epochs", 3, "--stop-after", 2],
+        ["--epochs", 40, "--lr", 0.03, "--tolerance", 2],
+    ],
+)
 def test_a_best_pt_that_is_gone_is_made_again(few_images, end):
     directory, record, _ = run(train_mnist, *DENSE, *end)
     before = torch.load(directory / "best.pt", weights_only=True)
     (directory / "best.pt").unlink()
-    _, again, _ = run(train_mnist, "--resume", directory, *end[2:], "--quiet")
+    words = end[2:] if "--stop-after" in end else []
+    _, again, _ = run(train_mnist, "--resume", directory, *words, "--quiet")
     after = torch.load(directory / "best.pt", weights_only=True)
     assert states_are_equal(before, after) and again["test"] == record["test"]
-    assert again["status"] == record["status"] and again["epochs"] == 2
+    assert again["status"] == record["status"] and again["epochs"] == record["epochs"]
 
 
 def test_a_run_that_stopped_early_has_nothing_to_do_with_less_patience(few_images, capsys):
