@@ -133,7 +133,7 @@ def fold(text: str) -> str:
     """An argparse `type`: K/N, the K-th of N parts."""
     found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", text)
     if not found or int(found[2]) < max(2, int(found[1])):
-        raise argparse.ArgumentTypeError(f"expected K/N, as in 1/5, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expected K/N, K from 1 to N, as in 1/5, not {text!r}")
     return text
 
 
@@ -226,7 +226,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
         sizes,
         "parts of the images' side to train at, over equal parts of the run",
     )
-    flag("--tolerance EPOCHS", number(int, 0), "epochs without a new best that end the run; 0: any")
+    flag("--tolerance EPOCHS", number(int, 0), "epochs without a new best that end a run; 0: never")
     flag("--test", bool, "test with the weights of the best epoch, at the end", True)
     flag("--tta", TTA, "views to average of the test images that the model is not sure of")
 
@@ -240,7 +240,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     group.add_argument("-h", "--help", action="store_true", help="show this text")
 
     # An option has the default of the model, loss or optimiser that it goes with.
-    group = parser.add_argument_group("options of one model, loss or optimiser or another")
+    group = parser.add_argument_group("options of some models, losses or optimisers")
     for name, owners in owners_of_options().items():
         of_default = type(next(iter(owners.values())))
         kind = bool if of_default is bool else number(of_default)
@@ -298,13 +298,15 @@ def parse_arguments(
     try:
         # What is not typed is as in the run that goes on, or else as in the recipe.
         record = records.read_record(typed["resume"]) if "resume" in typed else None
+        if record and record["script"] != Path(script).stem:
+            raise UsageError(f"{shown(typed['resume'])} is a run of {record['script']}.py")
         recipe = recipes["default"] | recipes[typed.get("recipe", "default")]
         if typed.get("optimizer") == "muon" != recipe.get("optimizer"):
             recipe |= MUON_DEFAULTS
         recorded = recorded_arguments(record) if record else {}
         values = with_options(values | recipe | recorded | typed)
         if "help" in typed:
-            parser.set_defaults(**values)
+            parser.set_defaults(**values | {"help": None})
             parser.print_help()
             parser.exit()
         if "augment" not in typed:  # an amount that is typed switches it on
@@ -382,6 +384,7 @@ def refuse_what_has_no_effect(values, typed):
         ({"alternate_flip"}, augmented and values["flip"], "without --flip"),
         ({"val_size"}, not values["fold"], "beside --fold"),
         ({"test"}, not (values["fold"] and values["test"]), "beside --fold"),
+        ({"wandb_project"}, values["wandb"] != "disabled", "without --wandb"),
     ]
     for name, owners in owners_of_options().items():
         rules.append(({name}, name in values, f"here, but with {' or '.join(owners)}"))
@@ -972,13 +975,15 @@ def read_rows(path: Path) -> list[dict]:
     # A spreadsheet may begin the file with a mark of its encoding, and separate with semicolons.
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
     delimiter = ";" if ";" in text.partition("\n")[0] else ","
-    lines = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    source = io.StringIO(text, newline="")
+    lines = csv.DictReader(source, delimiter=delimiter, skipinitialspace=True)
     rows = {}
     try:
         for column in ("file", "class"):
             if column not in (lines.fieldnames or ()):
                 raise RunError(
-                    f"{shown(path)} has no column {column}; its first line names the columns"
+                    f"{shown(path)} has no column {column}; its first line names the columns "
+                    f"{', '.join(lines.fieldnames or ())}"
                 )
 
         # Take the lines one by one, with one spelling of each part and path.
@@ -1197,9 +1202,10 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
             names = sorted(problems, key=in_natural_order)
             texts = [f"{name} ({problems[name]})" for name in names]
             more = f", and {len(texts) - 10} more" if len(texts) > 10 else ""
+            advice = "put them back" if args.listing else "remove or replace them"
             raise RunError(
                 f"{shown(root)}: {len(texts)} of {len(rows)} files cannot be used: "
-                f"{', '.join(texts[:10])}{more}"
+                f"{', '.join(texts[:10])}{more}; {advice}"
             )
     return pixels
 

@@ -21,6 +21,7 @@ import io
 import itertools
 import json
 import math
+import os
 import shlex
 import statistics
 import sys
@@ -142,6 +143,16 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if len(args.runs) > 1 and (args.predict or args.export):
         parser.error(f"--predict and --export take one run, not {len(args.runs)}")
     return args
+
+
+def say(line: str, quiet: bool = False) -> None:
+    """Print a line. A reader that has gone away (`| head -1`) is no error; a full disk is one."""
+    try:
+        if not quiet:
+            print(line, flush=True)
+    except BrokenPipeError:
+        # Python flushes its output once more at the end, and then needs a file that is open.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def note(text: str, quiet: bool) -> None:
@@ -367,7 +378,7 @@ def measure(
     metrics = {
         "accuracy": int(correct.sum()) / count,
         "accuracy_interval": wilson_interval(int(correct.sum()), count),
-        "macro_f1": sum(row["f1"] for row in rows) / classes,
+        "macro_f1": statistics.fmean(row["f1"] for row in rows if row["support"]),
         "weighted_f1": sum(row["f1"] * row["support"] for row in rows) / count,
         "temperature": temperature,
         "expected_calibration_error": calibration_error,
@@ -1028,9 +1039,9 @@ def report(
 ) -> None:
     """Print a result: its whole content as --json, its rows as --csv, or the lines for a person."""
     if args.json or args.csv:
-        records.say(json.dumps(content, indent=2) if args.json else as_csv(rows))
+        say(json.dumps(content, indent=2) if args.json else as_csv(rows))
     else:
-        records.say("\n".join(lines), args.quiet)
+        say("\n".join(lines), args.quiet)
 
 
 def as_csv(rows: list[dict]) -> str:
@@ -1125,7 +1136,7 @@ def metrics_tables(metrics: dict) -> dict[str, tuple]:
             [
                 row["name"],
                 str(row["support"]),
-                f"{row['recall']:.2%}",
+                f"{row['recall']:.2%}" if row["support"] else "-",
                 precision,
                 f"{row['f1']:.4f}",
             ]
@@ -1414,13 +1425,11 @@ def predict(args: argparse.Namespace) -> dict:
         for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
             one = {"file": str(file), "class": classes[index], "probability": probability}
             if args.csv:
-                records.say(
+                say(
                     "\n".join(as_csv([one]).split("\n", 1)[bool(predictions) :])
                 )  # one header, on the first
             else:
-                records.say(
-                    json.dumps(one) if args.json else f"{file}\t{one['class']}\t{probability:.4f}"
-                )
+                say(json.dumps(one) if args.json else f"{file}\t{one['class']}\t{probability:.4f}")
             predictions.append(one)
     if unreadable:
         raise RunError(f"{unreadable} of {len(files)} files could not be read")
@@ -1516,7 +1525,7 @@ def export(args: argparse.Namespace) -> dict:
     out = args.out or trained.directory
     write_files(out, {file: content})
     takes = f"{records.shown(out / file)}: uint8 images [N, {', '.join(map(str, shape))}] to probabilities [N, K]"
-    records.say(f"{takes}, within {difference:.1g} of the model", args.quiet)
+    say(f"{takes}, within {difference:.1g} of the model", args.quiet)
     return {"file": str(out / file)}
 
 

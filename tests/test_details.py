@@ -411,3 +411,11 @@ def test_other_work_on_the_same_cores_is_said_once(
     _, record, _ = run(train_mnist, *argv)
     said = capsys.readouterr().out.count("--threads 1 would make both faster")
     assert said == is_said and record["threads"] == record["args"]["threads"] == threads
+
+
+def test_a_run_goes_on_with_the_script_that_began_it(few_images, capsys):
+    directory, *_ = run(train_mnist, *DENSE, "--epochs", 2, "--stop-after", 1)
+    with pytest.raises(SystemExit, match="2"):
+        train_cifar.main(["--resume", str(directory)])
+    error = capsys.readouterr().err
+    assert "is a run of train_mnist.py" in error and error.count("\n") == 1

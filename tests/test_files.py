@@ -448,7 +448,7 @@ def test_a_fold_beside_what_it_rules_out_is_refused(capsys):
         assert "has no effect beside --fold" in line
     for text in ("0/3", "4/3", "1/1", "x", "1", "1/3/3", "", "-1/3", "1.0/3", "1/0"):
         line = exits_with_one_line(capsys, *ON_P, f"--fold={text}")
-        assert "--fold: expected K/N, as in 1/5" in line
+        assert "--fold: expected K/N, K from 1 to N, as in 1/5" in line
     pictures("q", {"train/a": 10, "train/b": 10, "val/a": 5, "val/b": 5})
     argv = ["--dataset", "q", *QUIET, "--fold", "1/3"]
     line = fails_with_one_line(*argv, kind=records.UsageError)
@@ -481,7 +481,7 @@ def test_ten_of_many_broken_files_are_named_and_how_many_there_are():
     assert line.startswith("p: 12 of 40 files cannot be used: a/0.png (")
     named = re.findall(r"[ab]/\d+\.png", line)
     assert named == [*(f"a/{i}.png" for i in range(6)), *(f"b/{i}.png" for i in range(4))]
-    assert line.endswith(", and 2 more")
+    assert line.endswith(", and 2 more; remove or replace them")
     for path in Path("p").glob("*/[0-5].png"):
         path.unlink()
     assert run(train_mnist, *ON_P, "--run-name", "r")[1]["status"] == "finished"

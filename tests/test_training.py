@@ -93,7 +93,7 @@ def batches(monkeypatch):
 
 
 def test_a_run_directory_holds_what_the_contract_says(tmp_path):
-    directory, record, rows = run(train_mnist, *DENSE, "--epochs", 2, "--wandb-project", "mine")
+    directory, record, rows = run(train_mnist, *DENSE, "--epochs", 2, "--device", "cpu")
     assert directory.parent == tmp_path / "runs" and directory.name == record["name"]
     assert re.fullmatch(r"train_mnist-\d{8}T\d{6}Z-[0-9a-f]{8}", directory.name)
     assert {path.name for path in directory.iterdir()} == {
@@ -111,7 +111,7 @@ def test_a_run_directory_holds_what_the_contract_says(tmp_path):
         2,
     )
     assert (
-        record["argv"][-4:] == ["--epochs", "2", "--wandb-project", "mine"]
+        record["argv"][-4:] == ["--epochs", "2", "--device", "cpu"]
         and record["args"]["batch_size"] == 64
     )
     assert all(os.path.isabs(record["args"][name]) for name in ("runs_dir", "data_dir"))
