@@ -21,7 +21,7 @@ from measuring import ROOT, machine, ratio_of_pairs, write_result
 import common
 
 TASKS = {
-    "convnet": ("train_cifar.py", "--model convnet --batch-size 24 --no-augment", 4_000),
+    "convnet": ("train_cifar.py", "--model convnet --batch-size 24 --no-augment", 2_500),
     "confignet": ("train_cifar.py", "--c1 48", 4_000),
     "cnn": ("train_mnist.py", "", 9_000),
 }
