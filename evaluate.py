@@ -584,12 +584,13 @@ def draw_images(image_set: ImageSet, captions: dict[int, str], predicted: torch.
     rows = max(1, math.ceil(len(captions) / columns))
     figure = new_figure(11.6, rows * cell_height * 1.45 + 0.7, title)
     axis = figure.subplots()  # one for all: forty take seconds
+    pixels = image_set.select(torch.tensor(list(captions), dtype=torch.long)).images
     for place, (index, text) in enumerate(captions.items()):
         left, top = place % columns + 0.05, place // columns * cell_height + 0.35
         wrong = predicted[index] != image_set.labels[index]
         if wrong:
             axis.add_patch(Rectangle((left, top), 0.9, 0.9, fill=False, color=ORANGE, linewidth=3))
-        draw_image(axis, image_set.images[index], extent=(left, left + 0.9, top + 0.9, top))
+        draw_image(axis, pixels[place], extent=(left, left + 0.9, top + 0.9, top))
         look = {
             "ha": "center",
             "va": "bottom",
