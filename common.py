@@ -973,10 +973,13 @@ def find_rows(args: Namespace) -> list[dict]:
 def read_rows(path: Path) -> list[dict]:
     """The rows of a data.csv, or of a CSV file as a spreadsheet writes it. RunError."""
     # A spreadsheet may begin the file with a mark of its encoding, and separate with semicolons.
+    # Spaces after the commas of the first line are no parts of names, and so in all lines.
     text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
-    delimiter = ";" if ";" in text.partition("\n")[0] else ","
+    header = text.partition("\n")[0]
+    delimiter = ";" if ";" in header else ","
+    spaced = f"{delimiter} " in header
     source = io.StringIO(text, newline="")
-    lines = csv.DictReader(source, delimiter=delimiter, skipinitialspace=True)
+    lines = csv.DictReader(source, delimiter=delimiter, skipinitialspace=spaced)
     rows = {}
     try:
         for column in ("file", "class"):

@@ -319,6 +319,17 @@ def test_a_csv_file_as_excel_writes_it_is_read():
     assert classes == ["a", "ü b"] and len(rows_of(directory)) == 20
 
 
+def test_spaces_after_the_commas_of_a_csv_file_are_no_parts_of_names():
+    pictures("p", {"a": 10, " b": 10})
+    lines = [[f"{name}/{i}.png", name] for name in ("a", " b") for i in range(10)]
+    write_csv("p/list.csv", [["file", "class"], *lines])
+    write_csv("p/spaced.csv", [["file", "class"], *lines[:10], *labelled(10)[11:]], ", ")
+    pictures("p", {"b": 10})
+    for name, expected in (("list", [" b", "a"]), ("spaced", ["a", "b"])):
+        directory, *_ = run(train_mnist, "--dataset", f"p/{name}.csv", *QUIET)
+        assert records.load_checkpoint(directory / "best.pt")["classes"] == expected
+
+
 def test_a_csv_file_may_have_checksums_and_absolute_paths():
     pictures("p", {"a": 10, "b": 10})
     lines = [["sha256", "part", "class", "file"]]
