@@ -27,6 +27,7 @@ import re
 import secrets
 import shlex
 import socket
+import statistics
 import sys
 import time
 import unicodedata
@@ -34,7 +35,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
@@ -118,6 +119,25 @@ def dataset(text: str) -> str:
     return str(path)
 
 
+def weights_source(text: str) -> str:
+    """An argparse `type`: imagenet, or the path of a file or of a run."""
+    if text == "imagenet":
+        return text
+    path = absolute_path(text)
+    if not path.exists():
+        raise argparse.ArgumentTypeError(f"{path} is no file and no run; or say imagenet")
+    return str(path)
+
+
+def resize(text: str) -> str:
+    """An argparse `type`: a way to make an image square."""
+    if not re.fullmatch(r"stretch|pad|crop(:(1|0?\.\d+):(bilinear|bicubic))?", text):
+        raise argparse.ArgumentTypeError(
+            f"expected stretch, crop, pad, or as in crop:0.875:bicubic, not {text!r}"
+        )
+    return text
+
+
 def sizes(text: str) -> list[float]:
     """An argparse `type`: parts of the images' side, as in 5/8,3/4,1."""
     with contextlib.suppress(ValueError, ZeroDivisionError):
@@ -144,7 +164,8 @@ COUNT, POSITIVE, PART = number(int, 1), number(float, above=0), number(float, 0,
 OPTIONS = {
     "c1": ("CHANNELS", COUNT, "channels of the first convolutions"),
     "c2": ("CHANNELS", COUNT, "channels of the later convolutions"),
-    "c3": ("CHANNELS", COUNT, "channels of the last convolutions"),
+    "c3": ("CHANNELS", COUNT, "channels of the third convolutions"),
+    "c4": ("CHANNELS", COUNT, "channels of the fourth convolutions"),
     "l1": ("UNITS", COUNT, "units of the hidden dense layer"),
     "d1": ("PROBABILITY", PART, "probability of dropout"),
     "kernel_size": ("PIXELS", COUNT, "side of the filters"),
@@ -184,7 +205,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
         "--dataset NAME|PATH", dataset, f"{', '.join(DATASETS)}, a folder of images, or a CSV file"
     )
     flag("--recipe", recipes, "set of defaults; --recipe NAME --help shows it", "default")
-    flag("--model", MODELS, "architecture")
+    flag("--model", MODELS, "architecture: one of these, or any classifier of torchvision")
     flag("--epochs N", COUNT, "passes over the training images, at most")
     flag("--batch-size IMAGES", COUNT, "images in one step")
     flag("--lr RATE", POSITIVE, "learning rate, at the peak of the schedule")
@@ -200,16 +221,26 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     flag("--data-dir DIR", absolute_path, "directory of the named datasets", records.HERE / "data")
     flag("--image-size PIXELS", COUNT, "side of the square to which images of files are resized")
     flag(
-        "--resize",
-        RESIZE,
-        "way to the square: stretch the image, crop its middle, or pad it with black",
-        RESIZE[0],
+        "--resize WAY",
+        resize,
+        "way to the square: stretch the image, pad it with black, or crop its middle; "
+        "crop:0.875:bicubic takes this part of the shorter side, with this filter",
+        "stretch",
     )
     flag("--grey", bool, "images of files without their colours")
     flag("--val-size PART", PART, "part of the training images that validates; 0: test set", 0.1)
     flag("--fold K/N", fold, "validation with the K-th of N parts of all images but the test set")
     flag("--limit-train N", COUNT, "use only N training images")
     flag("--normalize", ("half", "dataset"), "mean and std: 0.5, or the training images'", "half")
+
+    group = parser.add_argument_group("pretrained nets")
+    flag(
+        "--weights WEIGHTS",
+        weights_source,
+        "weights to begin with: imagenet (torchvision downloads them), a file, or a run; "
+        "only the last layer is new",
+    )
+    flag("--freeze", bool, "train the last layer alone, without augmentation", False)
 
     group = parser.add_argument_group("augmentation: each image by a random amount of its own")
     for name, (kind, metavar, text, _) in AUGMENTATIONS.items():
@@ -220,7 +251,11 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     flag("--optimizer", OPTIMIZERS, "optimiser; sgd has Nesterov momentum", "adam")
     flag("--schedule", SCHEDULES, "course of the learning rate", "constant")
     flag("--loss", LOSSES, "loss, which the training makes small", "cross-entropy")
-    flag("--class-weights", ("balanced",), "weight of each class in the loss, by how rare it is")
+    flag(
+        "--class-weights",
+        ("balanced", "sampled"),
+        "all classes count the same: by weights in the loss, or as images are drawn",
+    )
     flag(
         "--sizes PART,...",
         sizes,
@@ -238,6 +273,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     flag("--stop-after N", COUNT, "last epoch of this process; --resume goes on")
     flag("--wandb-project NAME", str, "project to which W&B files the run", "image-classifiers")
     group.add_argument("-h", "--help", action="store_true", help="show this text")
+    defaults |= {"mean": None, "std": None}  # of pretrained weights; no flags
 
     # An option has the default of the model, loss or optimiser that it goes with.
     group = parser.add_argument_group("options of some models, losses or optimisers")
@@ -300,9 +336,7 @@ def parse_arguments(
         record = records.read_record(typed["resume"]) if "resume" in typed else None
         if record and record["script"] != Path(script).stem:
             raise UsageError(f"{shown(typed['resume'])} is a run of {record['script']}.py")
-        recipe = recipes["default"] | recipes[typed.get("recipe", "default")]
-        if typed.get("optimizer") == "muon" != recipe.get("optimizer"):
-            recipe |= MUON_DEFAULTS
+        recipe = recipes["default"] if record else recipe_for(typed, recipes)
         recorded = recorded_arguments(record) if record else {}
         values = with_options(values | recipe | recorded | typed)
         if "help" in typed:
@@ -329,6 +363,33 @@ def parse_arguments(
     args.directory = args.resume or args.runs_dir / name
     args.script, args.argv, args.typed = Path(script).stem, argv, set(typed)
     return args
+
+
+def recipe_for(typed: dict, recipes: dict) -> dict:
+    """The defaults of a new run, from the recipe, the images and the weights to begin with.
+
+    A recipe is a dict, or a function of what a folder of images holds. UsageError, RunError.
+    """
+    # The recipe that is named, or else that for images of files.
+    source = typed.get("dataset")
+    of_files = source and source not in DATASETS
+    name = typed.get("recipe", "photos" if of_files and "photos" in recipes else "default")
+    chosen = recipes[name]
+    if callable(chosen):
+        if not of_files:
+            raise UsageError(f"--recipe {name} is for a folder of images, or a CSV file")
+        chosen = chosen(**census(source))
+    recipe = recipes["default"] | {"recipe": name} | chosen
+
+    # What goes with a model, weights or an optimiser that the recipe is not for.
+    if callable(recipes[name]) and typed.get("model", recipe["model"]) != recipe["model"]:
+        recipe |= ANY_MODEL_DEFAULTS
+    if "weights" in typed:
+        recipe |= ANY_MODEL_DEFAULTS | (FREEZE_DEFAULTS if typed.get("freeze") else {})
+        recipe |= preprocessing_of(typed["weights"], typed.get("model", IMAGENET_MODEL))
+    if typed.get("optimizer") == "muon" != recipe.get("optimizer"):
+        recipe |= MUON_DEFAULTS
+    return recipe
 
 
 def with_options(values: dict) -> dict:
@@ -385,6 +446,9 @@ def refuse_what_has_no_effect(values, typed):
         ({"val_size"}, not values["fold"], "beside --fold"),
         ({"test"}, not (values["fold"] and values["test"]), "beside --fold"),
         ({"wandb_project"}, values["wandb"] != "disabled", "without --wandb"),
+        ({"freeze"}, values["weights"], "without --weights"),
+        ({"augment", "sizes", *AUGMENTATIONS}, not values["freeze"], "with --freeze"),
+        ({"normalize"}, not values["mean"], "with --weights, which have a mean and std"),
     ]
     for name, owners in owners_of_options().items():
         rules.append(({name}, name in values, f"here, but with {' or '.join(owners)}"))
@@ -858,7 +922,6 @@ COLUMNS = ("file", "class", "part", "sha256")
 PART_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PART_NAMES |= {"val": "val", "valid": "val", "validation": "val"}
 PART_NAMES["unused"] = "unused"  # by --limit-train
-RESIZE = ("stretch", "crop", "pad")
 HEIF = {".heic", ".heif"}  # the endings of photos from a phone
 
 
@@ -940,6 +1003,33 @@ def listing_of(directory: Path, record: dict) -> Path | None:
 def listing_of_search(args):
     """The content of a search's data.csv. Each trial cuts the training images in two. RunError."""
     return as_csv(read_files(args, PARTS, None))
+
+
+def census(source: str) -> dict:
+    """What a folder or a CSV file holds to train on: how many `images` of how many `classes`, how
+    many of the `rarest`, and how many pixels their `side` has: the shorter one, the median of a
+    hundred images. RunError.
+    """
+    from PIL import Image
+
+    # Which images; those of a search are written down.
+    listing = search_directory and search_directory / "data.csv"
+    path = listing if listing and listing.exists() else Path(source)
+    rows = read_rows(path) if is_csv(path) else list_folder(path, quiet=True)
+    rows = [row for row in rows if row["part"] == "train"]
+    counts = Counter(row["class"] for row in rows)
+
+    # Of some of them, the size.
+    sides = []
+    for row in rows[:: math.ceil(len(rows) / 100) or 1]:
+        with contextlib.suppress(Exception), Image.open(folder_of(source) / row["file"]) as image:
+            sides.append(min(image.size))  # what cannot be read is told when all are read
+    return {
+        "images": len(rows),
+        "classes": len(counts),
+        "rarest": min(counts.values(), default=0),
+        "side": statistics.median(sides or [0]),
+    }
 
 
 def list_source(path, args, quiet):
@@ -1276,7 +1366,7 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
     """The bytes of an image file of any size and mode as uint8 [C, side, side].
 
     It is turned as the camera says, what is transparent lies on white, and the square is made as
-    `resize`, one of RESIZE, says. Raises what Pillow's decoders raise.
+    `resize`, as in --resize, says. Raises what Pillow's decoders raise.
     """
     from PIL import Image, ImageOps
     from torchvision.transforms.functional import pil_to_tensor
@@ -1297,12 +1387,15 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
         image = image.convert("L" if grey else "RGB")
 
         # Make it square.
-        ways: dict[str, Callable] = {
-            "stretch": Image.Image.resize,
-            "crop": ImageOps.fit,
-            "pad": ImageOps.pad,
-        }
-        return pil_to_tensor(ways[resize](image, (side, side), Image.Resampling.BILINEAR))
+        way, part, kernel = [*resize.split(":"), "1", "bilinear"][:3]
+        square, kernel = (side, side), Image.Resampling[kernel.upper()]
+        if way == "crop":
+            image = ImageOps.fit(image, square, kernel, bleed=(1 - float(part)) / 2)
+        elif way == "pad":
+            image = ImageOps.pad(image, square, kernel)
+        else:
+            image = image.resize(square, kernel)
+        return pil_to_tensor(image)
 
 
 # ------------------------ Augmentation and batches ------------------------
@@ -1405,7 +1498,7 @@ class Loader:
     With `seed` it shuffles, and the order and the augmentation of epoch k follow from `seed` and k
     alone; without, it keeps the order. `amounts` are those of the augmentations. A last batch of a
     single image is left out of training, as batch norm needs two. `config` has the `mean` and `std`
-    of each channel.
+    of each channel. With `is_sampled`, images are drawn with replacement, all classes alike.
     """
 
     image_set: ImageSet
@@ -1414,6 +1507,7 @@ class Loader:
     seed: int | None = None
     amounts: dict | None = None
     alternate_flip: bool = False
+    is_sampled: bool = False
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -1438,6 +1532,9 @@ class Loader:
         if self.seed is not None:
             random = generator_for(self.seed, "order", epoch, device=device)
             order = torch.randperm(len(labels), generator=random, device=device)
+            if self.is_sampled:
+                chances = self.image_set.class_weights()[labels]
+                order = chances.multinomial(len(labels), replacement=True, generator=random)
         if amounts and amounts["flip"] and self.alternate_flip:
             once = generator_for(self.seed, "flip", device=device)
             in_odd_epochs = torch.rand(len(labels), generator=once, device=device) < amounts["flip"]
@@ -1446,6 +1543,9 @@ class Loader:
 
         # Each batch: bytes become numbers from 0 to 1, and are changed, resized and normalised.
         for batch in order.split(self.batch_size)[: len(self)]:
+            if pixels.is_floating_point():  # features of a frozen net
+                yield pixels[self.image_set.rows[batch]], labels[batch]
+                continue
             images = pixels[self.image_set.rows[batch]].float().div_(255)
             if flipped is not None:
                 images = flip_where(flipped[batch].view(-1, 1, 1, 1), images)
@@ -1678,12 +1778,47 @@ class FastNet(WhitenedNet):
         super().__init__(image_shape, classes, 2, 1, 1, True, (c1, c2, c3))
 
 
+class PhotoNet(WhitenedNet):
+    """A FastNet for 64 pixels and more: a pair of convolutions more, on fewer channels."""
+
+    def __init__(self, image_shape, classes, c1=32, c2=64, c3=128, c4=256):
+        super().__init__(image_shape, classes, 2, 1, 1, True, (c1, c2, c3, c4))
+
+
 class PatchNet(WhitenedNet):
     """A FastNet for images with less in them: larger patches, a quarter of them, and one pair of
     convolutions less."""
 
     def __init__(self, image_shape, classes, c1=24, c2=48):
         super().__init__(image_shape, classes, 4, 2, 0, False, (c1, c2))
+
+
+def torchvision_net(name: str, image_shape: list[int], classes: int) -> nn.Module:
+    """A classifier of torchvision. Grey images become three equal channels."""
+    from torchvision import models
+
+    size = {"image_size": image_shape[1]} if name.startswith("vit_") else {}
+    net = models.get_model(name, num_classes=classes, **size)
+    net.register_forward_pre_hook(lambda net, inputs: inputs[0].expand(-1, 3, -1, -1))
+    return net
+
+
+class Models(dict):
+    """The models of this file; beside them, every classifier of torchvision by its name there."""
+
+    def __contains__(self, name):
+        return super().__contains__(name) or is_of_torchvision(name)
+
+    def __missing__(self, name):
+        return functools.partial(torchvision_net, name)
+
+
+@functools.cache
+def is_of_torchvision(name):
+    """Whether torchvision has a classifier of this name."""
+    from torchvision import models
+
+    return name in models.list_models(models)
 
 
 # A model is a class of (image_shape [C, H, W], number of classes, options); its options are flags.
@@ -1694,8 +1829,10 @@ MODELS = {
     "convnet": ConfigNet,  # the tutorial's ConvNet is its ConfigNet at the defaults
     "confignet": ConfigNet,
     "fastnet": FastNet,
+    "photonet": PhotoNet,
     "patchnet": PatchNet,
 }
+MODELS = Models(MODELS)  # and every classifier of torchvision
 
 
 def build_model(config: dict) -> nn.Module:
@@ -1715,8 +1852,8 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     """
     # What best.pt holds beside the weights: the model and its preprocessing.
     channels, *size = train_set.pixels.shape[1:]
-    mean, std = [0.5] * channels, [0.5] * channels
-    if args.normalize == "dataset":
+    mean, std = args.mean or [0.5] * channels, args.std or [0.5] * channels
+    if args.normalize == "dataset" and not args.mean:
         mean, std = train_set.mean_and_std()
     config: dict = {"image_shape": [channels, *size], "classes": train_set.classes}
     config |= {"mean": mean, "std": std, "temperature": 1.0, "resize": args.resize}
@@ -1732,7 +1869,8 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
             f"pixels, {args.batch_size} in a batch"
         )
         with refused_as(text), torch.device("meta"):
-            build_model(config)(images)
+            if not isinstance(build_model(config)(images), Tensor):
+                raise ValueError("it has more than one output")
     images, random = torch.zeros(1, channels, *size), torch.Generator()
     for name, (*_, change) in AUGMENTATIONS.items() if args.augment else ():
         with refused_as(f"{as_flag(name)} {getattr(args, name)}: the images are too small"):
@@ -1740,9 +1878,12 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     with refused_as(f"--tta {args.tta}: the images are too small"):
         views(images, args.tta or "")
 
-    # Draw the weights.
+    # Draw the weights, or take them from --weights. A run that goes on has its own.
     torch.manual_seed(random_seed(args.seed, "weights"))
     model = build_model(config).to(args.device)
+    saved = [args.directory / name for name in ("last.pt", "frozen.pt")]
+    if args.weights and not any(path.exists() for path in saved):
+        take_weights(model, args)
     has_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
     if args.optimizer == "muon" and not has_norm:
         raise UsageError(
@@ -1760,6 +1901,148 @@ def refused_as(text):
         raise UsageError(f"{text} ({str(error).splitlines()[0]})") from error
 
 
+# ------------------------ Pretrained nets ------------------------
+IMAGENET_MODEL = "efficientnet_b0"  # that of --weights imagenet: small, and good features
+
+PRETRAINED_RATE = 0.1  # part of --lr at which pretrained weights learn, beside a new last layer
+ANY_MODEL_DEFAULTS = {"optimizer": "adamw", "lr": 0.001, "schedule": "cosine", "sizes": None}
+ANY_MODEL_DEFAULTS |= {"label_smoothing": 0.0, "tolerance": 0, "tta": None}
+FREEZE_DEFAULTS = {"epochs": 50, "augment": False}
+
+
+def preprocessing_of(source: str, model: str) -> dict:
+    """The model that goes with --weights, its options, and how its images are resized and
+    normalised, as far as the `source` tells. RunError, UsageError."""
+    # A run of one's own.
+    if Path(source).is_dir():
+        config = records.load_checkpoint(Path(source) / "best.pt")
+        channels, side, _ = config["image_shape"]
+        names = {"model", "mean", "std", "resize", *options_of(MODELS[config["model"]])}
+        known = {name: config[name] for name in names & config.keys()}
+        return {"image_size": side, "grey": channels == 1, **known}
+
+    # A net of torchvision has that of its weights there; nothing is known of a file for another.
+    if is_of_torchvision(model):
+        from torchvision import models
+
+        images = models.get_model_weights(model).DEFAULT.transforms()
+        ((side,), (shorter,)) = images.crop_size, images.resize_size
+        way = f"crop:{side / shorter:.5g}:{images.interpolation.value}"
+        mean, std = list(images.mean), list(images.std)
+        return {"model": model, "image_size": side, "resize": way, "mean": mean, "std": std}
+    if source == "imagenet":
+        raise UsageError(f"--weights imagenet is for a model of torchvision, not {model}")
+    return {}
+
+
+def head_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """The name and the module of the last layer that has as many outputs as there are classes.
+    UsageError where there is none."""
+    classes = len(model.config["classes"])
+    found = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if classes in (getattr(layer, "out_features", 0), getattr(layer, "out_channels", 0))
+    ]
+    if not found:
+        raise UsageError(f"{model.config['model']} has no last layer of {classes} outputs")
+    return found[-1]
+
+
+def take_weights(model: nn.Module, args: Namespace) -> None:
+    """Give `model` the weights of --weights. Its head stays new, unless they are of a run with the
+    same classes. RunError."""
+    # Read them.
+    source, classes = args.weights, None
+    if source == "imagenet":
+        weights = imagenet_weights(args)
+    elif Path(source).is_dir():
+        best = records.load_checkpoint(Path(source) / "best.pt")
+        weights, classes = best["weights"], best["classes"]
+    else:
+        try:
+            weights = torch.load(source, map_location="cpu", weights_only=True)
+            for key in ("state_dict", "model", "weights"):
+                weights = weights.get(key, weights)
+        except Exception as error:  # torch.load raises whatever it stumbles over
+            reason = type(error).__name__
+            raise RunError(f"{shown(source)} is no file of weights ({reason})") from error
+        weights = {
+            name.removeprefix("module."): value
+            for name, value in weights.items()
+            if isinstance(value, Tensor)
+        }
+
+    # Take all but the head; a tensor that does not fit is named.
+    head = f"{head_of(model)[0]}."
+    own = model.state_dict()
+    if classes != model.config["classes"]:
+        own, weights = (
+            {name: tensor for name, tensor in state.items() if not name.startswith(head)}
+            for state in (own, weights)
+        )
+    for name in [*own, *weights]:
+        theirs, ours = (
+            list(state[name].shape) if name in state else "missing" for state in (weights, own)
+        )
+        if theirs != ours:
+            raise RunError(
+                f"--weights {shown(source)} does not fit --model {args.model}: {name} is "
+                f"{theirs} there, and {ours} in the model"
+            )
+    model.load_state_dict(weights, strict=False)
+
+
+def imagenet_weights(args):
+    """The weights of torchvision for --model; it downloads them once. RunError."""
+    from torchvision import models
+
+    socket.setdefaulttimeout(60)  # a server that falls silent does not hold a run for ever
+    weights = models.get_model_weights(args.model).DEFAULT
+    try:
+        return models.get_model(args.model, weights=weights, progress=not args.quiet).state_dict()
+    except (OSError, RuntimeError) as error:
+        folder = Path(torch.hub.get_dir(), "checkpoints")
+        raise RunError(
+            f"the ImageNet weights of {args.model} could not be downloaded ({reason_of(error)}); "
+            f"put {weights.url} into {shown(folder)}"
+        ) from error
+
+
+def frozen(args: Namespace, model: nn.Module, data: Data) -> tuple[nn.Module, nn.Module, Data]:
+    """What --freeze trains. Returns the net to compute, the part of it that learns, and the images.
+
+    Where the head is a dense layer, it computes on features: what comes before it in evaluation
+    mode, for each image once, float [N, F].
+    """
+    name, head = head_of(model)
+    model.requires_grad_(False)
+    head.requires_grad_(True)
+    learner = head
+    for part in reversed(name.split(".")):  # so its weights have the names that they have in model
+        learner = nn.ModuleDict({part: learner})
+    learner.config = model.config
+    if not isinstance(head, nn.Linear):
+        return model, learner, data
+    train_set, val_set = (features(args, model, head, part) for part in (data.train, data.val))
+    return head, learner, replace(data, train=train_set, val=val_set)
+
+
+@torch.no_grad()
+def features(args, model, head, image_set):
+    """What comes into `head` for each image: an ImageSet of floats [N, F]."""
+    found = []
+    hook = head.register_forward_pre_hook(lambda head, inputs: found.append(inputs[0].float()))
+    loader = evaluation_loader(image_set, args.batch_size, model.config)
+    bar = tqdm(loader.batches(), "features", len(loader), leave=False, disable=args.quiet or None)
+    model.eval()
+    for images, _ in bar:
+        with autocast_to(args.device, args.precision)():
+            model(images)
+    hook.remove()
+    return ImageSet(torch.cat(found), image_set.labels, image_set.classes)
+
+
 # ------------------------ Losses and optimisers ------------------------
 def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """The cross-entropy of each image, [B], with the labels smoothed."""
@@ -1770,15 +2053,16 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 LOSSES = {"cross-entropy": cross_entropy}
 
 
-def make_criterion(args: Namespace, train_set: ImageSet) -> Callable:
-    """The loss of --loss for each image, and the weight that --class-weights gives it.
+def make_criterion(args: Namespace, train_set: ImageSet | None) -> Callable:
+    """The loss of --loss for each image, and the weight that --class-weights gives it; without
+    `train_set`, a weight of 1.
 
     A function of `logits` [B, K] and `labels` [B] to losses and weights, each [B].
     """
     loss = build(LOSSES, args.loss, vars(args))
-    weights = torch.ones(len(train_set.classes), device=args.device)
-    if args.class_weights:
-        weights = train_set.class_weights()
+    if not (train_set and args.class_weights):
+        return lambda logits, labels: (loss(logits, labels), torch.ones_like(labels).float())
+    weights = train_set.class_weights()
     return lambda logits, labels: (loss(logits, labels), weights[labels])
 
 
@@ -1863,7 +2147,7 @@ def muon(weights, lr, precision, momentum=0.6, aux_lr=0.015, weight_decay=0.0):
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     fused = is_fused(weights)
     adamw = torch.optim.AdamW(others, aux_lr, (0.8, 0.95), weight_decay=weight_decay, fused=fused)
-    return [Muon(filters, lr, momentum, dtype), adamw]
+    return [Muon(filters, lr, momentum, dtype), adamw] if filters else [adamw]
 
 
 # An optimiser is a function of the weights to learn, the learning rate, the precision and options,
@@ -1879,9 +2163,15 @@ MUON_DEFAULTS = {"lr": 0.12, "schedule": "linear"}  # where the recipe is for an
 
 def make_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
     """Those of --optimizer, over what `model` learns."""
+    make = functools.partial(
+        build(OPTIMIZERS, args.optimizer, vars(args)), precision=args.precision
+    )
+    head = {*head_of(model)[1].parameters()} if args.weights else set()
     weights = [p for p in model.parameters() if p.requires_grad]
-    make = build(OPTIMIZERS, args.optimizer, vars(args))
-    optimizers = make(weights, args.lr, args.precision)
+    optimizers = make([p for p in weights if p in head or not args.weights], args.lr)
+    pretrained = [p for p in weights if p not in head]
+    if args.weights and pretrained:
+        optimizers += make(pretrained, args.lr * PRETRAINED_RATE)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # torch's own name for it
@@ -1952,7 +2242,7 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, began, bar)
 
     FloatingPointError where the loss is not finite.
     """
-    model.train()
+    model.train(not args.freeze)
     meter = AverageMeter(args.device)
     autocast = autocast_to(args.device, args.precision)
     bar.set_description(f"epoch {epoch}/{args.epochs}", refresh=False)
@@ -2166,28 +2456,39 @@ def fit(
     `on_epoch(row)` is called with each row of log.jsonl; True ends the run as `pruned`. Returns
     whether the training has come to its own end, so that the test may follow. FloatingPointError.
     """
-    # What a step needs: batches, the loss, the optimisers.
+    # What a step needs: the net, batches, the loss, the optimisers.
     torch.set_num_threads(args.threads)
     keep_freed_memory(args.device)
+    net = learner = model
+    if args.freeze:
+        net, learner, data = frozen(args, model, data)
     amounts = {name: getattr(args, name) for name in AUGMENTATIONS} if args.augment else None
+    is_sampled = args.class_weights == "sampled"
     loader = Loader(
-        data.train, args.batch_size, model.config, args.seed, amounts, args.alternate_flip
+        data.train,
+        args.batch_size,
+        model.config,
+        args.seed,
+        amounts,
+        args.alternate_flip,
+        is_sampled,
     )
     val_loader = evaluation_loader(data.val, args.batch_size, model.config)
     autocast = autocast_to(args.device, args.precision)
     criterion = make_criterion(args, data.train)
+    train_criterion = make_criterion(args, None) if is_sampled else criterion
     optimizers = make_optimizers(args, model)
 
     # The whole state of a training, from the last epoch that was saved. The random numbers of an
     # epoch follow from --seed and its number, the learning rate from the step.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
     early_stopping = EarlyStopping(args.tolerance)
-    state = {"model": model, "scaler": scaler, "early_stopping": early_stopping}
+    state = {"model": learner, "scaler": scaler, "early_stopping": early_stopping}
     state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
     last, done = records.last_epoch(args), run.restore(state)
     if run.is_prolonged:
         early_stopping.epochs_without_improvement = 0
-    compiled = torch.compile(model, dynamic=False) if args.compile else model
+    compiled = torch.compile(net, dynamic=False) if args.compile else net
     torch.compiler.config.recompile_limit = 64  # each size of images has code of its own
 
     # Epoch after epoch, with a bar of the whole run and the time that is left of it.
@@ -2206,12 +2507,12 @@ def fit(
 
             # What an epoch begins with: random numbers of its own, and what the model wants done.
             torch.manual_seed(random_seed(args.seed, "dropout", epoch))
-            if hasattr(model, "start_epoch"):
+            if hasattr(model, "start_epoch") and not args.weights:
                 model.start_epoch(epoch, data.train, args.seed)
 
             # Train on every batch once, then validate.
             training = train(
-                args, compiled, loader, epoch, criterion, optimizers, scaler, began, bar
+                args, compiled, loader, epoch, train_criterion, optimizers, scaler, began, bar
             )
             train_loss, train_seconds = training.loss, time.perf_counter() - epoch_began
             validation, _ = evaluate(compiled, val_loader, autocast, criterion)
@@ -2227,7 +2528,7 @@ def fit(
             }
 
             # Early stopping looks at the validation loss, and keeps the weights of the best epoch.
-            best = "  best" if early_stopping.step(row["val_loss"], model) else ""
+            best = "  best" if early_stopping.step(row["val_loss"], learner) else ""
 
             # Save, log, and say it.
             run.history.append(row)
@@ -2245,7 +2546,7 @@ def fit(
                 return False
 
     # Take the weights of the best epoch.
-    model.load_state_dict(early_stopping.best_weights)
+    learner.load_state_dict(early_stopping.best_weights)
     run.status = "finished" if len(run.history) == args.epochs else "interrupted"
     if early_stopping.should_stop:
         run.status = "stopped_early"

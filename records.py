@@ -5,6 +5,7 @@ it, and whoever comes next goes on from there.
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -124,7 +125,19 @@ def load_checkpoint(path: Path) -> dict:
     if damaged:
         raise RunError(f"{shown(path)} is damaged: the checksum of {damaged} is not right")
     check_format(path, state)
+    if "frozen" in state:  # the weights that a run has not changed lie beside those that it has
+        state["weights"] = (
+            load_frozen(path.with_name("frozen.pt"), state["frozen"]) | state["weights"]
+        )
     return state
+
+
+def load_frozen(path: Path, checksum: str) -> dict:
+    """The weights that --freeze does not train, from the file with this SHA-256. RunError."""
+    weights = load_checkpoint(path)["weights"]
+    if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
+        raise RunError(f"{shown(path)} is not that of this run")
+    return weights
 
 
 def check_format(path, content):
@@ -367,6 +380,7 @@ def new_record(args, model, data):
         **environment(args),
         "data": {"name": args.dataset, **data.about()},
         "parameters": sum(p.numel() for p in model.parameters()),
+        "frozen": model.config.get("frozen"),  # the checksum of frozen.pt
         "epochs": 0,
         "best": None,
         "test": None,
@@ -380,7 +394,7 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
     A signal, and a loss that is not finite, end the `with` block early. They are no exceptions to
     the caller, but the `status` in run.json. UsageError, RunError.
     """
-    directory = args.directory
+    directory, frozen = args.directory, args.directory / "frozen.pt"
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory / ".lock"):
         # Write down what is begun, or look whether the images are those that it was begun with.
@@ -388,7 +402,13 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
             already_done(args)  # another process may have taken the name while the data were loaded
             if data.files == "data.csv":
                 write_atomically(directory / "data.csv", data.listing)
+            if args.freeze:
+                save_checkpoint(frozen, {"weights": model.state_dict()})
+                model.config["frozen"] = hashlib.sha256(frozen.read_bytes()).hexdigest()
             write_json(directory / "run.json", new_record(args, model, data))
+        elif args.freeze:
+            model.config["frozen"] = read_record(directory)["frozen"]
+            model.load_state_dict(load_frozen(frozen, model.config["frozen"]))
         run = Run(directory)
         record = run.record
         if record["data"]["checksum"] != data.train.checksum:

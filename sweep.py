@@ -75,7 +75,18 @@ METRICS = {"val_loss": "minimize", "val_acc": "maximize"}
 CIFAR_SEARCH = (
     "train_cifar.py",
     ["c1=48,96", "c2=96,192", "l1=256,512"],
-    ["--epochs", "10", "--lr", "0.001", "--batch-size", "512", "--tolerance", "3"],
+    [
+        "--model",
+        "confignet",
+        "--epochs",
+        "10",
+        "--lr",
+        "0.001",
+        "--batch-size",
+        "512",
+        "--tolerance",
+        "3",
+    ],
 )
 MNIST_SEARCH = ("train_mnist.py", ["lr=log:1e-4..1e-1", "batch_size=32,64,128,256"], [])
 DEFAULT_SEARCH = {"grid": CIFAR_SEARCH, "random": MNIST_SEARCH, "bayes": MNIST_SEARCH}

@@ -19,6 +19,7 @@ MODELS = {
     "convnet": "train_cifar --model convnet --limit-train 128 --val-size 0.0128",  # as it is slow
     "confignet": "train_cifar --model confignet --c1 8 --c2 16 --l1 32",
     "fastnet": "train_cifar --recipe fast --c1 8 --c2 16 --c3 16",
+    "photonet": "train_cifar --recipe fast --model photonet --c1 4 --c2 8 --c3 8 --c4 16",
     "patchnet": "train_mnist --recipe fast --lr 0.06 --aux-lr 0.015",  # else rounding counts
     "tutorial dense": "train_mnist --recipe tutorial --model dense",
     "tutorial confignet": "train_cifar --recipe tutorial --model confignet --c1 8 --c2 16 --l1 32",
@@ -47,7 +48,9 @@ def recipes():
     found = {}
     for script in ("train_mnist", "train_cifar"):
         module = importlib.import_module(script)
-        for name in module.RECIPES:
+        for name, recipe in module.RECIPES.items():
+            if callable(recipe):
+                continue  # what it is follows from a folder
             flags = vars(module.parse_arguments(["--recipe", name]))
             found[f"{script} --recipe {name}"] = {
                 flag: value for flag, value in flags.items() if flag not in OF_THE_MACHINE
