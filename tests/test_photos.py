@@ -1,0 +1,116 @@
+"""The recipe for images of files: what it chooses for which folder."""
+
+from pathlib import Path
+
+import records
+import train_cifar
+
+import pytest
+import torch
+from conftest import check_same, run
+from PIL import Image
+from test_data import pictures
+from test_files import exits_with_one_line
+
+
+def chosen(counts, *argv, side=64):
+    """The arguments for a folder with so many images in each class."""
+    for name, count in counts.items():
+        for index in range(count):
+            path = Path("p", name, f"{index}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if index:
+                path.symlink_to("0.png")
+            else:
+                Image.new("RGB", (side + 5, side)).save(path)
+    return train_cifar.parse_arguments(["--dataset", "p", *map(str, argv)])
+
+
+def test_large_photos_are_64_pixels_and_small_ones_32():
+    args = chosen({"a": 10, "b": 10}, side=48)
+    assert (args.recipe, args.model, args.image_size) == ("photos", "photonet", 64)
+    Path("p").rename("large")
+    args = chosen({"a": 10, "b": 10}, side=47)
+    assert (args.recipe, args.model, args.image_size) == ("photos", "fastnet", 32)
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "batch_size"), [(30, 60, 8), (600, 25, 30), (2000, 14, 100)]
+)
+def test_few_images_are_seen_more_often_in_smaller_batches(images, epochs, batch_size):
+    args = chosen({"a": images // 2, "b": images // 2})
+    assert (args.epochs, args.batch_size) == (epochs, batch_size)
+    assert args.val_size == 0.1 and args.rotation == 15
+
+
+def test_of_many_images_a_thousand_validate_and_changes_are_smaller():
+    recipe = train_cifar.RECIPES["photos"](images=50_000, classes=10, rarest=5_000, side=32)
+    assert recipe["val_size"] * 50_000 == pytest.approx(1_000)
+    assert (recipe["epochs"], recipe["batch_size"], recipe["rotation"]) == (10, 500, 0)
+
+
+def test_a_rare_class_is_drawn_as_often_as_the_others():
+    assert chosen({"a": 40, "b": 14}).class_weights is None
+    Path("p").rename("even")
+    assert chosen({"a": 40, "b": 13}).class_weights == "sampled"
+
+
+def test_what_is_typed_is_taken_and_another_model_has_an_optimiser_for_any():
+    args = chosen({"a": 40, "b": 3}, "--epochs", 3, "--class-weights", "balanced", "--lr", 0.05)
+    assert (args.epochs, args.class_weights, args.lr) == (3, "balanced", 0.05)
+    argv = ["--dataset", "p", "--model", "confignet"]
+    args = train_cifar.parse_arguments(argv)
+    assert (args.optimizer, args.lr, args.schedule, args.sizes) == ("adamw", 0.001, "cosine", None)
+    args = train_cifar.parse_arguments([*argv, "--recipe", "default"])
+    assert (args.optimizer, args.batch_size, args.image_size) == ("adam", 512, 32)
+
+
+def test_the_recipe_for_images_of_files_needs_some(capsys):
+    line = exits_with_one_line(capsys, "--recipe", "photos", main=train_cifar.main)
+    assert "--recipe photos is for a folder of images, or a CSV file" in line
+
+
+def test_a_folder_alone_is_enough_and_the_choice_is_in_the_record_and_kept():
+    pictures("p", {"a": 30, "b": 6}, level=None)
+    directory, record, _ = run(train_cifar, "--dataset", "p", "--quiet", "--stop-after", 1)
+    args = record["args"]
+    assert (args["recipe"], args["model"], args["epochs"]) == ("photos", "fastnet", 60)
+    assert args["class_weights"] == "sampled"
+    pictures("p", {"c": 30})  # what has come since changes nothing
+    argv = ["--resume", directory, "--quiet", "--stop-after", 2]
+    assert run(train_cifar, *argv)[1]["args"] == args
+
+
+# ------------------------ Classes drawn alike ------------------------
+def test_with_classes_drawn_alike_half_of_what_is_trained_on_is_of_the_rare_one(monkeypatch):
+    for name, count, level in (("a", 90, 50), ("b", 10, 200)):
+        pictures("p", {name: count}, level=level)
+    seen = []
+    inner = torch.nn.Module.__call__
+
+    def call(net, *inputs):
+        if type(net) is train_cifar.common.MODELS["dense"] and net.training:
+            images = inputs[0]
+            if images.device.type == "cpu" and len(images) > 2:
+                seen.append((images.flatten(1)[:, 0] > 0).float())
+        return inner(net, *inputs)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", call)
+    argv = ["--dataset", "p", "--model", "dense", "--image-size", 8, "--epochs", 5]
+    argv += ["--no-augment", "--batch-size", 40, "--quiet"]
+    for weights, low, high in (("sampled", 0.4, 0.6), ("balanced", 0.05, 0.15)):
+        seen.clear()
+        _, record, rows = run(train_cifar, *argv, "--class-weights", weights)
+        assert low < torch.cat(seen).mean() < high, weights
+        assert record["args"]["class_weights"] == weights and len(rows) == 5
+
+
+def test_a_run_with_classes_drawn_alike_goes_on_to_the_bit():
+    pictures("p", {"a": 30, "b": 6})
+    argv = ["--dataset", "p", "--model", "dense", "--image-size", 8, "--epochs", 3, "--quiet"]
+    argv += ["--class-weights", "sampled"]
+    whole, *_ = run(train_cifar, *argv, "--run-name", "whole")
+    cut, *_ = run(train_cifar, *argv, "--run-name", "cut", "--stop-after", 1)
+    run(train_cifar, "--resume", cut, "--quiet")
+    check_same(whole, cut)
+    assert records.read_record(whole)["status"] == "finished"
