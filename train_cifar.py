@@ -5,7 +5,8 @@
     python train_cifar.py --model convnet --batch-size 24 --epochs 10 --no-augment --lr 0.001
     python train_cifar.py --recipe tutorial                # with the layers in the tutorial's order
     python train_cifar.py --recipe fast                    # about 94% in eleven epochs
-    python train_cifar.py --dataset path/to/images --image-size 64
+    python train_cifar.py --dataset path/to/images         # a folder for each class: --recipe photos
+    python train_cifar.py --dataset path/to/images --weights imagenet --freeze
     python train_cifar.py --resume runs/<run>              # go on where it stopped
 
 The defaults are the last run of the CIFAR-10 tutorial: ConfigNet 48-96-256, Adam at 0.0008, batches

@@ -66,6 +66,7 @@ def what_they_name(few_images):
     for file in ("photo.png", "album/1.png", *(f"PATH/{c}/{i}.png" for c in "ab" for i in "123")):
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8)).save(file)
+    Path("FILE").touch()
     Path("sweep.yaml").write_text(
         "program: train_mnist.py\nmethod: grid\nparameters:\n  lr:\n    values: [0.001, 0.01]\n"
     )
