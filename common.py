@@ -362,7 +362,16 @@ def parse_arguments(
     name = args.run_name or f"{Path(script).stem}-{now}-{secrets.token_hex(4)}"
     args.directory = args.resume or args.runs_dir / name
     args.script, args.argv, args.typed = Path(script).stem, argv, set(typed)
+
+    # Say what follows from a folder.
+    if callable(recipes[args.recipe]) and not record:
+        values = {as_flag(name): getattr(args, name) for name in SAID_OF_A_FOLDER}
+        line = " ".join(f"{flag} {value}" for flag, value in values.items() if value is not None)
+        say(f"--recipe {args.recipe} for this folder: {line}", args.quiet)
     return args
+
+
+SAID_OF_A_FOLDER = ("model", "image_size", "epochs", "batch_size", "val_size", "class_weights")
 
 
 def recipe_for(typed: dict, recipes: dict) -> dict:

@@ -5,7 +5,7 @@
     python train_cifar.py --model convnet --batch-size 24 --epochs 10 --no-augment --lr 0.001
     python train_cifar.py --recipe tutorial                # with the layers in the tutorial's order
     python train_cifar.py --recipe fast                    # about 94% in eleven epochs
-    python train_cifar.py --dataset path/to/images         # a folder for each class: --recipe photos
+    python train_cifar.py --dataset path/to/images         # in a folder for each class
     python train_cifar.py --dataset path/to/images --weights imagenet --freeze
     python train_cifar.py --resume runs/<run>              # go on where it stopped
 
@@ -24,48 +24,28 @@ import records
 
 import torch
 
-# Sets of defaults for the flags. What a recipe does not name is as in `default`.
-RECIPES = {
-    "default": {
-        "dataset": "cifar10",
-        "model": "confignet",
-        "epochs": 50,
-        "batch_size": 512,
-        "lr": 0.0008,
-        "tolerance": 6,
-        "augment": True,
-        "rotation": 20.0,
-        "brightness": 0.2,
-        "hue": 0.1,
-        "flip": 0.5,
-        "image_size": 32,
-        "grey": False,
-    },
-    # The tutorial to the letter, but for dropout at evaluation and choosing on the test set.
-    "tutorial": {"tutorial_layers": True},
-    # After K. Jordan's airbench94_muon. A fiftieth of the images validates: it chooses the epoch.
-    "fast": {
-        "val_size": 0.02,
-        "normalize": "dataset",
-        "model": "fastnet",
-        "epochs": 11,
-        "batch_size": 500,
-        "tolerance": 0,
-        "optimizer": "muon",
-        "lr": 0.12,
-        "aux_lr": 0.015,
-        "momentum": 0.6,
-        "weight_decay": 0.1,
-        "schedule": "linear",
-        "label_smoothing": 0.2,
-        "rotation": 0.0,
-        "brightness": 0.0,
-        "hue": 0.0,
-        "alternate_flip": True,
-        "shift": 2,
-        "sizes": [5 / 8, 3 / 4, 1],
-        "tta": "mirror+shift",
-    },
+# After K. Jordan's airbench94_muon. A fiftieth of the images validates: it chooses the epoch.
+FAST = {
+    "val_size": 0.02,
+    "normalize": "dataset",
+    "model": "fastnet",
+    "epochs": 11,
+    "batch_size": 500,
+    "tolerance": 0,
+    "optimizer": "muon",
+    "lr": 0.12,
+    "aux_lr": 0.015,
+    "momentum": 0.6,
+    "weight_decay": 0.1,
+    "schedule": "linear",
+    "label_smoothing": 0.2,
+    "rotation": 0.0,
+    "brightness": 0.0,
+    "hue": 0.0,
+    "alternate_flip": True,
+    "shift": 2,
+    "sizes": [5 / 8, 3 / 4, 1],
+    "tta": "mirror+shift",
 }
 
 
@@ -76,7 +56,7 @@ def photos(images: int, classes: int, rarest: int, side: float) -> dict:
     images have fewer pixels than `side` along their shorter side.
     """
     # Photos have details that 32 pixels do not show. Smaller images gain nothing by being enlarged.
-    recipe = RECIPES["fast"] | {"image_size": 32, "model": "fastnet"}
+    recipe = FAST | {"image_size": 32, "model": "fastnet"}
     if side >= 48:
         recipe |= {"image_size": 64, "model": "photonet"}
 
@@ -98,7 +78,28 @@ def photos(images: int, classes: int, rarest: int, side: float) -> dict:
     return recipe
 
 
-RECIPES["photos"] = photos
+# Sets of defaults for the flags. What a recipe does not name is as in `default`.
+RECIPES = {
+    "default": {
+        "dataset": "cifar10",
+        "model": "confignet",
+        "epochs": 50,
+        "batch_size": 512,
+        "lr": 0.0008,
+        "tolerance": 6,
+        "augment": True,
+        "rotation": 20.0,
+        "brightness": 0.2,
+        "hue": 0.1,
+        "flip": 0.5,
+        "image_size": 32,
+        "grey": False,
+    },
+    # The tutorial to the letter, but for dropout at evaluation and choosing on the test set.
+    "tutorial": {"tutorial_layers": True},
+    "fast": FAST,
+    "photos": photos,  # what --dataset PATH takes by itself
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:

@@ -60,7 +60,8 @@ def train_ours(folder, way, seed, threads, runs):
     argv = ["--dataset", folder / "own", "--seed", seed, "--threads", threads, "--quiet"]
     if way != "scratch":
         argv += ["--model", "lite0", "--weights", weights_of_lite0()]
-        argv += ["--image-size", SIDE, "--resize", WAY, *(["--freeze"] if way == "frozen" else [])]
+        argv += ["--image-size", SIDE, "--resize", WAY, "--normalize", "half"]
+        argv += ["--freeze"] if way == "frozen" else []
     began = time.process_time(), time.perf_counter()
     record = train_cifar.main([str(word) for word in [*argv, "--runs-dir", runs]])
     seconds = time.process_time() - began[0], time.perf_counter() - began[1]

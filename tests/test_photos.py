@@ -70,6 +70,13 @@ def test_the_recipe_for_images_of_files_needs_some(capsys):
     assert "--recipe photos is for a folder of images, or a CSV file" in line
 
 
+def test_what_is_chosen_is_said(capsys):
+    chosen({"a": 40, "b": 3}, "--epochs", 7)
+    out, _ = capsys.readouterr()
+    line = "--model photonet --image-size 64 --epochs 7 --batch-size 8 --val-size 0.1"
+    assert f"--recipe photos for this folder: {line} --class-weights sampled\n" in out
+
+
 def test_a_folder_alone_is_enough_and_the_choice_is_in_the_record_and_kept():
     pictures("p", {"a": 30, "b": 6}, level=None)
     directory, record, _ = run(train_cifar, "--dataset", "p", "--quiet", "--stop-after", 1)
