@@ -1131,10 +1131,15 @@ def list_folder(root: Path, quiet: bool) -> list[dict]:
                 file = path.relative_to(root).as_posix()
                 rows.append({"file": file, "class": class_folder.name, "part": part, "sha256": ""})
     if skipped:
-        hints = dict.fromkeys(HEIF, " (pip install pillow-heif)")
-        kinds = [f"{n} {kind}{hints.get(kind, '')}" for kind, n in skipped.most_common()]
-        say(f"{skipped.total()} files skipped: {', '.join(kinds)}", quiet)
+        say(as_skipped(skipped), quiet)
     return rows
+
+
+def as_skipped(skipped: Counter) -> str:
+    """What `image_files` has skipped, by the endings, for a person."""
+    hints = dict.fromkeys(HEIF, " (pip install pillow-heif)")
+    kinds = [f"{n} {kind}{hints.get(kind, '')}" for kind, n in skipped.most_common()]
+    return f"{skipped.total()} files skipped: {', '.join(kinds)}"
 
 
 def part_folders(root: Path) -> dict[str, Path]:
