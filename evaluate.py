@@ -1,61 +1,83 @@
-"""Show what a model has learnt: tables and pictures, a comparison of runs, predictions, exported models.
+"""Show what a model has learnt: tables, pictures, a comparison of runs, predictions, exports.
 
-    python evaluate.py runs/<run>                            # tables and pictures of the test images, report.html
-    python evaluate.py runs/<run> --split val                # of the validation images, into runs/<run>/val
-    python evaluate.py runs/a runs/b                         # compare runs, or runs/*: in pairs those evaluated before
-    python evaluate.py runs/<run> --predict photo.png album  # class and probability of your own images (--top 3)
+    python evaluate.py runs/<run>                            # tables, pictures, report.html
+    python evaluate.py runs/<run> --split val                # of validation images, in <run>/val
+    python evaluate.py runs/a runs/b                         # compare runs, evaluated before
+    python evaluate.py runs/fold-*                           # all folds: the mean, wrong labels
+    python evaluate.py runs/<run> --predict photo.png album  # class and probability of images
     python evaluate.py runs/<run> --export onnx              # a file that takes uint8 images
 
-A run directory is all it needs: best.pt holds the model and its preprocessing. It computes as the run did, in the same
-precision, batches and number of threads, so on the same machine its figures are those of run.json.
+A run directory is all it needs: best.pt holds the model and its preprocessing. It computes as the
+run did, in the same precision, batches and number of threads. So on the same machine its figures
+are those of run.json.
+
+There are three steps. `measure` computes everything once, `draw` makes pictures from it, and
+`write` puts it into files, on one page and on the screen. A figure that is added to `measure` is
+shown in all three.
 """
 
-import argparse
+from __future__ import annotations
+
 import base64
 import contextlib
-import csv
-import html
-import importlib
+import functools
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
+import re
 import shlex
 import statistics
 import sys
 import warnings
+from argparse import ArgumentTypeError, Namespace
+from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import common
 import records
 from common import ImageSet
-from records import RunError, UsageError
+from records import RunError, UsageError, say, shown
 
+import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
 
-# ------------------------------------------------ Options ------------------------------------------------
+if TYPE_CHECKING:  # pandas takes a second to import, so it waits until it is needed
+    from matplotlib.figure import Figure
+    from pandas import DataFrame, Series
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+# ------------------------ Options ------------------------
+def given_path(text: str) -> Path:
+    """An argparse `type`: a path as it is given, but not an empty word."""
+    if not text:
+        raise ArgumentTypeError("expected a path, not an empty word")
+    return Path(text)
+
+
+def parse_arguments(argv: list[str] | None = None) -> Namespace:
     """The flags of this script. Exits with status 2 on a bad one."""
     parser = common.ArgumentParser(prog="evaluate.py", description=__doc__)
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        metavar="RUN",
-        help="run directory; more than one: compare them",
-    )
-    parser.add_argument("--quiet", action="store_true", help="print only errors")
+    index, count = common.number(int, 0), common.number(int, 1)
+    flag = parser.add_argument
+    flag("runs", nargs="+", type=given_path, metavar="RUN", help="run directory; several: compare")
+    flag("--quiet", action="store_true", help="print only errors")
 
     flag = parser.add_argument_group("what is evaluated").add_argument
-    text = "which images; of runs compared, which predictions"
-    flag("--split", choices=("test", "val", "train"), default="test", help=text)
+    flag(
+        "--split",
+        choices=("test", "val", "train"),
+        default="test",
+        help="which images; of several runs, which predictions",
+    )
     flag(
         "--data-dir",
         type=common.absolute_path,
@@ -64,7 +86,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     flag(
         "--tta",
-        choices=tuple(common.TTA),
+        choices=common.TTA,
         help="test-time augmentation, beside the plain figures (the run's own)",
     )
     flag(
@@ -77,64 +99,47 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("what comes out")
     group.add_argument(
         "--out",
-        type=Path,
+        type=given_path,
         metavar="DIR",
-        help="for the files (the run; of a comparison its parent)",
+        help="directory for the files (the run's; of several runs the one above)",
     )
     flag = group.add_mutually_exclusive_group().add_argument
-    flag(
-        "--csv",
-        action="store_true",
-        help="print CSV: the classes, the runs compared, or the predictions",
-    )
-    flag(
-        "--json",
-        action="store_true",
-        help="print JSON: metrics.json, the runs compared, or a line a prediction",
-    )
+    flag("--csv", action="store_true", help="print CSV: classes, runs or predictions")
+    flag("--json", action="store_true", help="print JSON: metrics, runs or predictions")
 
-    group = parser.add_argument_group("filters.png and activations.png")
-    group.add_argument("--layer", metavar="NAME", help="which convolution (the first)")
-    group.add_argument(
-        "--image",
-        type=common.number(int, 0),
-        default=0,
-        metavar="K",
-        help="image of the feature maps",
-    )
+    group = parser.add_argument_group("pictures")
+    flag = group.add_argument
+    flag("--sample", type=count, default=40, metavar="N", help="images in predictions.png")
+    flag("--layer", metavar="NAME", help="convolution of filters and feature maps (the first)")
+    flag("--image", type=index, default=0, metavar="K", help="image of the feature maps")
     flag = group.add_mutually_exclusive_group().add_argument
     flag(
         "--channel",
-        type=common.number(int, 0),
+        type=index,
         metavar="K",
         help="input channel of the filters (0; RGB in colour)",
     )
-    flag("--all-kernels", action="store_true", help="the kernels of every input channel")
+    flag("--all-kernels", action="store_true", help="filters of every input channel")
 
-    flag = (
-        parser.add_argument_group("instead of evaluating")
-        .add_mutually_exclusive_group()
-        .add_argument
+    group = parser.add_argument_group("instead of evaluating")
+    group.add_argument(
+        "--top",
+        type=count,
+        metavar="K",
+        help="with --predict: the K likeliest classes of each image (1)",
     )
+    flag = group.add_mutually_exclusive_group().add_argument
     flag(
         "--predict",
-        type=Path,
+        type=given_path,
         nargs="+",
         metavar="PATH",
-        help="classify image files and folders of them",
+        help="classify image files, and those in folders",
     )
     flag(
         "--export",
         choices=tuple(EXPORTS),
         help="write the model, preprocessing included, as model.onnx or model.pt2",
-    )
-
-    group = parser.add_argument_group("predictions")
-    group.add_argument(
-        "--top",
-        type=common.number(int, 1),
-        metavar="K",
-        help="a line for each of the K likeliest (1)",
     )
 
     args = parser.parse_args(argv)
@@ -145,28 +150,19 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def say(line: str, quiet: bool = False) -> None:
-    """Print a line. A reader that has gone away (`| head -1`) is no error; a full disk is one."""
-    try:
-        if not quiet:
-            print(line, flush=True)
-    except BrokenPipeError:
-        # Python flushes its output once more at the end, and then needs a file that is open.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def note(text: str, quiet: bool) -> None:
-    """A remark for a person, on stderr: it does not get into a table that a program reads."""
+    """Print a remark on stderr, so that it does not get into a table that a program reads."""
     if not quiet:
         print(f"evaluate.py: {text}", file=sys.stderr)
 
 
-# ------------------------------------------------ A trained model ------------------------------------------------
-
-
+# ------------------------ A trained model ------------------------
 @dataclass
 class Trained:
-    """A run with the model of its best epoch: `record` is run.json, `config` best.pt but for the weights."""
+    """A run with the model of its best epoch.
+
+    `record` is its run.json, `config` what best.pt holds beside the weights.
+    """
 
     directory: Path
     record: dict
@@ -175,241 +171,460 @@ class Trained:
     device: str
     autocast: Callable
 
-    def test(
-        self, image_set: ImageSet, tta: str | None = None
-    ) -> tuple[common.AverageMeter, torch.Tensor]:
+    def test(self, images: ImageSet, tta: str | None = None) -> tuple[common.AverageMeter, Tensor]:
         """Loss and accuracy of the images, and the logits [N, K], float32, on the CPU."""
-        loader = common.evaluation_loader(
-            image_set.to(self.device), self.config["batch_size"], self.config
-        )
+        images, config = images.to(self.device), self.config
+        loader = common.evaluation_loader(images, config["batch_size"], config)
         meter, logits = common.evaluate(self.model, loader, self.autocast, common.plain_loss, tta)
         return meter, logits.cpu()
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The softmax [N, K] of the logits [N, K] at the run's temperature."""
+        return (logits.double() / self.config["temperature"]).softmax(1)
+
+    def read_image(self, file: Path) -> Tensor:
+        """An image file as uint8 [C, side, side], with the pixels that it has in training. RunError."""
+        channels, side, _ = self.config["image_shape"]
+        resize = self.config.get("resize", "stretch")  # older runs have none
+        return common.read_image(file, side, channels == 1, resize)
+
+    def as_images(self, pixels: list[Tensor]) -> ImageSet:
+        """Images of unknown classes, each uint8 [C, H, W]."""
+        labels = torch.zeros(len(pixels), dtype=torch.long)
+        return ImageSet(torch.stack(pixels), labels, self.config["classes"])
+
+
+def read_run(directory: Path) -> dict:
+    """run.json, with the arguments that an older run lacks, and the status as it is now.
+
+    A run whose process has died holds no lock: it was killed. UsageError where there is no run,
+    RunError where run.json is damaged.
+    """
+    if not (directory / "run.json").exists():
+        raise UsageError(f"{shown(directory)} is not a run directory: there is no run.json")
+    record = records.read_record(directory)
+    lacking = {"name", "selection", "train", "val", "checksum"}.difference(record["data"])
+    if lacking:
+        names = ", ".join(sorted(lacking))
+        raise RunError(f"{shown(directory / 'run.json')} is damaged: data has no {names}")
+    record["args"] = common.recorded_arguments(record)
+    if record["status"] == "running" and not records.is_locked(directory / ".lock"):
+        record["status"] = "killed"
+    return record
+
 
 def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
-    """The best model of a run. RunError where there is none, or the run is still going; UsageError for the device."""
-    record = records.read_record(directory)
-    if status_of(directory, record) == "running":
-        raise RunError(
-            f"{records.shown(directory)} is still being trained; evaluate it when it has ended"
-        )
+    """The best model of a run.
+
+    RunError where there is none, or the run still goes on; UsageError for the device.
+    """
+    # Is there one?
+    record = read_run(directory)
+    if record["status"] == "running":
+        raise RunError(f"{shown(directory)} is still being trained; evaluate it when it has ended")
+
+    # Compute as the training did; another number of threads rounds otherwise.
     device, _ = common.choose_device(device, "fp32")
     precision = record["precision"]
     if (device, precision) == ("cpu", "fp16"):
         precision = "fp32"
-        note(
-            "the run's precision, fp16, needs a GPU: computed in fp32, the figures may differ from run.json's",
-            quiet,
-        )
-    torch.set_num_threads(record["threads"])  # another number of threads rounds otherwise
-    config = {
-        "temperature": 1.0,
-        **records.load_checkpoint(directory / "best.pt"),
-    }  # older runs have none
+        note("fp16 needs a GPU: computed in fp32, the figures may differ from run.json's", quiet)
+    torch.set_num_threads(record["threads"])
+
+    # Build the model around its weights; older runs have no temperature.
+    path = directory / "best.pt"
+    config = {"temperature": 1.0, **records.load_checkpoint(path)}
     try:
         weights = config.pop("weights")
         model = common.build_model(config)
         model.load_state_dict(weights)
     except (LookupError, RuntimeError) as error:
-        path = records.shown(directory / "best.pt")
         raise RunError(
-            f"{path} does not fit the models of common.py ({type(error).__name__}: {error})"
+            f"{shown(path)} does not fit the models of common.py ({type(error).__name__}: {error})"
         ) from error
-    return Trained(
-        directory,
-        record,
-        config,
-        model.to(device).eval(),
-        device,
-        common.autocast_to(device, precision),
-    )
-
-
-def status_of(directory: Path, record: dict) -> str:
-    """The status of a run; `killed` for one that was `running` when its process died, which holds no lock now."""
-    if record["status"] == "running" and not records.is_locked(directory / ".lock"):
-        return "killed"
-    return record["status"]
+    autocast = common.autocast_to(device, precision)
+    return Trained(directory, record, config, model.to(device).eval(), device, autocast)
 
 
 def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool) -> ImageSet:
-    """A split of the images that the run was trained on, on the CPU. RunError where they are missing, or are others."""
-    record, where = trained.record, records.shown(trained.directory)
-    args = argparse.Namespace(**common.recorded_arguments(record))
-    args.script, args.typed, args.test = record["script"], set(), True
+    """A split of the images that the run was trained on, on the CPU.
+
+    RunError where they are missing, or are others.
+    """
+    # What the run says of them.
+    record, where = trained.record, shown(trained.directory)
+    args = Namespace(**record["args"])
+    args.script, args.typed, args.quiet = record["script"], set(), quiet
     args.directory = args.resume = trained.directory
+    args.test, args.device, args.data_dir = True, trained.device, data_dir or Path(args.data_dir)
     args.listing = common.listing_of(trained.directory, record)
-    args.device, args.data_dir = trained.device, data_dir or Path(args.data_dir)
-    args.quiet = quiet
     if split == "val" and not args.val_size:
         raise RunError(f"{where} was trained with --val-size 0, without a validation split")
 
-    # Where the images are now.
+    # Where they are: drawn by a script, in torchvision's files, or in a folder.
     place = synthetic = None
-    if args.dataset in common.TORCHVISION:
+    if args.dataset == "synthetic":
+        if not importlib.util.find_spec(args.script):
+            text = f"are drawn by {args.script}.py, which does not lie beside evaluate.py"
+            raise RunError(f"the images of {where} {text}")
+        synthetic = importlib.import_module(args.script).synthetic
+    elif args.dataset in common.TORCHVISION:
         from torchvision import datasets
 
-        dataset_class = getattr(datasets, common.TORCHVISION[args.dataset])
-        base_folder = f"{dataset_class.__name__}/raw"
-        place = args.data_dir / getattr(dataset_class, "base_folder", base_folder)
-    elif args.dataset != "synthetic":
+        name = common.TORCHVISION[args.dataset]
+        place = args.data_dir / getattr(getattr(datasets, name), "base_folder", f"{name}/raw")
+    else:
         args.dataset = str(data_dir or args.dataset)
         place = common.folder_of(args.dataset)
-    elif importlib.util.find_spec(args.script):
-        synthetic = importlib.import_module(args.script).synthetic
-    else:
-        text = f"are drawn by {args.script}.py, which does not lie beside evaluate.py"
-        raise RunError(f"the images of {where} {text}")
     if place and not place.is_dir():
         raise RunError(f"the images of {where} are not in {place}; say where with --data-dir DIR")
 
-    # Those of the split, which must be the ones that the run had.
+    # Read them. They must be those that the run had.
     wanted = ("test",) if split == "test" else ("train", "val")
-    data = common.load_data(args, synthetic, wanted)
-    keys = {"train": "checksum", "val": "val_checksum", "test": "test_checksum"}
-    for part, key in keys.items():
-        images, expected = getattr(data, part), record["data"].get(key)
-        if images and (
-            expected not in (None, images.checksum) or images.classes != trained.config["classes"]
-        ):
+    with contextlib.redirect_stdout(sys.stderr):  # remarks do not get into tables for programs
+        data = common.load_data(args, synthetic, wanted)
+    for part in wanted:
+        images = getattr(data, part)
+        expected = record["data"].get("checksum" if part == "train" else f"{part}_checksum")
+        differs = images and expected not in (None, images.checksum)
+        if differs or (images and images.classes != trained.config["classes"]):
             use = "tested" if part == "test" else "trained"
             text = f"is not what {where} was {use} on: the checksums differ"
             raise RunError(f"{place or args.dataset} {text}")
-    if not getattr(data, split):
+    images = getattr(data, split)
+    if not images:
         raise RunError(f"{where} has no {split} images")
-    return getattr(data, split).to("cpu")
+    return images.to("cpu")
 
 
-# ------------------------------------------------ Metrics ------------------------------------------------
+def find_convolution(model: nn.Module, args: Namespace) -> tuple[str | None, nn.Conv2d | None]:
+    """Name and layer of --layer, or of the first convolution, if there is one. UsageError."""
+    layers = model.named_modules()
+    convolutions = {name: layer for name, layer in layers if isinstance(layer, nn.Conv2d)}
+    name = args.layer or next(iter(convolutions), None)
+    layer = convolutions.get(name)
+    if args.layer and not layer:
+        names = ", ".join(convolutions) or "none"
+        raise UsageError(f"--layer {name}: the convolutions of this model are {names}")
+    channels = layer.weight.shape[1] if layer else math.inf
+    if (args.channel or 0) >= channels:
+        raise UsageError(f"--channel {args.channel}: layer {name} has {channels}, from 0")
+    return name, layer
 
+
+# ------------------------ Measure ------------------------
 CALIBRATION_BINS = 15
+SHOWN_IMAGES = 40
+
+
+class Gallery(NamedTuple):
+    """Images [N, C, H, W] that are shown together, with words on each, and whether it `is_wrong`."""
+
+    title: str
+    pixels: Tensor
+    captions: list[str]
+    is_wrong: list[bool]
+
+
+@dataclass
+class Evaluation:
+    """What is measured of a run.
+
+    `metrics` is the content of metrics.json, `answers` that of predictions.csv, a row an image, and
+    `suspects` the rows that may have a wrong label. `galleries` are pictures of images by name.
+    """
+
+    trained: Trained
+    images: ImageSet
+    metrics: dict
+    answers: DataFrame
+    suspects: DataFrame
+    galleries: dict[str, Gallery]
+
+
+def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
+    """Compute everything that is shown of a run."""
+    # What the model answers, image by image.
+    meter, logits = trained.test(images)
+    probabilities, labels = trained.probabilities(logits), images.labels
+    answers = answer_table(images, probabilities)
+    confidence, predicted = probabilities.max(1)
+    correct, size = predicted == labels, len(images.classes)
+    confusion = torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)
+
+    # The figures. Each number gets a line in the table of results.
+    classes = class_metrics(confusion.numpy(), images.classes)
+    bins, error = calibration(confidence, correct)
+    bins_before, error_before = calibration(logits.double().softmax(1).amax(1), correct)
+    metrics = {
+        "run": trained.record["name"],
+        "dataset": trained.record["data"]["name"],
+        "split": args.split,
+        "epoch": trained.config["epoch"],
+        "images": len(images),
+        "checksum": images.checksum,
+        **meter_metrics(meter),
+        "macro_f1": classes.f1.mean(),
+        "weighted_f1": np.average(classes.f1.fillna(0), weights=classes.support),
+        "temperature": trained.config["temperature"],
+        "expected_calibration_error": error,
+        "expected_calibration_error_before": error_before,
+    }
+    if size > 10:
+        among_five = (logits.topk(5).indices == labels[:, None]).any(1)
+        metrics["top5_accuracy"] = among_five.double().mean().item()
+
+    # With averaged views, if the run or the user wants it.
+    views = args.tta or trained.record["args"]["tta"]
+    if views:
+        metrics["tta"] = {"views": views, **meter_metrics(trained.test(images, views)[0])}
+    metrics |= {
+        "classes": as_rows(classes),
+        "calibration": as_rows(bins),
+        "calibration_before": as_rows(bins_before),
+        "confusion_matrix": confusion.tolist(),
+    }
+
+    # The images that are shown, and where the model looked when it was wrong.
+    wrong, suspects = answers[~correct.numpy()], find_suspects(answers)
+    worst = wrong.nlargest(SHOWN_IMAGES, "predicted_probability")
+    drawn = torch.randperm(len(images), generator=common.generator_for("predictions"))
+    sample = answers.iloc[drawn[: args.sample].numpy()]
+    title = f"The {len(worst)} most confident of {len(wrong):,} mistakes"
+    galleries = {
+        "predictions": gallery("A random sample: class and confidence", images, sample),
+        "mistakes": gallery(title, images, worst),
+    }
+    seen = grad_cam(trained, images.select(torch.tensor(worst.index)), predicted[worst.index])
+    if seen is not None:
+        title = "Grad-CAM: where the model saw what it took them for"
+        galleries["gradcam"] = galleries["mistakes"]._replace(title=title, pixels=seen)
+    if images.files:
+        title = suspicion(args.split)
+        galleries["suspects"] = gallery(title, images, suspects.head(SHOWN_IMAGES), as_suspect)
+    return Evaluation(trained, images, metrics, answers, suspects, galleries)
+
+
+def answer_table(images: ImageSet, probabilities: Tensor) -> DataFrame:
+    """A row for each image: its `file` as in data.csv, or its index, its `class` and the
+    `probability` of that, the `predicted` class and its probability, from `probabilities` [N, K].
+    """
+    from pandas import DataFrame, options
+
+    # PyArrow, where it is installed, would refuse a name with bytes that are no characters.
+    options.mode.string_storage = "python"
+    names, labels = np.array(images.classes), images.labels
+    confidence, predicted = probabilities.max(1)
+    files = [file.name for file in images.files or ()]
+    return DataFrame(
+        {
+            "file": files or range(len(images)),
+            "class": names[labels],
+            "probability": probabilities[range(len(labels)), labels],
+            "predicted": names[predicted],
+            "predicted_probability": confidence,
+        }
+    )
+
+
+def meter_metrics(meter: common.AverageMeter) -> dict:
+    """Loss, accuracy, and the interval of that."""
+    return {
+        "loss": meter.loss,
+        "accuracy": meter.accuracy,
+        "accuracy_interval": wilson_interval(int(meter.correct), meter.images),
+    }
 
 
 def wilson_interval(correct: int, count: int) -> list[float]:
-    """The 95% interval [low, high] of a share, E. B. Wilson's: sound near 0 and 1, and for few images."""
+    """The 95% interval [low, high] of a share, E. B. Wilson's: sound near 0 and 1, and for few
+    images. Both are None where there are no images."""
     from scipy.stats import binomtest
 
+    if not count:
+        return [None, None]
     interval = binomtest(correct, count).proportion_ci(method="wilson")
     return [float(interval.low), float(interval.high)]
 
 
-def mcnemar_mid_p(one: int, other: int) -> float:
-    """Two-sided mid-p of McNemar's test that two models are equally good, where `one` and `other` images are right with
-    the one or the other only. M. W. Fagerland, S. Lydersen and P. Laake, "The McNemar test for binary matched-pairs
-    data: mid-p and asymptotic are better than exact conditional" (2013)."""
-    from scipy.stats import binom
+def class_metrics(confusion: np.ndarray, names: list[str]) -> DataFrame:
+    """A row for each class, from counts [K, K] with a row for each actual class, a column for each
+    predicted one.
 
-    fewer, images = min(one, other), one + other
-    return float(2 * binom.cdf(fewer, images, 0.5) - binom.pmf(fewer, images, 0.5))
+    What would divide by zero is NaN; so a class without images counts in no mean.
+    """
+    from pandas import DataFrame
 
-
-def difference_interval(one: int, other: int, images: int) -> list[float]:
-    """The 95% interval [low, high] of the difference of two accuracies on the same `images`, of which `one` and `other`
-    are right with the one or the other model only. D. G. Bonett and R. M. Price, "Adjusted Wald confidence interval for
-    a difference of binomial proportions based on paired data" (2012)."""
-    p, q = (one + 1) / (images + 2), (other + 1) / (images + 2)
-    half = statistics.NormalDist().inv_cdf(0.975) * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
-    return [max(-1.0, p - q - half), min(1.0, p - q + half)]
-
-
-def mean_interval(values: list[float]) -> tuple[float, float, list[float]]:
-    """Mean and standard deviation of two values or more, and Student's 95% interval [low, high] of the mean."""
-    from scipy.stats import t
-
-    mean, deviation = statistics.mean(values), statistics.stdev(values)
-    low, high = t.interval(0.95, len(values) - 1, mean, deviation / math.sqrt(len(values)))
-    return mean, deviation, [float(low), float(high)]
+    correct, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+    classes = DataFrame({"name": names, "support": support, "predicted": predicted})
+    images = classes.support.replace(0, np.nan)
+    classes["accuracy"] = classes["recall"] = correct / images
+    classes["accuracy_interval"] = list(map(wilson_interval, correct.tolist(), support.tolist()))
+    classes["precision"] = correct / classes.predicted.replace(0, np.nan)
+    classes["f1"] = 2 * correct / (images + predicted)
+    return classes
 
 
-def class_metrics(confusion: torch.Tensor, names: list[str]) -> list[dict]:
-    """Per class, from `confusion` int64 [K, K], rows actual, columns predicted. What would divide by zero is 0."""
-    correct, support, predicted = confusion.diag().double(), confusion.sum(1), confusion.sum(0)
-    recall, precision, f1 = (
-        correct / support,
-        correct / predicted,
-        2 * correct / (support + predicted),
-    )
-    keys = "name", "support", "predicted", "accuracy", "precision", "recall", "f1"
-    shares = (share.nan_to_num(0).tolist() for share in (recall, precision, recall, f1))
-    return [
-        dict(zip(keys, row, strict=True))
-        for row in zip(names, support.tolist(), predicted.tolist(), *shares, strict=True)
-    ]
+def calibration(confidence: Tensor, correct: Tensor) -> tuple[DataFrame, float]:
+    """Images, mean confidence and accuracy in each of 15 bins of equal width, from `confidence` and
+    `correct` [N]; and the expected calibration error.
+
+    C. Guo et al., "On calibration of modern neural networks" (2017).
+    """
+    from pandas import DataFrame, cut
+
+    edges = np.arange(CALIBRATION_BINS + 1) / CALIBRATION_BINS
+    answers = DataFrame({"confidence": confidence, "accuracy": correct.double()})
+    groups = answers.groupby(cut(answers.confidence, edges), observed=False)
+    bins = groups.mean().assign(low=edges[:-1], high=edges[1:], images=groups.size())
+    gaps = (bins.confidence - bins.accuracy).abs()
+    return bins, float((gaps * bins["images"]).sum() / len(answers))
 
 
-def calibration(confidence: torch.Tensor, correct: torch.Tensor) -> tuple[list[dict], float]:
-    """Images, mean confidence and accuracy in each of 15 bins of equal width (None where a bin is empty), and the
-    expected calibration error: C. Guo et al., "On calibration of modern neural networks" (2017)."""
-    which = (confidence * CALIBRATION_BINS).ceil().long().clamp(1, CALIBRATION_BINS) - 1
-    images = torch.bincount(which, minlength=CALIBRATION_BINS)
-    means = [
-        torch.bincount(which, each.double(), CALIBRATION_BINS) / images
-        for each in (confidence, correct)
-    ]
-    error = float((images * (means[0] - means[1]).abs()).nansum() / len(confidence))
-    rows = []
-    for index, (count, mean, share) in enumerate(
-        zip(images.tolist(), *(m.tolist() for m in means), strict=True)
-    ):
-        low, high = index / CALIBRATION_BINS, (index + 1) / CALIBRATION_BINS
-        seen = (
-            {"confidence": mean, "accuracy": share}
-            if count
-            else {"confidence": None, "accuracy": None}
-        )
-        rows.append({"low": low, "high": high, "images": count, **seen})
-    return rows, error
+def find_suspects(answers: DataFrame) -> DataFrame:
+    """The images whose class is least likely, of those that the model takes for another.
+
+    At most a tenth of all: three times the wrong labels that C. G. Northcutt, A. Athalye and J.
+    Mueller found on average, "Pervasive label errors in test sets destabilize machine learning
+    benchmarks" (2021).
+    """
+    wrong = answers[answers["class"] != answers.predicted]
+    return wrong.nsmallest(math.ceil(len(answers) / 10), "probability")
 
 
-def measure(
-    logits: torch.Tensor, temperature: float, labels: torch.Tensor, names: list[str]
-) -> dict:
-    """All metrics but the loss, as in metrics.json, of `logits` [N, K] for the `labels` [N] of the classes `names`.
-
-    The calibration is that of the probabilities at the `temperature`; `..._before` is without it."""
-    confidence, predicted = (logits.double() / temperature).softmax(1).max(1)
-    correct, count, classes = predicted == labels, len(labels), len(names)
-    confusion = torch.bincount(labels * classes + predicted, minlength=classes**2).view(
-        classes, classes
-    )
-    rows = class_metrics(confusion, names)
-    bins, calibration_error = calibration(confidence, correct)
-    bins_before, error_before = calibration(logits.double().softmax(1).amax(1), correct)
-    metrics = {
-        "accuracy": int(correct.sum()) / count,
-        "accuracy_interval": wilson_interval(int(correct.sum()), count),
-        "macro_f1": statistics.fmean(row["f1"] for row in rows if row["support"]),
-        "weighted_f1": sum(row["f1"] * row["support"] for row in rows) / count,
-        "temperature": temperature,
-        "expected_calibration_error": calibration_error,
-        "expected_calibration_error_before": error_before,
-    }
-    if classes > 10:
-        metrics["top5_accuracy"] = int((logits.topk(5).indices == labels[:, None]).sum()) / count
-    bins = {"calibration": bins, "calibration_before": bins_before}
-    return {**metrics, "classes": rows, **bins, "confusion_matrix": confusion.tolist()}
+def suspicion(split: str) -> str:
+    """What suspects are."""
+    seen = "; the model was trained on these labels" if split == "train" else ""
+    return f"Suspects: given class least likely{seen}"
 
 
-# ------------------------------------------------ Pictures ------------------------------------------------
+def caption(answer: dict) -> str:
+    """Two lines about an image: its class, and what is predicted how surely."""
+    name, other = shorten(answer["class"], 20), shorten(answer["predicted"], 20)
+    confidence = f"({answer['predicted_probability']:.0%})"
+    if answer["class"] == answer["predicted"]:
+        return f"{name}\n{confidence}"
+    return f"{name}, taken for\n{other} {confidence}"
 
-# Two of the colours of M. Okabe and K. Ito, told apart by the colour-blind; line styles and marks say the same in grey.
+
+def as_suspect(answer: dict) -> str:
+    """Three lines about an image: how likely its class is, what is likelier, and the file."""
+    name, other = shorten(answer["class"], 20), shorten(answer["predicted"], 20)
+    likelier = f"{other}? ({answer['predicted_probability']:.0%})"
+    return f"{name} ({answer['probability']:.1%})\n{likelier}\n{Path(answer['file']).name}"
+
+
+def gallery(
+    title: str, images: ImageSet, answers: DataFrame, describe: Callable[[dict], str] = caption
+) -> Gallery:
+    """The images of some answers."""
+    rows = answers.to_dict("records")
+    is_wrong = [row["class"] != row["predicted"] for row in rows]
+    pixels = images.select(torch.tensor(answers.index)).images
+    return Gallery(title, pixels, list(map(describe, rows)), is_wrong)
+
+
+def grad_cam(trained: Trained, images: ImageSet, classes: Tensor) -> Tensor | None:
+    """Where in each image the model saw what speaks for a class of `classes` [N]: the images under
+    a heatmap, uint8 [N, 3, H, W].
+
+    The heatmap is the output of the last convolution, each channel weighted by its mean gradient:
+    R. Selvaraju et al., "Grad-CAM" (2017). None where that output is no map of the image.
+    """
+    # Catch what the convolutions put out. What follows gets copies, as a ReLU may work in place.
+    caught: list[Tensor] = []
+
+    def catch(layer, inputs, output):
+        caught.append(output)
+        return output.clone()
+
+    layers = [layer for layer in trained.model.modules() if isinstance(layer, nn.Conv2d)]
+    loader = common.Loader(images.to(trained.device), SHOWN_IMAGES, trained.config)
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_hook(catch))
+        for pixels, _ in loader.batches():
+            logits = trained.model(pixels.requires_grad_())
+
+    # Take the last that is a map. That of a transformer, its only one, cuts the image into patches.
+    maps = [output for output in caught if min(output.shape[2:]) > 1]
+    if not maps or (len(layers) == 1 and layers[0].kernel_size == layers[0].stride):
+        return None
+    scores = logits.gather(1, classes.to(trained.device)[:, None])
+    (gradients,) = torch.autograd.grad(scores.sum(), maps[-1])
+    heat = (gradients.mean((2, 3), keepdim=True) * maps[-1]).sum(1, keepdim=True).relu()
+
+    # Lay it over the images in colours, from nothing to the most of each image.
+    heat = F.interpolate(heat.detach().cpu(), pixels.shape[2:], mode="bilinear")[:, 0]
+    heat /= heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
+    colours = torch.from_numpy(colormap("inferno")(heat.numpy())[..., :3]).permute(0, 3, 1, 2)
+    return (images.images * 0.45 + colours * 255 * 0.55).byte()
+
+
+# ------------------------ Draw ------------------------
+# Two of the colours of M. Okabe and K. Ito, told apart by the colour-blind; line styles and marks
+# say the same in grey.
 BLUE, ORANGE = "#0072B2", "#D55E00"
-ANNOTATED_CLASSES = 20
+FEW_EPOCHS = 40  # each has a mark on the curves
+CAPTIONS = {
+    "curves": "Loss and accuracy after each epoch. The star is the epoch that is evaluated.",
+    "per_class": "The accuracy of each class, with its 95% interval.",
+    "confusion": "Which class is taken for which: images, percent of the row, of the column.",
+    "predictions": "A random sample: the class of each image, and how sure the model is.",
+    "calibration": "How often the model is right where it is so sure.",
+    "filters": "The filters of a convolution.",
+    "activations": "What the filters of a convolution find in one image.",
+}
 
 
-def new_figure(width: float, height: float, title: str, layout: str | None = "constrained"):
-    """A figure of so many inches, made without pyplot, which needs a global state and wants a display."""
+def draw(found: Evaluation, args: Namespace) -> dict[str, Figure]:
+    """The pictures of an evaluation by the names of their files."""
+    trained, metrics, images = found.trained, found.metrics, found.images
+    title = f"{shorten(metrics['run'], 50)}, epoch {metrics['epoch']}\n{what_images(metrics)}"
+    figures = {
+        "curves": draw_history(trained),
+        "per_class": draw_classes(metrics, title),
+        "confusion": draw_confusion(metrics, title),
+        "calibration": draw_calibration(metrics, title),
+    }
+    for name, shown_images in found.galleries.items():
+        figures[name] = draw_gallery(shown_images, title)
+    name, layer = find_convolution(trained.model, args)
+    if layer:
+        figures["filters"] = draw_filters(name, layer, args)
+        figures["activations"] = draw_activations(trained, name, layer, images, args.image)
+    return figures
+
+
+def what_images(metrics: dict) -> str:
+    """Which images were evaluated, in a few words."""
+    dataset = shorten(Path(metrics["dataset"]).name, 30)
+    return f"{metrics['images']:,} {metrics['split']} images of {dataset}"
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure of so many inches, without pyplot, which has a global state and wants a display."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x$
-    figure = Figure((width, height), dpi=100, layout=layout)
+    matplotlib.rcParams["font.family"] = fonts()
+    figure = Figure((width, height), dpi=100, layout="constrained")
     figure.suptitle(title)
     return figure
 
 
-def render(figure) -> bytes:
-    """A figure as the bytes of a PNG file; a character that the font lacks is a box in it."""
+@functools.cache
+def fonts() -> list[str]:
+    """Matplotlib's own font, and those on this machine that have the characters which it lacks."""
+    from matplotlib.font_manager import get_font_names
+
+    wider = re.compile("Noto Sans (CJK|Arabic)|WenQuanYi|Arial Unicode|Microsoft YaHei|PingFang")
+    return ["DejaVu Sans", *filter(wider.match, sorted(get_font_names()))]
+
+
+def render(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG file; a character that no font has is a box in it."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
@@ -418,21 +633,25 @@ def render(figure) -> bytes:
 
 
 def colormap(name: str, missing: str = "lightgrey"):
-    """A colour map with `missing` for NaN: what lies between tiles, or a class that never occurs."""
+    """A colour map with the colour `missing` for NaN."""
     import matplotlib
 
     return matplotlib.colormaps[name].with_extremes(bad=missing)
 
 
 def percent_axis(axis) -> None:
-    """Label an axis of shares with percentages."""
+    """Label an axis of shares with percentages, and end it at 100%."""
     from matplotlib.ticker import PercentFormatter
 
     axis.set_major_formatter(PercentFormatter(1, decimals=None))
+    low, high = axis.get_view_interval()
+    if high > 1:
+        axis.axes.set(**{f"{axis.axis_name}lim": (low, 1)})
 
 
-def shorten(name: str, length: int = 16) -> str:
-    """A name for a picture: cut to `length`, and without bytes that are no characters, at which matplotlib fails."""
+def shorten(name: str, length: int) -> str:
+    """A name for a picture: cut to `length`, and without bytes that are no characters, at which
+    matplotlib fails."""
     name = name.encode(errors="replace").decode()
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
@@ -450,582 +669,327 @@ def curves_axes(figure):
     return axes
 
 
-def draw_curves(trained: Trained, rows: list[dict]):
+def plot_history(axes, directory: Path, part: str, **look) -> int:
+    """Draw loss and accuracy of the `part` train or val of a run. Returns its epochs."""
+    rows = records.read_log(directory) if (directory / "log.jsonl").exists() else []
+    epochs, marker = [row["epoch"] for row in rows], "." if len(rows) < FEW_EPOCHS else None
+    for axis, name in zip(axes, ("loss", "acc"), strict=True):
+        axis.plot(epochs, [row[f"{part}_{name}"] for row in rows], marker=marker, **look)
+    percent_axis(axes[1].yaxis)
+    return len(rows)
+
+
+def draw_history(trained: Trained) -> Figure:
     """Loss and accuracy of training and validation, epoch by epoch."""
-    record, best = trained.record, trained.config
-    about = record["args"]["model"], shorten(Path(record["data"]["name"]).name, 30)
-    figure = new_figure(11, 4.2, f"{shorten(record['name'], 60)}: {about[0]} on {about[1]}")
-    epochs, marker = [row["epoch"] for row in rows], "." if len(rows) < 40 else None
-    for axis, name in zip(curves_axes(figure), ("loss", "acc"), strict=True):
-        training, validation = (
-            [row[f"{part}_{name}"] for row in rows] for part in ("train", "val")
-        )
-        axis.plot(epochs, training, "--", color=ORANGE, label="training", marker=marker)
-        axis.plot(
-            epochs, validation, "-", color=BLUE, label=record["data"]["selection"], marker=marker
-        )
-        # best.pt's figures, not the record's: they are of these weights, also where a run was killed between the two.
-        axis.plot(
-            best["epoch"],
-            best[f"val_{name}"],
-            "*",
-            color="black",
-            markersize=13,
-            label=f"best: {best['epoch']}",
-        )
+    record, best, directory = trained.record, trained.config, trained.directory
+    dataset = shorten(Path(record["data"]["name"]).name, 30)
+    title = f"{shorten(record['name'], 60)}: {record['args']['model']} on {dataset}"
+    figure = new_figure(11, 4.2, title)
+    axes = curves_axes(figure)
+    plot_history(axes, directory, "train", color=ORANGE, linestyle="--", label="training")
+    selection = record["data"]["selection"]
+    epochs = plot_history(axes, directory, "val", color=BLUE, label=selection)
+    for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
+        # best.pt's figures, not run.json's: they are of these weights, also after a kill.
+        label = f"best: {best['epoch']}"
+        axis.plot(best["epoch"], best[name], "k*", markersize=13, label=label)
         if record["status"] == "stopped_early":
-            axis.axvline(
-                epochs[-1], color="black", linestyle=":", label=f"early stop: {epochs[-1]}"
-            )
+            axis.axvline(epochs, color="black", linestyle=":", label=f"early stop: {epochs}")
         axis.legend()
     return figure
 
 
-def draw_per_class(metrics: dict, title: str):
-    """Accuracy of each class, highest first, with its 95% interval."""
-    rows = sorted(
-        (row for row in metrics["classes"] if row["support"]), key=lambda row: row["accuracy"]
-    )
-    figure = new_figure(8, 1.6 + len(rows) * (0.32 if len(rows) <= 30 else 0.16), title)
+def draw_classes(metrics: dict, title: str) -> Figure:
+    """Accuracy of each class that has images, highest first, with its 95% interval."""
+    from pandas import DataFrame
+
+    classes = DataFrame(metrics["classes"]).query("support > 0")
+    classes = classes.sort_values("accuracy", kind="stable")
+    places, few = range(len(classes)), len(classes) <= 30
+    figure = new_figure(8, 1.6 + len(classes) * (0.32 if few else 0.16), title)
     axis = figure.subplots()
-    shares = [row["accuracy"] for row in rows]
-    intervals = [
-        wilson_interval(round(row["accuracy"] * row["support"]), row["support"]) for row in rows
-    ]
-    errors = (torch.tensor(intervals).T - torch.tensor(shares)).abs().numpy()
-    axis.barh(
-        range(len(rows)), shares, xerr=errors, color=BLUE, error_kw={"elinewidth": 1, "capsize": 2}
-    )
-    axis.axvline(
-        metrics["accuracy"],
-        color="black",
-        linestyle="--",
-        label=f"all images: {metrics['accuracy']:.2%}",
-    )
-    labels = [f"{shorten(row['name'], 24)}  {row['accuracy']:.1%}" for row in rows]
-    axis.set_yticks(range(len(rows)), labels, fontsize=10 if len(rows) <= 30 else 8)
-    axis.set(
-        xlabel="accuracy within the class (recall), with 95% interval",
-        xlim=(0, 1),
-        ylim=(-0.6, len(rows) - 0.4),
-    )
+    axis.barh(places, classes.accuracy, color=BLUE)
+    axis.hlines(places, *zip(*classes.accuracy_interval, strict=True), color="black")
+    everything = f"all images: {metrics['accuracy']:.2%}"
+    axis.axvline(metrics["accuracy"], color="black", linestyle="--", label=everything)
+    rows = zip(classes["name"], classes.accuracy, strict=True)
+    labels = [f"{shorten(name, 24)}  {accuracy:.1%}" for name, accuracy in rows]
+    axis.set_yticks(places, labels, fontsize=10 if few else 8)
+    axis.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1))
+    axis.margins(y=0.01)
     percent_axis(axis.xaxis)
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
-def draw_confusion(metrics: dict, title: str):
-    """Three heatmaps: counts, recall (each row sums to 100%) and precision (each column sums to 100%)."""
+def draw_confusion(metrics: dict, title: str) -> Figure:
+    """Heatmaps of counts, recall (each row sums to 100%) and precision (each column does), with
+    numbers where there is room for them."""
     from matplotlib.colors import PowerNorm
 
+    # The three matrices; what would divide by zero is NaN.
     counts = torch.tensor(metrics["confusion_matrix"])
+    panels = {
+        "counts": counts,
+        "recall: percent of the actual class": 100 * counts / counts.sum(1, keepdim=True),
+        "precision: percent of the predicted class": 100 * counts / counts.sum(0),
+    }
+
+    # Inches for names and numbers. Of more than 150 classes the names would run into one another.
     names = [shorten(row["name"], 24) for row in metrics["classes"]]
-    annotated = len(names) <= ANNOTATED_CLASSES
-    side = min(
-        max(len(names) * (0.46 if annotated else 0.13), 2.6), 20
-    )  # inches: at least as the headings need
-    below = max(2.2, 1.4 + max(map(len, names)) * (0.08 if annotated else 0.055))
-    figure = new_figure(3 * (side + 2.4), side + below, title)
-    panels = (
-        ("counts", counts, "images"),
-        (
-            "recall: percent of the actual class",
-            100 * counts / counts.sum(1, keepdim=True),
-            "% of the row",
-        ),
-        (
-            "precision: percent of the predicted class",
-            100 * counts / counts.sum(0, keepdim=True),
-            "% of the column",
-        ),
-    )
-    for axis, (heading, values, unit) in zip(figure.subplots(1, 3), panels, strict=True):
-        # The square root shows the errors beside a diagonal that is many times larger.
-        top = max(1, int(counts.max())) if unit == "images" else 100
+    few = len(names) <= 20
+    side = min(max(2.6, len(names) * (0.46 if few else 0.13)), 20)
+    figure = new_figure(3 * side + 7, side + 3, title)
+    ticks = range(0, len(names), math.ceil(len(names) / 150))
+    labels, size = [names[tick] for tick in ticks], 10 if few else 6
+
+    # Draw each. The square root shows the errors beside a diagonal that is many times larger.
+    for axis, heading in zip(figure.subplots(1, 3), panels, strict=True):
+        values = panels[heading]
+        top = max(1, counts.max().item()) if values is counts else 100
         image = axis.imshow(values.numpy(), cmap=colormap("Blues"), norm=PowerNorm(0.5, 0, top))
-        figure.colorbar(image, ax=axis, label=unit, fraction=0.046)
-        # Of more than 150 classes the names would run into one another.
-        ticks, size = range(0, len(names), math.ceil(len(names) / 150)), 9 if annotated else 6
-        axis.set_xticks(ticks, [names[index] for index in ticks], rotation=90, fontsize=size)
-        axis.set_yticks(ticks, [names[index] for index in ticks], fontsize=size)
+        figure.colorbar(image, ax=axis, fraction=0.046, format="{x:,.0f}")
+        axis.set_xticks(ticks, labels, rotation=90, fontsize=size)
+        axis.set_yticks(ticks, labels, fontsize=size)
         axis.set(title=heading, xlabel="predicted class", ylabel="actual class")
-        for row, column in (values == values).nonzero().tolist() if annotated else ():
-            value = float(values[row, column])
-            text = f"{value:.0f}" if unit == "images" or not value else f"{value:.1f}"
+        for row, column in (~values.isnan()).nonzero().tolist() if few else ():
+            value = values[row, column].item()
+            text = f"{value:.1f}" if value % 1 else f"{value:.0f}"
             colour = "white" if value / top > 0.35 else "black" if value else "silver"
-            axis.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+            axis.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     return figure
 
 
-def draw_image(axis, pixels: torch.Tensor, **options) -> None:
-    """uint8 [1 or 3, H, W] on an axis, as it is."""
-    scale = {"cmap": "gray", "vmin": 0, "vmax": 255, "interpolation": "nearest"}
-    axis.imshow(pixels.permute(1, 2, 0).squeeze(2).numpy(), **scale, **options)
-
-
-def caption(image_set: ImageSet, index: int, predicted: int, confidence: float) -> str:
-    """Two lines about an image: its class, and what was predicted how surely."""
-    actual, answer = (
-        shorten(image_set.classes[which], 12) for which in (image_set.labels[index], predicted)
-    )
-    right = predicted == image_set.labels[index]
-    return (
-        f"{actual}\n({confidence:.0%})"
-        if right
-        else f"{actual}, taken for\n{answer} ({confidence:.0%})"
-    )
-
-
-def draw_images(image_set: ImageSet, captions: dict[int, str], predicted: torch.Tensor, title: str):
-    """The images at the indices of `captions` as they were before normalisation, framed where the model is wrong."""
+def draw_gallery(images: Gallery, title: str) -> Figure:
+    """Images as they were before normalisation, framed where the model is wrong."""
     from matplotlib.patches import Rectangle
 
-    columns, cell_height = 8, 1.3  # of a cell of width 1
-    rows = max(1, math.ceil(len(captions) / columns))
-    figure = new_figure(11.6, rows * cell_height * 1.45 + 0.7, title)
+    columns, height = 8, 1.3  # of a cell of width 1
+    rows = max(1, math.ceil(len(images.captions) / columns))
+    figure = new_figure(11.6, 1.9 * rows + 0.9, f"{title}\n{images.title}")
     axis = figure.subplots()  # one for all: forty take seconds
-    pixels = image_set.select(torch.tensor(list(captions), dtype=torch.long)).images
-    for place, (index, text) in enumerate(captions.items()):
-        left, top = place % columns + 0.05, place // columns * cell_height + 0.35
-        wrong = predicted[index] != image_set.labels[index]
-        if wrong:
-            axis.add_patch(Rectangle((left, top), 0.9, 0.9, fill=False, color=ORANGE, linewidth=3))
-        draw_image(axis, pixels[place], extent=(left, left + 0.9, top + 0.9, top))
-        look = {
-            "ha": "center",
-            "va": "bottom",
-            "fontsize": 8,
-            "color": ORANGE if wrong else "black",
-        }
-        axis.text(left + 0.45, top - 0.04, text, **look)
-    if not captions:
-        axis.text(columns / 2, cell_height / 2, "none", ha="center")
-    axis.set(xlim=(0, columns), ylim=(rows * cell_height, 0))
+    for place, text in enumerate(images.captions):
+        left, top = place % columns + 0.05, place // columns * height + 0.35
+        colour = "black"
+        if images.is_wrong[place]:
+            colour, look = ORANGE, {"fill": False, "color": ORANGE, "linewidth": 3}
+            axis.add_patch(Rectangle((left, top), 0.9, 0.9, **look))
+        draw_image(axis, images.pixels[place], extent=(left, left + 0.9, top + 0.9, top))
+        lines = "\n".join(shorten(line, 24) for line in text.splitlines())
+        axis.text(left + 0.45, top - 0.04, lines, ha="center", fontsize=8, color=colour)
+    if not images.captions:
+        axis.text(columns / 2, height / 2, "none", ha="center")
+    axis.set(xlim=(0, columns), ylim=(rows * height, 0))
     axis.set_axis_off()
     return figure
 
 
-def draw_calibration(metrics: dict, title: str):
+def draw_image(axis, pixels: Tensor, **options):
+    """An image [1 or 3, H, W] on an axis, pixel by pixel."""
+    look = {"cmap": "gray", "interpolation": "nearest", "vmin": 0, "vmax": 255, **options}
+    return axis.imshow(pixels.permute(1, 2, 0).squeeze(2).numpy(), **look)
+
+
+def draw_calibration(metrics: dict, title: str) -> Figure:
     """Accuracy against confidence, and how often each confidence occurs."""
+    from pandas import DataFrame
+
+    # Accuracy, and where it was before the temperature.
     figure = new_figure(6, 6.5, title)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    bins = [one for one in metrics["calibration"] if one["images"]]
-    lows, bars = (
-        [one["low"] for one in bins],
-        {"width": 1 / CALIBRATION_BINS, "align": "edge", "edgecolor": "white"},
-    )
-    top.bar(lows, [one["accuracy"] for one in bins], color=BLUE, label="accuracy", **bars)
-    top.plot(
-        [one["confidence"] for one in bins],
-        [one["accuracy"] for one in bins],
-        "o",
-        color="black",
-        markersize=4,
-    )
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    bins = DataFrame(metrics["calibration"]).dropna()
+    look = {"width": 1 / CALIBRATION_BINS, "align": "edge", "color": BLUE, "edgecolor": "white"}
+    above.bar(bins.low, bins.accuracy, label="accuracy", **look)
+    above.plot(bins.confidence, bins.accuracy, "k.")
+    heading = f"expected calibration error {metrics['expected_calibration_error']:.2%}"
     if metrics["temperature"] != 1:
-        before = [one for one in metrics["calibration_before"] if one["images"]]
-        text, look = (
-            "before the temperature",
-            {"color": "white", "markeredgecolor": "black", "markersize": 6},
-        )
-        top.plot(
-            [one["confidence"] for one in before],
-            [one["accuracy"] for one in before],
-            "D",
-            label=text,
-            **look,
-        )
-    top.plot([0, 1], [0, 1], "--", color=ORANGE, label="perfectly calibrated")
-    about = "expected calibration error {expected_calibration_error:.2%}"
-    about += " (before: {expected_calibration_error_before:.2%})" * (metrics["temperature"] != 1)
-    top.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=about.format(**metrics))
-    top.legend()
-    bottom.bar(lows, [one["images"] for one in bins], color=BLUE, **bars)
-    bottom.set(
-        xlabel="confidence: probability of the predicted class",
-        ylabel="images",
-        yscale="log",
-        ylim=(0.5, None),
-    )
-    bottom.yaxis.set_major_formatter("{x:,.0f}")
-    for axis in (top.xaxis, top.yaxis):
-        percent_axis(axis)
+        heading += f" (before: {metrics['expected_calibration_error_before']:.2%})"
+        before = DataFrame(metrics["calibration_before"]).dropna()
+        look_before = {"markerfacecolor": "white", "label": "before the temperature"}
+        above.plot(before.confidence, before.accuracy, "kD", **look_before)
+    above.plot([0, 1], [0, 1], "--", color=ORANGE, label="perfectly calibrated")
+    above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=heading)
+    above.legend()
+    percent_axis(above.yaxis)
+
+    # How many images there are.
+    below.bar(bins.low, bins["images"], **look)
+    below.set(xlabel="confidence: probability of the predicted class", ylabel="images")
+    below.set(yscale="log", ylim=(0.5, None))
+    below.yaxis.set_major_formatter("{x:,.0f}")
+    percent_axis(below.xaxis)
     return figure
 
 
-def draw_tiles(figure, axis, tiles: torch.Tensor, columns: int, label: str, **scale) -> None:
+def draw_tiles(axis, tiles: Tensor, columns: int, label: str, **scale) -> None:
     """`tiles` [N, 1 or 3, H, W] in rows of `columns`: in colour, or with a scale beside them."""
     from torchvision.utils import make_grid
 
-    sheet = make_grid(tiles, columns, padding=1, pad_value=1 if tiles.shape[1] == 3 else math.nan)
-    sheet = sheet.permute(1, 2, 0).numpy()
-    if tiles.shape[1] == 3:
-        axis.imshow(sheet, interpolation="nearest")
-    else:
-        image = axis.imshow(sheet[..., 0], interpolation="nearest", **scale)
-        figure.colorbar(image, ax=axis, label=label, fraction=0.04)
+    channels = tiles.shape[1]
+    sheet = make_grid(tiles, columns, padding=1, pad_value=1 if channels == 3 else math.nan)
+    image = draw_image(axis, sheet[:channels], **scale)
+    if channels == 1:
+        axis.figure.colorbar(image, ax=axis, label=label, fraction=0.04)
     axis.set_axis_off()
 
 
-def draw_filters(name: str, convolution: nn.Conv2d, channel: int | None, all_kernels: bool):
-    """The kernels of a convolution: in RGB, of one input channel, or (`all_kernels`) of every one, a row a filter."""
-    weight = convolution.weight.detach().float().cpu()
+def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
+    """The kernels of a convolution: in RGB, of one input channel, or of each, a row a filter."""
+    # The tiles; of one channel or in colour, eight in a row.
+    weight = layer.weight.detach().float().cpu()
     filters, channels, height, width = weight.shape
-    extreme = float(weight.abs().max()) or 1.0
-    if all_kernels:
-        tiles, columns, what = (
-            weight.reshape(-1, 1, height, width),
-            channels,
-            "a row a filter, a column a channel",
-        )
-    elif channel is None and channels == 3:
-        tiles, columns, what = (
-            weight / (2 * extreme) + 0.5,
-            8,
-            f"as colours: grey is 0, full brightness {extreme:.2g}",
-        )
+    extreme = weight.abs().max().item() or 1.0
+    columns, inches = 8, 0.55
+    if args.all_kernels:
+        tiles, columns = weight.reshape(-1, 1, height, width), channels
+        about = "a row a filter, a column a channel"
+        inches = max(0.04 * max(height, width), min(0.55, 20 / max(filters, channels)))
+    elif args.channel is None and channels == 3:
+        tiles = weight / (2 * extreme) + 0.5
+        about = f"as colours: grey is 0, full brightness {extreme:.2g}"
     else:
-        tiles, columns, what = weight[:, [channel or 0]], 8, f"input channel {channel or 0}"
-    # Legible at the size of a screen, and for thousands of kernels at all.
-    inches = (
-        0.55
-        if not all_kernels
-        else max(0.04 * max(height, width), min(0.55, 20 / max(filters, channels)))
-    )
+        channel = args.channel or 0
+        tiles, about = weight[:, [channel]], f"input channel {channel}"
+
+    # The picture.
     rows = math.ceil(len(tiles) / columns)
-    title = f"layer {name}: {filters} filters of {channels}x{height}x{width}\n{what}"
+    title = f"layer {name}: {filters} filters of {channels}x{height}x{width}\n{about}"
     figure = new_figure(max(6.5, columns * inches + 1.5), rows * inches * height / width + 1, title)
     scale = {"cmap": colormap("gray", "white"), "vmin": -extreme, "vmax": extreme}
-    draw_tiles(figure, figure.subplots(), tiles, columns, "weight", **scale)
+    draw_tiles(figure.subplots(), tiles, columns, "weight", **scale)
     return figure
 
 
 def draw_activations(
-    trained: Trained, name: str, convolution: nn.Conv2d, image_set: ImageSet, index: int
-):
-    """The feature maps of a convolution for one image, before what follows it."""
-    maps, one = [], image_set.select(torch.tensor([index]))
+    trained: Trained, name: str, layer: nn.Conv2d, images: ImageSet, index: int
+) -> Figure:
+    """The feature maps of a convolution for the image `index`, before what follows it."""
     # A ReLU in place would otherwise change what was caught.
-    with convolution.register_forward_hook(
-        lambda module, inputs, output: maps.append(output.clone())
-    ):
+    maps: list[Tensor] = []
+    one = images.select(torch.tensor([index]))
+    with layer.register_forward_hook(lambda *call: maps.append(call[2].clone())):
         _, logits = trained.test(one)
     tiles = maps[0][0][:, None].float().cpu()
-    actual, answer = (shorten(one.classes[which], 24) for which in (one.labels[0], logits.argmax()))
-    title = f"layer {name}, {len(tiles)} feature maps of image {index}: {actual}, classified as {answer}"
-    figure = new_figure(11, max(3.5, math.ceil(len(tiles) / 8) * 0.95 + 1), title)
+    actual, answer = (shorten(one.classes[k], 24) for k in (one.labels[0], logits.argmax()))
+    about = f"feature maps of image {index}: {actual}, classified as {answer}"
+    height = max(3.5, math.ceil(len(tiles) / 8) * 0.95 + 1)
+    figure = new_figure(11, height, f"layer {name}, {len(tiles)} {about}")
     left, right = figure.subplots(1, 2, width_ratios=(1, 4))
     draw_image(left, one.images[0])
     left.set(title="the image", xticks=[], yticks=[])
-    draw_tiles(
-        figure, right, tiles, 8, "output of the convolution", cmap=colormap("cividis", "white")
-    )
+    scale = {"cmap": colormap("cividis", "white"), "vmin": None, "vmax": None}
+    draw_tiles(right, tiles, 8, "output of the convolution", **scale)
     return figure
 
 
-def draw_comparison(groups: list[list[dict]]):
-    """Validation loss and accuracy of the runs of each dataset on a pair of axes; a legend for the ten best."""
-    figure = new_figure(13, 4.8 * len(groups), "validation, run by run")
-    colours = [BLUE, ORANGE, "#009E73", "#CC79A7", "black"]
-    for part, rows in zip(figure.subfigures(len(groups), squeeze=False).flat, groups, strict=True):
-        part.suptitle(shorten(Path(rows[0]["dataset"]).name, 60))
-        axes = curves_axes(part)
-        for place, row in enumerate(rows):
-            history = records.read_log(Path(row["run"])) if row["epochs"] else []
-            look = {"color": "lightgrey", "linewidth": 1, "zorder": 1}
-            if place < 10:
-                label = shorten(row["run"][-40:], 40)
-                look = {
-                    "color": colours[place % 5],
-                    "linestyle": "-" if place < 5 else "--",
-                    "label": label,
-                }
-            for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
-                marker = "." if len(history) < 40 else None
-                axis.plot(
-                    [line["epoch"] for line in history],
-                    [line[name] for line in history],
-                    marker=marker,
-                    **look,
-                )
-        part.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
+# ------------------------ Write ------------------------
+# How a number is written, by the first of these patterns that is found in its name.
+FORMATS = {
+    "mid_p": ".3g",
+    "difference|pair_low": "+.2%",
+    "loss|f1|temperature": ".4f",
+    "seconds": ".0f",
+    "share": ".1%",
+    "": ".2%",
+}
+WORDS = {"acc": "accuracy", "val": "validation", "f1": "F1", "support": "images", "name": "class"}
+WORDS |= {"before": "before the temperature", "sd": "deviation", "low": "95% interval"}
 
 
-# ------------------------------------------------ One page ------------------------------------------------
-
-PAGE_START = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title><style>
-:root { color-scheme: light dark; --ground: #fff; --text: #222; --line: #ccc; --head: #f2f2f2 }
-@media (prefers-color-scheme: dark) { :root { --ground: #181818; --text: #ddd; --line: #444; --head: #262626 } }
-body { margin: 0 auto; padding: 1rem; max-width: 90rem; font: 1rem/1.5 system-ui, sans-serif;
-  background: var(--ground); color: var(--text); overflow-wrap: break-word }
-section { display: inline-block; vertical-align: top; max-width: 100%; margin-right: 2rem }
-.scroll { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-th, td { border: 1px solid var(--line); padding: .2rem .6rem; text-align: left; vertical-align: top }
-td { white-space: nowrap }
-td:last-child:not(.right) { white-space: normal }
-.right { text-align: right }
-th { background: var(--head); padding: 0 }
-th button { all: unset; cursor: pointer; padding: .2rem .6rem; font-weight: 600 }
-th button:focus-visible { outline: 2px solid }
-th[aria-sort=ascending] button::after { content: " \\25b2" }
-th[aria-sort=descending] button::after { content: " \\25bc" }
-figure { margin: 1rem 0 }
-img { max-width: 100%; background: #fff }
-.images { display: flex; flex-wrap: wrap; gap: 1rem }
-.images figure { margin: 0; width: 8rem; font-size: .85rem; white-space: pre-line }
-.images img { width: 100%; image-rendering: pixelated }
-</style></head><body><h1>{title}</h1>
-"""
-PAGE_END = """<script>
-for (const table of document.querySelectorAll("table"))
-  [...table.tHead.rows[0].cells].forEach((head, column) => head.firstChild.addEventListener("click", () => {
-    const sign = head.ariaSort === "ascending" ? -1 : 1;
-    for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
-    head.ariaSort = sign > 0 ? "ascending" : "descending";
-    const text = row => row.cells[column].textContent;
-    const number = row => parseFloat(text(row).replaceAll(",", ""));  // of "1,234" and "98.1%"; a word has none
-    const compare = (a, b) => isNaN(number(a)) - isNaN(number(b)) ||
-      sign * (number(a) - number(b) || text(a).localeCompare(text(b), undefined, {numeric: true}));
-    table.tBodies[0].append(...[...table.tBodies[0].rows].sort(compare));
-  }));
-</script></body></html>
-"""
+def as_text(value: Any, name: str) -> str:
+    """A value for a person, by the name that it has in a table or in a file."""
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, list):
+        return "-" if None in value else " to ".join(as_text(each, name) for each in value)
+    if isinstance(value, float):
+        return format(value, next(FORMATS[words] for words in FORMATS if re.search(words, name)))
+    return f"{value:,}" if type(value) is int else str(value)
 
 
-def table_parts(tables: dict[str, tuple]) -> list[tuple]:
-    """Parts for `write_report`: tables, {heading: (alignment, headings, rows)}."""
-    return [("table", heading, *table) for heading, table in tables.items()]
+def in_words(name: str) -> str:
+    """A name from a file as a person would write it."""
+    return " ".join(WORDS.get(word, word) for word in name.removeprefix("pair_").split("_"))
 
 
-def write_report(path: Path, title: str, parts: list[tuple]) -> None:
-    """Write a page that needs no other file: tables sort on a click on their header. RunError.
+def for_people(rows: list[dict], *names: str) -> DataFrame:
+    """A table of texts with these columns, or all, and headings in plain words. The two ends of an
+    interval are one column."""
+    from pandas import DataFrame
 
-    Each of `parts` is ("heading", text), ("text", text), ("table", heading, alignment, headings, rows), see `as_table`,
-    ("picture", PNG bytes, caption), or ("images", [(PNG bytes, caption), ...]) for small ones in rows.
-    """
-
-    def escape(text):
-        return html.escape(
-            text.encode(errors="replace").decode()
-        )  # a name may have bytes that are no characters
-
-    def figure(png, caption):
-        source, words = f"data:image/png;base64,{base64.b64encode(png).decode()}", escape(caption)
-        return (
-            f'<figure><img src="{source}" alt="{words}"><figcaption>{words}</figcaption></figure>'
-        )
-
-    def cells(tag, alignment, texts):
-        classes = {"<": "", ">": ' class="right"'}
-        return "".join(
-            f"<{tag}{classes[side]}>{text}</{tag}>"
-            for side, text in zip(alignment, texts, strict=True)
-        )
-
-    page = [PAGE_START.replace("{title}", escape(title))]
-    for part in parts:
-        match part:
-            case "heading", text:
-                page.append(f"<h2>{escape(text)}</h2>")
-            case "text", text:
-                page.append(f"<p>{escape(text)}</p>")
-            case "picture", png, caption:
-                page.append(figure(png, caption))
-            case "images", images:
-                page.append(
-                    f'<div class="images">{"".join(figure(*image) for image in images)}</div>'
-                )
-            case "table", heading, alignment, headings, rows:
-                head = cells(
-                    "th",
-                    alignment,
-                    [f'<button type="button">{escape(text)}</button>' for text in headings],
-                )
-                body = "".join(
-                    f"<tr>{cells('td', alignment, map(escape, row))}</tr>" for row in rows
-                )
-                head = f"<thead><tr>{head}</tr></thead>"
-                table = f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
-                page.append(f"<section><h2>{escape(heading)}</h2>{table}</section>")
-    write_files(path.parent, {path.name: "\n".join([*page, PAGE_END]).encode()})
+    table = []
+    for row in rows:
+        texts = {}
+        for name in names or row:
+            value = row[name]
+            if name.endswith("_low"):
+                value = [value, row[f"{name.removesuffix('low')}high"]]
+            texts[in_words(name)] = as_text(value, name)
+        table.append(texts)
+    return DataFrame(table)
 
 
-# ------------------------------------------------ The commands ------------------------------------------------
+def sides(table: DataFrame) -> list[str]:
+    """To which side each column of texts goes: numbers to the right, words to the left."""
+    number = re.compile(r"-?$|[-+]?[\d.,]+(e-\d+)?%?( to |$)")
+    return ["right" if all(map(number.match, table[name])) else "left" for name in table]
 
 
-def evaluate(args: argparse.Namespace) -> dict:
-    """Evaluate one run: the tables on the screen, metrics.json and the pictures in its directory or --out."""
-    trained = load_trained(args.runs[0], args.device, args.quiet)
-    record, directory = trained.record, trained.directory
-    convolutions = {
-        name: layer for name, layer in trained.model.named_modules() if isinstance(layer, nn.Conv2d)
-    }
-    name = args.layer or next(iter(convolutions), None)
-    convolution = convolutions.get(name)
-    if args.layer and not convolution:
-        raise UsageError(
-            f"--layer {name}: the convolutions of this model are {', '.join(convolutions) or 'none'}"
-        )
-    if convolution and args.channel is not None and args.channel >= convolution.weight.shape[1]:
-        raise UsageError(
-            f"--channel {args.channel}: layer {name} has {convolution.weight.shape[1]}, from 0"
-        )
-    history = records.read_log(directory) if record["epochs"] else []
-    with contextlib.redirect_stdout(sys.stderr):  # remarks do not get into tables for programs
-        image_set = load_images(trained, args.split, args.data_dir, args.quiet)
-    pixels = image_set.images
-    if args.image >= len(image_set):
-        raise UsageError(f"--image {args.image}: the split has {len(image_set)} images, from 0")
-
-    # The metrics, of the images as they are, and with test-time augmentation if the run or the user wants it.
-    result, logits = trained.test(image_set)
-    temperature = trained.config["temperature"]
-    metrics = {
-        "run": record["name"],
-        "dataset": record["data"]["name"],
-        "split": args.split,
-        "epoch": trained.config["epoch"],
-        "images": len(image_set),
-        "loss": result.loss,
-        **measure(logits, temperature, image_set.labels, image_set.classes),
-    }
-    tta = args.tta or record["args"].get("tta")
-    if tta:
-        augmented, _ = trained.test(image_set, tta)
-        interval = wilson_interval(int(augmented.correct), len(image_set))
-        metrics["tta"] = {
-            "views": tta,
-            "loss": augmented.loss,
-            "accuracy": augmented.accuracy,
-            "accuracy_interval": interval,
-        }
-
-    # The pictures.
-    title = f"{shorten(record['name'], 50)}, epoch {metrics['epoch']}\n{len(image_set):,} {args.split} images of "
-    title += shorten(Path(metrics["dataset"]).name, 30)
-    probabilities = (logits.double() / temperature).softmax(1)
-    confidence, predicted = probabilities.max(1)
-    probability = probabilities.gather(
-        1, image_set.labels[:, None]
-    ).flatten()  # of the class it has
-    sample = torch.randperm(len(image_set), generator=common.generator_for("predictions"))[:40]
-    wrong = (predicted != image_set.labels).nonzero().flatten()
-    worst = wrong[confidence[wrong].argsort(descending=True, stable=True)][:40]
-    random, mistakes = (
-        {
-            index: caption(image_set, index, predicted[index], confidence[index])
-            for index in chosen.tolist()
-        }
-        for chosen in (sample, worst)
-    )
-    figures = {
-        "curves": draw_curves(trained, history),
-        "per_class": draw_per_class(metrics, title),
-        "confusion": draw_confusion(metrics, title),
-        "predictions": draw_images(
-            image_set, random, predicted, f"{title}; a random sample: true class and confidence"
-        ),
-        "mistakes": draw_images(
-            image_set, mistakes, predicted, f"{title}; the most confident mistakes"
-        ),
-        "calibration": draw_calibration(metrics, title),
-    }
-    if convolution:
-        figures["filters"] = draw_filters(name, convolution, args.channel, args.all_kernels)
-        figures["activations"] = draw_activations(trained, name, convolution, image_set, args.image)
-    files, remarks = {}, []
-    galleries = {f"The {len(mistakes)} most confident of {len(wrong):,} mistakes": mistakes}
-    if image_set.files:
-        # Of a folder, the images that may have a wrong label.
-        suspects, captions = find_suspects(image_set, probability, predicted, confidence)
-        what = "given class least likely" + (
-            "; the model was trained on these labels" * (args.split == "train")
-        )
-        figures["suspects"] = draw_images(image_set, captions, predicted, f"{title}; {what}")
-        files["suspects.csv"] = f"{as_csv(suspects)}\n".encode(errors="surrogateescape")
-        galleries[f"Suspects: {what}"] = {
-            index: f"{text}\n{image_set.files[index].path.name}" for index, text in captions.items()
-        }
-        remarks = [f"suspects.csv and suspects.png: {len(suspects):,} images, {what}"]
-    files = {f"{file}.png": render(figure) for file, figure in figures.items()} | files
-    files["metrics.json"] = f"{json.dumps(metrics, indent=2)}\n".encode()
-    out = args.out or place_of(directory, args.split)
-    write_files(out, files)
-    predictions = {
-        "epoch": metrics["epoch"],
-        "checksum": image_set.checksum,
-        "labels": image_set.labels.short(),
-        "predicted": predicted.short(),
-        "probability": probability.float(),
-    }
-    records.save_checkpoint(out / "predictions.pt", predictions)
-
-    status, tables = status_of(directory, record), metrics_tables(metrics)
-    flags = {
-        f"--{flag.replace('_', '-')}": str(value)
-        for flag, value in record["args"].items()
-        if value is not None
-    }
-    parts = [
-        ("table", "Run", "<<", ["run", records.shown(directory)], summary(record, status)),
-        *table_parts(tables),
-    ]
-    for heading, captions in galleries.items():
-        pictures = [(as_png(pixels[index]), text) for index, text in captions.items()]
-        parts += [("heading", heading), ("images", pictures)]
-    shown = [
-        file for file in figures if file not in ("mistakes", "suspects")
-    ]  # those are images of their own
-    parts += [
-        ("heading", "Pictures"),
-        *(("picture", files[f"{file}.png"], file.replace("_", " ")) for file in shown),
-    ]
-    parts += [("table", "All settings", "<<", ["flag", "value"], [*map(list, flags.items())])]
-    write_report(out / "report.html", title.replace("\n", ": "), parts)
-
-    lines = [title, *(line for table in tables.values() for line in ("", *as_table(*table)))]
-    lines += ["", f"{records.shown(out)}: {', '.join(['report.html', *files, 'predictions.pt'])}"]
-    if status not in ("finished", "stopped_early"):
-        lines.insert(0, f"{records.shown(directory)}: {status} after {record['epochs']} epochs")
-    if not convolution:
-        lines[-1] += " (no convolution, so no filters.png)"
-    report(args, metrics, metrics["classes"], lines + remarks)
-    return metrics
+def as_lines(tables: dict[str, DataFrame]) -> list[str]:
+    """Tables of texts for the screen, with columns as wide as their widest cell."""
+    lines = []
+    for table in tables.values():
+        columns = []
+        for side, name in zip(sides(table), table, strict=True):
+            cells = [name, *table[name]]
+            pad = str.rjust if side == "right" else str.ljust
+            columns.append([pad(cell, max(map(len, cells))) for cell in cells])
+        lines += ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
+        lines.append("")
+    return lines
 
 
-def find_suspects(
-    image_set: ImageSet,
-    probability: torch.Tensor,
-    predicted: torch.Tensor,
-    confidence: torch.Tensor,
-) -> tuple[list[dict], dict[int, str]]:
-    """The tenth of the images of a folder whose class has the lowest `probability` [N], lowest first: as rows, and the
-    first forty with captions, {index: text}. A tenth is three times the wrong labels that C. G. Northcutt, A. Athalye
-    and J. Mueller found on average, "Pervasive label errors in test sets destabilize machine learning benchmarks"
-    (2021)."""
-    rows, captions = [], {}
-    for index in probability.argsort(stable=True)[: math.ceil(len(image_set) / 10)].tolist():
-        name, other = (
-            image_set.classes[image_set.labels[index]],
-            image_set.classes[predicted[index]],
-        )
-        given, best = probability[index].item(), confidence[index].item()
-        row = {"file": str(image_set.files[index].path), "class": name, "probability": given}
-        rows.append({**row, "predicted": other, "predicted_probability": best})
-        if len(captions) < 40:
-            captions[index] = (
-                f"{shorten(name, 12)} ({given:.1%})\n{shorten(other, 10)}? ({best:.0%})"
-            )
-    return rows, captions
+def as_rows(table: DataFrame) -> list[dict]:
+    """The rows of a table as plain values, with None where there is none."""
+    return table.astype(object).replace({np.nan: None}).to_dict("records")
 
 
-def place_of(run: Path, split: str) -> Path:
-    """The directory of what is made of a split of a run."""
-    return run if split == "test" else run / split
+def as_csv(rows: list[dict] | DataFrame, heading: bool = True) -> str:
+    """Rows as CSV."""
+    from pandas import DataFrame
+
+    return DataFrame(rows, dtype=object).to_csv(index=False, header=heading, lineterminator="\n")
+
+
+def as_page(title: str, remarks: list[str], tables: dict, pictures: dict, **more) -> bytes:
+    """The page report.html.jinja, which needs no other file. `tables` are {heading: texts},
+    `pictures` {caption: bytes of a PNG}."""
+    import jinja2
+
+    source = (records.HERE / "report.html.jinja").read_text()
+    page = jinja2.Template(source, autoescape=True, trim_blocks=True)
+    content = {"title": title, "remarks": remarks, "tables": tables, "pictures": pictures, **more}
+    return as_bytes(page.render(content, sides=sides, b64encode=base64.b64encode), "replace")
+
+
+def as_bytes(text: str, errors: str = "surrogateescape") -> bytes:
+    """A text as the content of a file; a name in it may have bytes that are no characters."""
+    return text.encode(errors=errors)
+
+
+def as_png(pixels: Tensor) -> bytes:
+    """uint8 [1 or 3, H, W] as the bytes of a PNG file."""
+    from torchvision.transforms.functional import to_pil_image
+
+    buffer = io.BytesIO()
+    to_pil_image(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def as_pngs(*galleries: Gallery) -> list[tuple]:
+    """The images of galleries, side by side: captions and PNGs."""
+    pngs = zip(*(map(as_png, each.pixels) for each in galleries), strict=True)
+    return list(zip(galleries[0].captions, pngs, strict=True))
 
 
 def write_files(out: Path, files: dict[str, bytes]) -> None:
@@ -1035,414 +999,508 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
         records.write_atomically(out / name, content)
 
 
-def report(
-    args: argparse.Namespace, content: dict | list, rows: list[dict], lines: list[str]
-) -> None:
-    """Print a result: its whole content as --json, its rows as --csv, or the lines for a person."""
-    if args.json or args.csv:
-        say(json.dumps(content, indent=2) if args.json else as_csv(rows))
+def print_result(args: Namespace, content: Any, rows: list[dict], lines: list[str]) -> None:
+    """Print the content as JSON or the rows as CSV for a program, or the lines for a person."""
+    if args.json:
+        say(json.dumps(content, indent=2))
+    elif args.csv:
+        say(as_csv(rows).rstrip("\n"))
     else:
         say("\n".join(lines), args.quiet)
 
 
-def as_csv(rows: list[dict]) -> str:
-    """CSV of rows with the same keys, which are its first line; without a newline at the end."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, rows[0], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue().rstrip("\n")
+def place_of(run: Path, split: str) -> Path:
+    """The directory of what is made of a split of a run."""
+    return run if split == "test" else run / split
 
 
-def as_table(alignment: str, headings: list[str], rows: list[list[str]]) -> list[str]:
-    """Lines of columns as wide as their widest cell; `alignment` has `<` or `>` for each."""
-    widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-    return [
-        "  ".join(
-            f"{cell:{side}{width}}"
-            for cell, side, width in zip(row, alignment, widths, strict=True)
-        ).rstrip()
-        for row in (headings, *rows)
-    ]
-
-
-def summary(record: dict, status: str) -> list[list[str]]:
-    """What a run is, in rows of a name and a value."""
-    data, versions = (
-        record["data"],
-        ", ".join(" ".join(pair) for pair in record["versions"].items()),
-    )
-    return [
-        ["command", shlex.join(["python", f"{record['script']}.py", *record["argv"]])],
-        ["model", f"{record['args']['model']}, {record['parameters']:,} parameters"],
-        [
-            "data",
-            f"{data['name']}: {data['train']:,} training and {data['val']:,} validation images",
-        ],
-        [
-            "training",
-            f"{record['epochs']} epochs in {record['seconds']:.0f} s, {status.replace('_', ' ')}",
-        ],
-        [
-            "machine",
-            f"{record['host']}, {record['device']}, {record['precision']}, {record['threads']} threads",
-        ],
-        ["begun", record["started"]],
-        ["versions", versions],
-        ["commit", (record["git"] or "-")[:12]],
-    ]
-
-
-def as_png(pixels: torch.Tensor) -> bytes:
-    """uint8 [1 or 3, H, W] as the bytes of a PNG file."""
-    from torchvision.transforms.functional import to_pil_image
-
-    buffer = io.BytesIO()
-    to_pil_image(pixels).save(buffer, "png")
-    return buffer.getvalue()
-
-
-def metrics_tables(metrics: dict) -> dict[str, tuple]:
-    """The tables of `metrics` for a person, each under its heading: alignment, headings, rows."""
-    rows, tta = metrics["classes"], metrics.get("tta")
-    results = [
-        [
-            "accuracy",
-            f"{metrics['accuracy']:.2%}",
-            "{:.2%} to {:.2%}".format(*metrics["accuracy_interval"]),
-        ],
-        ["loss", f"{metrics['loss']:.4f}", ""],
-        ["macro F1", f"{metrics['macro_f1']:.4f}", ""],
-        ["weighted F1", f"{metrics['weighted_f1']:.4f}", ""],
-        ["expected calibration error", f"{metrics['expected_calibration_error']:.2%}", ""],
-        [
-            f"... before the temperature {metrics['temperature']:.3f}",
-            f"{metrics['expected_calibration_error_before']:.2%}",
-            "",
-        ],
-    ]
-    if "top5_accuracy" in metrics:
-        results.append(["top-5 accuracy", f"{metrics['top5_accuracy']:.2%}", ""])
-    if tta:
-        interval = "{:.2%} to {:.2%}".format(*tta["accuracy_interval"])
-        text = f"with test-time augmentation, {tta['views']}"
-        headline = [f"accuracy {text}", f"{tta['accuracy']:.2%}", interval]
-        results = [headline, [f"loss {text}", f"{tta['loss']:.4f}", ""], *results]
-    classes = []
-    for row in rows:
-        precision = (
-            f"{row['precision']:.2%}" if row["predicted"] else "-"
-        )  # no image was taken for one of this class
-        classes.append(
-            [
-                row["name"],
-                str(row["support"]),
-                f"{row['recall']:.2%}" if row["support"] else "-",
-                precision,
-                f"{row['f1']:.4f}",
-            ]
-        )
-    errors, confused = torch.tensor(metrics["confusion_matrix"]).fill_diagonal_(0).flatten(), []
-    for place in errors.argsort(descending=True, stable=True)[
-        : min(10, int(errors.count_nonzero()))
-    ].tolist():
-        actual, guess = divmod(place, len(rows))
-        share = f"{errors[place] / rows[actual]['support']:.1%}"
-        confused.append([rows[actual]["name"], rows[guess]["name"], str(int(errors[place])), share])
-    return {
-        "Results": ("<>>", ["result", "value", "95% interval"], results),
-        "Classes": ("<>>>>", ["class", "images", "accuracy = recall", "precision", "F1"], classes),
-        "Most confused": (
-            "<<>>",
-            ["most confused: actual", "predicted", "images", "of the class"],
-            confused,
-        ),
+def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> None:
+    """Put an evaluation into files, on one page and on the screen."""
+    # The tables, and what there is to say.
+    trained, metrics = found.trained, found.metrics
+    title = f"{metrics['run']}, epoch {metrics['epoch']}: {what_images(metrics)}"
+    classes = for_people(metrics["classes"], "name", "support", "accuracy", "precision", "f1")
+    tables = {
+        "Results": for_people(results_of(metrics)),
+        "Classes": classes,
+        "Most confused": for_people(most_confused(found.answers)),
     }
+    remarks = remarks_on(trained, args)
 
+    # The pictures. Beside each mistake is what the model looked at.
+    files = {f"{name}.png": render(figure) for name, figure in figures.items()}
+    pictures = {text: files[f"{name}.png"] for name, text in CAPTIONS.items() if name in figures}
+    beside = [found.galleries[name] for name in ("mistakes", "gradcam") if name in found.galleries]
+    galleries = {beside[0].title: as_pngs(*beside)}
+    files["predictions.csv"] = as_bytes(as_csv(found.answers))
+    if found.images.files:
+        images, suspects = found.galleries["suspects"], found.suspects
+        paths = [str(found.images.files[place].path) for place in suspects.index]
+        files["suspects.csv"] = as_bytes(as_csv(suspects.assign(file=paths)))
+        galleries[images.title] = as_pngs(images)
+        remarks.append(f"suspects.csv, suspects.png: {len(paths):,} images. {images.title}")
 
-# What a row of a comparison says of its pair, and of the runs that are equal to it but for the seed.
-PAIR = (
-    "pair_with",
-    "pair_images",
-    "pair_only_this_right",
-    "pair_only_other_right",
-    "pair_difference",
-    "pair_low",
-    "pair_high",
-    "pair_mid_p",
-    "not_paired",
-)
-SEEDS = (
-    "seeds",
-    "seed_runs",
-    *(f"{name}_acc_{what}" for name in ("val", "test") for what in ("mean", "sd", "low", "high")),
-)
-NOT_OF_THE_CONFIGURATION = {
-    "seed",
-    "threads",
-    "run_name",
-    "runs_dir",
-    "data_dir",
-    "wandb",
-    "wandb_project",
-}
-
-
-def compare(args: argparse.Namespace) -> dict:
-    """Compare runs by what their directories say: no image is read, so the test set stays as unread as it was."""
-    rows, configurations = [], {}
-    for directory in args.runs:
-        try:
-            record = records.read_record(directory)
-        except RunError as error:  # `runs/*` names sweeps and pictures too
-            note(f"skipped: {error}", args.quiet)
-            continue
-        best, test, dataset = record["best"] or {}, record["test"] or {}, record["data"]["name"]
-        if dataset == "synthetic":  # each script draws its own
-            dataset = f"synthetic ({record['script']})"
-        rows.append(
-            {
-                "run": str(directory),
-                "dataset": dataset,
-                "selection": record["data"]["selection"],
-                "model": record["args"]["model"],
-                "parameters": record["parameters"],
-                "epochs": record["epochs"],
-                "best_epoch": best.get("epoch"),
-                "val_loss": best.get("val_loss"),
-                "val_acc": best.get("val_acc"),
-                "test_acc": test.get("acc"),
-                "label_smoothing": record["args"].get("label_smoothing", 0.0),
-                "seconds": record["seconds"],
-                "status": status_of(directory, record),
-                **dict.fromkeys((*PAIR, *SEEDS)),
-            }
-        )
-        if rows[-1]["status"] in ("finished", "stopped_early"):
-            same = {
-                name: value
-                for name, value in record["args"].items()
-                if name not in NOT_OF_THE_CONFIGURATION
-            }
-            key = json.dumps([record["script"], dataset, record["data"]["train"], same])
-            configurations.setdefault(key, {}).setdefault(
-                record["seed"], rows[-1]
-            )  # a seed counts once
-    if not rows:
-        raise RunError("none of these is a run directory")
-    rows.sort(key=lambda row: row["dataset"])
-    groups = [list(group) for _, group in itertools.groupby(rows, key=lambda row: row["dataset"])]
-    remarks = [remark for remark in map(rank, groups) if remark]
-    rows = [row for group in groups for row in group]
-    if any(row["selection"] == "test set" for row in rows):
-        remarks.append("* measured on the test set, which chose the epoch (--val-size 0)")
-    remarks += [
-        remark for group in groups if len(group) > 1 for remark in pair_with_best(group, args.split)
-    ]
-    for seeds in configurations.values():
-        add_seeds(list(seeds.values()))
-    picture = render(draw_comparison(groups))
-    out = args.out or Path(rows[0]["run"]).parent
-    write_files(out, {"compare.png": picture})
-    tables = comparison_tables(rows, args.split)
-    write_report(
-        out / "compare.html",
-        f"{len(rows)} runs",
-        [
-            *table_parts(tables),
-            *(("text", remark) for remark in remarks),
-            ("picture", picture, "validation, run by run"),
-        ],
+    # The page, and last metrics.json, which says of what the other files are.
+    best = metrics.get("tta", metrics)
+    accuracy, interval = (as_text(best[name], "") for name in ("accuracy", "accuracy_interval"))
+    files["report.html"] = as_page(
+        title,
+        remarks,
+        tables,
+        pictures,
+        headline=f"{accuracy} of the images get their class (95% interval {interval}).",
+        galleries=galleries,
+        details={"The run, and all its settings": for_people(settings_of(trained.record))},
     )
-    lines = [line for table in tables.values() for line in (*as_table(*table), "")]
-    report(args, rows, rows, [*lines, *remarks, f"{records.shown(out)}: compare.png, compare.html"])
-    return {"runs": rows}
+    files["metrics.json"] = as_bytes(f"{json.dumps(metrics, indent=2)}\n")
+    out = args.out or place_of(trained.directory, args.split)
+    write_files(out, files)
+
+    # The screen.
+    lines = [title, "", *as_lines(tables), f"{shown(out)}: {', '.join(files)}", *remarks]
+    print_result(args, metrics, metrics["classes"], lines)
 
 
-def comparison_tables(rows: list[dict], split: str) -> dict[str, tuple]:
-    """The tables of a comparison, each under its heading: alignment, headings, rows."""
-
-    def text(form, *values):
-        return "-" if None in values else " to ".join(format(value, form) for value in values)
-
-    runs = [
-        [
-            row["run"],
-            row["dataset"],
-            row["model"],
-            f"{row['parameters']:,}",
-            str(row["epochs"]),
-            text(".4f", row["val_loss"]) + "*" * (row["selection"] == "test set"),
-            text(".2%", row["val_acc"]),
-            text(".2%", row["test_acc"]),
-            f"{row['seconds']:.0f}",
-            row["status"],
-        ]
-        for row in rows
-    ]
-    headings = [
-        "run",
-        "dataset",
-        "model",
-        "parameters",
-        "epochs",
-        "val loss",
-        "val acc",
-        "test acc",
-        "seconds",
-    ]
-    tables = {"Runs": ("<<<>>>>>><", [*headings, "status"], runs)}
-    pairs = [
-        [
-            row["run"],
-            row["pair_with"],
-            f"{row['pair_images']:,}",
-            str(row["pair_only_this_right"]),
-            str(row["pair_only_other_right"]),
-            f"{row['pair_difference']:+.2%}",
-            text("+.2%", row["pair_low"], row["pair_high"]),
-            f"{row['pair_mid_p']:.3g}",
-        ]
-        for row in rows
-        if row["pair_with"]
-    ]
-    if pairs:
-        headings = [
-            "image by image: run",
-            "against",
-            f"{split} images",
-            "only this right",
-            "only that right",
-        ]
-        headings += ["difference", "95% interval", "McNemar's mid-p"]
-        tables["Image by image"] = "<<>>>>>>", headings, pairs
-    seeds = [
-        [row["seed_runs"], row["model"], str(row["seeds"])]
-        + [
-            text(".2%", *(row[f"{name}_acc_{what}"] for what in which))
-            for name in ("val", "test")
-            for which in (("mean",), ("sd",), ("low", "high"))
-        ]
-        for row in {row["seed_runs"]: row for row in rows if row["seeds"]}.values()
-    ]
-    if seeds:
-        figures = [
-            f"{name} acc: {what}"
-            for name in ("val", "test")
-            for what in ("mean", "sd", "95% interval")
-        ]
-        tables["Seeds"] = "<<>>>>>>>", ["equal but for the seed", "model", "seeds", *figures], seeds
-    return tables
+def results_of(metrics: dict) -> list[dict]:
+    """The numbers among the metrics, and the intervals that they have. Those of averaged views come
+    first, as the test's accuracy in run.json is theirs."""
+    rows, averaged = [], metrics.get("tta", {})
+    views = f" with test-time augmentation, {averaged.get('views')}"
+    hidden = "temperature|before" if metrics["temperature"] == 1 else "$."  # none was fitted
+    for figures, more in ((averaged, views), (metrics, "")):
+        for name, value in figures.items():
+            if isinstance(value, float) and not re.search(hidden, name):
+                interval = as_text(figures.get(f"{name}_interval", ""), name)
+                row = {"result": in_words(name) + more, "value": as_text(value, name)}
+                rows.append({**row, "95% interval": interval})
+    return rows
 
 
-def pair_with_best(rows: list[dict], split: str) -> list[str]:
-    """Put into the ranked rows of one dataset how each does, image by image, against the best that was evaluated.
+def most_confused(answers: DataFrame) -> list[dict]:
+    """The ten most frequent mistakes."""
+    wrong = answers[answers["class"] != answers.predicted]
+    table = wrong.value_counts(["class", "predicted"]).head(10).reset_index(name="images")
+    supports = answers["class"].value_counts()
+    return as_rows(table.assign(share_of_class=table["images"] / table["class"].map(supports)))
 
-    The predictions are those of `split`, without test-time augmentation. Returns remarks on what is not paired.
-    """
-    best, others, pairs = None, {}, 0
-    for row in rows:
-        path = place_of(Path(row["run"]), split) / "predictions.pt"
-        kept = records.load_checkpoint(path) if path.exists() else None
-        if not kept:
-            row["not_paired"] = f"not evaluated on the {split} images"
-        elif kept["epoch"] != row["best_epoch"]:
-            row["not_paired"] = "trained on since the evaluation"
-        elif not best:
-            best, right_by_best = row["run"], kept["predicted"] == kept["labels"]
-            checksum = kept["checksum"]
-        elif kept["checksum"] != checksum:
-            row["not_paired"] = f"evaluated on other {split} images than {best}"
-        else:
-            right, images = kept["predicted"] == kept["labels"], len(kept["labels"])
-            counts = int((right & ~right_by_best).sum()), int((right_by_best & ~right).sum())
-            difference, interval = (
-                (counts[0] - counts[1]) / images,
-                difference_interval(*counts, images),
-            )
-            values = best, images, *counts, difference, *interval, mcnemar_mid_p(*counts), None
-            row.update(zip(PAIR, values, strict=True))
-            pairs += 1
-        if row["not_paired"]:
-            others.setdefault(row["not_paired"], []).append(row["run"])
-    remarks = [
-        f"not compared image by image, as {why}: {', '.join(runs) if len(runs) <= 5 else f'{len(runs)} runs'}"
-        for why, runs in others.items()
-    ]
-    if pairs > 1:
-        remarks.append(
-            "each mid-p is of one pair: of twenty pairs of equally good models one is below 0.05"
-        )
+
+def remarks_on(trained: Trained, args: Namespace) -> list[str]:
+    """What is to be known before the figures of a run are believed."""
+    record, where, remarks = trained.record, shown(trained.directory), []
+    if record["status"] not in ENDED:
+        remarks.append(f"{where}: {record['status']} after {record['epochs']} epochs")
+    if record["data"]["selection"] == "test set":
+        remarks.append("the test set chose the epoch (--val-size 0), which flatters its accuracy")
+    if not find_convolution(trained.model, args)[1]:
+        remarks.append("no convolution, so no filters.png")
+    for split in {"test", "val", "train"} - {args.split}:
+        path = place_of(trained.directory, split) / "metrics.json"
+        if path.exists() and records.read_json(path)["epoch"] != trained.config["epoch"]:
+            text = f"of another epoch; --split {split} makes it anew"
+            remarks.append(f"{shown(path.with_name('report.html'))} is {text}")
     return remarks
 
 
-def add_seeds(rows: list[dict]) -> None:
-    """Put into the rows of runs that are equal but for the seed what their accuracies are together."""
-    for row in rows if len(rows) > 1 else ():
-        row.update(seeds=len(rows), seed_runs=", ".join(one["run"] for one in rows))
-        for name in ("val_acc", "test_acc"):
-            values = [one[name] for one in rows]
-            if None not in values:
-                mean, deviation, interval = mean_interval(values)
-                figures = zip(
-                    ("mean", "sd", "low", "high"), (mean, deviation, *interval), strict=True
-                )
-                row.update({f"{name}_{what}": figure for what, figure in figures})
+def settings_of(record: dict) -> list[dict]:
+    """What a run is, for the end of its page."""
+    data = dict(record["data"])
+    if data["selection"] == "test set":
+        data["val"] = 0  # the test set's are no validation images
+    values = {
+        "command": shlex.join(["python", f"{record['script']}.py", *record.get("argv", [])]),
+        "training images": data["train"],
+        "validation images": data["val"],
+    }
+    for name in ("status", "epochs", "seconds", "parameters", "started"):
+        values[name] = record[name]
+    for name in ("host", "device", "precision", "threads", "versions", "git"):
+        values[name] = record.get(name)
+    values |= {common.as_flag(name): str(value) for name, value in record["args"].items()}
+    return [{"setting": name, "value": as_text(values[name], name)} for name in values]
 
 
-def rank(rows: list[dict]) -> str:
-    """Sort the runs of one dataset, best first; returns what there is to be said about their order, if anything."""
-    if len({row["label_smoothing"] for row in rows}) == 1:
-        rows.sort(key=lambda row: math.inf if row["val_loss"] is None else row["val_loss"])
-        return ""
-    rows.sort(key=lambda row: -(row["val_acc"] or 0))
-    text = "the runs differ in --label-smoothing, so their losses cannot be compared: ranked by validation accuracy"
-    return f"{rows[0]['dataset']}: {text}"
+# ------------------------ Compare runs ------------------------
+ENDED = ("finished", "stopped_early")
+# What two runs may differ in, and still be equal but for the seed, or for the fold.
+ELSEWHERE = {"threads", "run_name", "runs_dir", "data_dir", "wandb", "wandb_project", "device"}
+RUN = ["run", "rank", "dataset", "model", "parameters", "epochs", "val_loss", "val_acc"]
+RUN += ["test_acc", "averaged_views", "selection", "seconds", "status"]
+PAIR = ["pair_with", "pair_images", "pair_only_this_right", "pair_only_other_right"]
+PAIR += ["pair_difference", "pair_low", "pair_high", "pair_mid_p"]
+MEANS = ["val_acc_mean", "val_acc_sd", "val_acc_low", "val_acc_high"]
+MEANS += ["test_acc_mean", "test_acc_sd", "test_acc_low", "test_acc_high"]
 
 
-def predict(args: argparse.Namespace) -> dict:
-    """Print file, class and probability of the user's own images, in the order given; RunError if one is unreadable."""
+def compare(args: Namespace) -> dict:
+    """Compare runs by what their directories say.
+
+    Only for folds images are read, and those of a test never. UsageError, RunError.
+    """
+    # Measure.
+    found = find_runs(args)
+    rows = [measure_run(directory, record) for directory, record in found.items()]
+    remarks = rank_runs(rows, found)
+    add_pairs(rows, args.split)
+    pairs = [row for row in rows if row["pair_with"]]
+    seeds, folds = equal_runs(rows, found, "seed"), equal_runs(rows, found, "fold")
+    tables = {
+        "Runs": for_people(rows, *RUN),
+        f"Image by image, {args.split} images": for_people(pairs, "run", *PAIR[:-2], "pair_mid_p"),
+        "Equal but for the seed": add_means(seeds, "seed"),
+        "Equal but for the fold": add_means(folds, "fold"),
+    }
+    tables = {heading: table for heading, table in tables.items() if len(table)}
+    remarks += reasons_of(rows, "not_ranked", "not ranked with the others")
+    remarks += reasons_of(rows, "not_paired", "not compared image by image")
+    if len(pairs) > 1:
+        remarks.append("of twenty pairs of equally good models one has a mid-p below 0.05")
+
+    # Draw, and of the first folds that are complete, find what may have a wrong label.
+    files, galleries = {"compare.png": render(draw_comparison(rows))}, {}
+    pictures = {"Validation, run by run.": files["compare.png"]}
+    for group in folds:
+        record = found[Path(group[0]["run"])]
+        parts = int(record["args"]["fold"].partition("/")[2])
+        if len(group) < parts:
+            remarks.append(f"{len(group)} of {parts} folds: with all, wrong labels are looked for")
+        elif record["data"]["files"] and not galleries:
+            suspects, images = judge_out_of_fold(group, args)
+            files["suspects.csv"] = as_bytes(as_csv(suspects))
+            files["suspects.png"] = render(draw_gallery(images, f"{parts} folds"))
+            galleries[images.title] = as_pngs(images)
+            remarks.append(f"suspects.csv, suspects.png: {len(suspects):,} images. {images.title}")
+
+    # Write.
+    title, out = f"{len(rows)} runs", args.out or args.runs[0].parent
+    files["compare.html"] = as_page(title, remarks, tables, pictures, galleries=galleries)
+    write_files(out, files)
+    lines = [*as_lines(tables), *remarks, f"{shown(out)}: {', '.join(files)}"]
+    print_result(args, rows, rows, lines)
+    return {"runs": rows}
+
+
+def find_runs(args: Namespace) -> dict[Path, dict]:
+    """run.json of each run directory. UsageError, RunError where there is none."""
+    found = {}
+    for directory in args.runs:
+        if directory.is_file():
+            continue  # `runs/*` names pictures and pages, too
+        try:
+            found[directory] = read_run(directory)
+        except (UsageError, RunError) as error:
+            if not directory.exists():
+                raise
+            note(f"skipped: {error}", args.quiet)  # it names searches, too
+    if not found:
+        raise RunError("none of these is a run directory")
+    return found
+
+
+def measure_run(directory: Path, record: dict) -> dict:
+    """The row of a run, with places for what it is compared with."""
+    best, test, data = record["best"] or {}, record["test"] or {}, record["data"]
+    dataset = data["name"]
+    if dataset == "synthetic":  # each script draws its own
+        dataset = f"synthetic ({record['script']})"
+    names = *PAIR, "seeds", "seed_runs", *MEANS, "folds", "fold_runs", *(f"fold_{n}" for n in MEANS)
+    return {
+        "run": str(directory),
+        "rank": None,
+        "dataset": dataset,
+        "selection": data["selection"],
+        "model": record["args"]["model"],
+        "parameters": record["parameters"],
+        "epochs": record["epochs"],
+        "best_epoch": best.get("epoch"),
+        "val_loss": best.get("val_loss"),
+        "val_acc": best.get("val_acc"),
+        "test_acc": test.get("acc"),
+        "averaged_views": record["args"]["tta"],
+        "plain_test_acc": test.get("plain_acc", test.get("acc")),
+        "seconds": record["seconds"],
+        "status": record["status"],
+        "not_ranked": None,
+        "not_paired": None,
+        **dict.fromkeys(names),
+    }
+
+
+def rank_runs(rows: list[dict], found: dict[Path, dict]) -> list[str]:
+    """Sort the rows, and number those that can be compared, best first. Returns remarks."""
+
+    def difference(row, other, figure):
+        runs = (found[Path(each["run"])] for each in (row, other))
+        return common.why_not_comparable(*runs, figure)
+
+    # Put together what was validated on the same images; of each dataset the most runs first.
+    groups: list[list[dict]] = []
+    for row in rows:
+        for group in groups:
+            first = group[0]
+            if row["dataset"] == first["dataset"] and not difference(row, first, "val_acc"):
+                group.append(row)
+                break
+        else:
+            groups.append([row])
+    groups.sort(key=lambda group: (group[0]["dataset"], -len(group)))
+
+    # Rank by the losses, or by the accuracies where the losses are of different things.
+    remarks, leaders = [], {}
+    for group in groups:
+        dataset, first = group[0]["dataset"], group[0]
+        reason = next(filter(None, (difference(row, first, "val_loss") for row in group)), "")
+        name, sign = ("val_acc", -1) if reason else ("val_loss", 1)
+        group.sort(key=lambda row: math.inf if row[name] is None else sign * row[name])
+        if dataset in leaders:
+            reason = difference(first, leaders[dataset], "val_acc")
+            for row in group:
+                row["not_ranked"] = reason
+            continue
+        leaders[dataset] = first
+        if reason:
+            remarks.append(f"{dataset}: {reason}, so they are ranked by validation accuracy")
+        for place, row in enumerate(group, 1):
+            row["rank"] = None if row[name] is None else place
+    rows[:] = [row for group in groups for row in group]
+    return remarks
+
+
+def reasons_of(rows: list[dict], name: str, what: str) -> list[str]:
+    """Remarks on the rows with a reason under this name, one for each reason."""
+    remarks = []
+    for reason in dict.fromkeys(row[name] for row in rows if row[name]):
+        runs = [row["run"] for row in rows if row[name] == reason]
+        text = ", ".join(runs) if len(runs) <= 5 else f"{len(runs)} runs"
+        remarks.append(f"{what}, as {reason}: {text}")
+    return remarks
+
+
+def add_pairs(rows: list[dict], split: str) -> None:
+    """Put into the ranked rows how each does, image by image, against the best of its dataset that
+    was evaluated; without averaged views."""
+    bests: dict[str, tuple] = {}
+    for row in rows:
+        try:
+            checksum, right = read_evaluation(row, split)
+            best = bests.setdefault(row["dataset"], (row["run"], checksum, right))
+            if checksum != best[1]:
+                raise RunError(f"evaluated on other {split} images than {best[0]}")
+        except RunError as error:
+            row["not_paired"] = str(error)
+            continue
+        if best[0] != row["run"]:
+            best_right = best[2].reindex(right.index)  # by file
+            one, other = int((right & ~best_right).sum()), int((best_right & ~right).sum())
+            images, p = len(right), mcnemar_mid_p(one, other)
+            interval = difference_interval(one, other, images)
+            values = best[0], images, one, other, (one - other) / images, *interval, p
+            row.update(zip(PAIR, values, strict=True))
+
+
+def read_evaluation(row: dict, split: str) -> tuple[str, Series]:
+    """Checksum of the images that a run was evaluated on, and whether it was right about each.
+    RunError says why they are of no use."""
+    from pandas import read_csv
+
+    directory = place_of(Path(row["run"]), split)
+    path = directory / "predictions.csv"
+    if not path.exists() or not (directory / "metrics.json").exists():
+        raise RunError(f"not evaluated on the {split} images")
+    metrics = records.read_json(directory / "metrics.json")
+    if metrics.get("epoch") != row["best_epoch"]:
+        raise RunError("trained on since the evaluation")
+    options: dict = {"index_col": "file", "dtype": str, "keep_default_na": False}
+    try:
+        answers = read_csv(path, **options, encoding_errors="surrogateescape")
+        right = answers["class"] == answers["predicted"]
+        checksum, images = metrics["checksum"], metrics["images"]
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{shown(path)} is damaged") from error
+    if len(right) != images:
+        raise RunError(f"{shown(path)} is damaged")
+    return checksum, right
+
+
+def mcnemar_mid_p(one: int, other: int) -> float:
+    """Two-sided mid-p of McNemar's test that two models are equally good, where `one` and `other`
+    images are right with the one or the other only.
+
+    M. W. Fagerland, S. Lydersen and P. Laake, "The McNemar test for binary matched-pairs data:
+    mid-p and asymptotic are better than exact conditional" (2013).
+    """
+    from scipy.stats import binom
+
+    fewer, images = min(one, other), one + other
+    return float(2 * binom.cdf(fewer, images, 0.5) - binom.pmf(fewer, images, 0.5))
+
+
+def difference_interval(one: int, other: int, images: int) -> tuple[float, float]:
+    """The 95% interval of the difference of two accuracies on the same `images`, of which `one` and
+    `other` are right with the one or the other model only.
+
+    D. G. Bonett and R. M. Price, "Adjusted Wald confidence interval for a difference of binomial
+    proportions based on paired data" (2012).
+    """
+    p, q = (one + 1) / (images + 2), (other + 1) / (images + 2)
+    half = statistics.NormalDist().inv_cdf(0.975) * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
+    return max(-1.0, p - q - half), min(1.0, p - q + half)
+
+
+def equal_runs(rows: list[dict], found: dict[Path, dict], argument: str) -> list[list[dict]]:
+    """The runs that came to their end and are equal but for an argument; each of its values counts
+    once."""
+    groups: dict[str, dict] = {}
+    for row in rows:
+        record = found[Path(row["run"])]
+        same = {name: value for name, value in record["args"].items() if name not in ELSEWHERE}
+        value = same.pop(argument)
+        if row["status"] in ENDED and value is not None:
+            images = record["data"]["train"] + record["data"]["val"]
+            key = json.dumps([record["script"], row["dataset"], images, same], default=str)
+            groups.setdefault(key, {}).setdefault(value, row)
+    return [list(group.values()) for group in groups.values() if len(group) > 1]
+
+
+def add_means(groups: list[list[dict]], argument: str) -> DataFrame:
+    """Put into the rows of runs that are equal but for an argument what their accuracies are
+    together. Returns the table of that."""
+    start = "" if argument == "seed" else f"{argument}_"
+    names = [f"{argument}_runs", f"{argument}s", *(start + name for name in MEANS)]
+    for group in groups:
+        parts = [mean_interval([row[name] for row in group]) for name in ("val_acc", "test_acc")]
+        values = ", ".join(row["run"] for row in group), len(group), *parts[0], *parts[1]
+        for row in group:
+            row.update(zip(names, values, strict=True))
+    names.insert(1, "model")
+    firsts, columns = [group[0] for group in groups], (n for n in names if not n.endswith("_high"))
+    return for_people(firsts, *columns)
+
+
+def mean_interval(values: list) -> list:
+    """Mean and standard deviation of two values or more, each from 0 to 1, and low and high of
+    Student's 95% interval of the mean, from three values on. None is what is not known."""
+    from scipy.stats import t
+
+    if None in values:
+        return [None] * 4
+    mean, deviation, count = statistics.mean(values), statistics.stdev(values), len(values)
+    if count < 3:
+        return [mean, deviation, None, None]
+    half = float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
+    return [mean, deviation, max(0.0, mean - half), min(1.0, mean + half)]
+
+
+def judge_out_of_fold(group: list[dict], args: Namespace) -> tuple[DataFrame, Gallery]:
+    """The suspects among all images of a folder, each judged by the one run of all folds that was
+    not trained on it; and the first of them as a gallery."""
+    from pandas import concat
+
+    parts = []
+    for row in group:
+        trained = load_trained(Path(row["run"]), args.device, args.quiet)
+        images = load_images(trained, "val", args.data_dir, args.quiet)
+        answers = answer_table(images, trained.probabilities(trained.test(images)[1]))
+        parts.append(answers.assign(file=[str(file.path) for file in images.files]))
+    suspects = find_suspects(concat(parts)).reset_index(drop=True)
+
+    # Read the images that are shown once more.
+    first = suspects.head(SHOWN_IMAGES)
+    pixels = [trained.read_image(Path(file)) for file in first.file]
+    title = "Suspects: given class least likely to a model that was not trained on the image"
+    return suspects, gallery(title, trained.as_images(pixels), first, as_suspect)
+
+
+def draw_comparison(rows: list[dict]) -> Figure:
+    """Validation loss and accuracy of the runs of each dataset on a pair of axes; a legend for the
+    ten best."""
+    datasets = dict.fromkeys(row["dataset"] for row in rows)
+    figure = new_figure(13, 4.8 * len(datasets), "validation, run by run")
+    parts = figure.subfigures(len(datasets), squeeze=False).flat
+    for part, dataset in zip(parts, datasets, strict=True):
+        part.suptitle(shorten(Path(dataset).name, 60))
+        axes = curves_axes(part)
+        for place, row in enumerate(row for row in rows if row["dataset"] == dataset):
+            look = {"color": "lightgrey", "zorder": 1}
+            if place < 10:
+                look = {"color": f"C{place}", "label": shorten(row["run"][-40:], 40)}
+            plot_history(axes, Path(row["run"]), "val", **look)
+        part.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+# ------------------------ Predict ------------------------
+FILES_AT_A_TIME = 256  # that are read and classified together
+
+
+def classify(args: Namespace) -> dict:
+    """Print file, class and probability of the user's own images, in the order given.
+
+    UsageError for --top, RunError where a file cannot be read, after the others.
+    """
+    # Which files.
     trained = load_trained(args.runs[0], args.device, args.quiet)
-    classes, (channels, side, _) = trained.config["classes"], trained.config["image_shape"]
-    top = args.top or 1
+    classes, top = trained.config["classes"], args.top or 1
     if top > len(classes):
         raise UsageError(f"--top {top}: the model has {len(classes)} classes")
-    files = [
-        file
-        for path in args.predict
-        for file in (common.image_files(path) if path.is_dir() else [path])
-    ]
-    predictions, unreadable = [], 0
-    for file in files:
-        try:
-            resize = trained.config.get("resize", "stretch")  # older runs have none
-            pixels = common.read_image(file, side, channels == 1, resize)
-        except RunError as error:
-            print(f"evaluate.py: error: {error}", file=sys.stderr)
-            unreadable += 1
-            continue
-        _, logits = trained.test(ImageSet(pixels[None], torch.zeros(1, dtype=torch.long), classes))
-        best = (logits[0].double() / trained.config["temperature"]).softmax(0).topk(top)
-        for probability, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-            one = {"file": str(file), "class": classes[index], "probability": probability}
-            if args.csv:
-                say(
-                    "\n".join(as_csv([one]).split("\n", 1)[bool(predictions) :])
-                )  # one header, on the first
-            else:
-                say(json.dumps(one) if args.json else f"{file}\t{one['class']}\t{probability:.4f}")
-            predictions.append(one)
-    if unreadable:
-        raise RunError(f"{unreadable} of {len(files)} files could not be read")
+    files, skipped = [], Counter()
+    for path in args.predict:
+        files += common.image_files(path, skipped) if path.is_dir() else [path]
+    if skipped:
+        note(common.as_skipped(skipped), args.quiet)
     if not files:
         raise RunError("no image files there")
+
+    def read(file):
+        try:
+            return trained.read_image(file)
+        except RunError as error:
+            return error
+
+    predictions, unreadable = [], 0
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as pool,
+        tqdm(total=len(files), leave=False, disable=args.quiet or None) as bar,
+    ):
+        for start in range(0, len(files), FILES_AT_A_TIME):
+            # Read some, as many at a time as there are cores; name those that cannot be read.
+            some = files[start : start + FILES_AT_A_TIME]
+            pixels = dict(zip(some, pool.map(read, some), strict=True))
+            for file in [file for file in some if isinstance(pixels.get(file), RunError)]:
+                print(f"evaluate.py: error: {pixels.pop(file)}", file=sys.stderr)
+                unreadable += 1
+
+            # Classify them together, and print the answers.
+            if pixels:
+                _, logits = trained.test(trained.as_images(list(pixels.values())))
+                best = trained.probabilities(logits).topk(top)
+                rows = [
+                    {"file": str(file), "class": classes[label], "probability": probability}
+                    for file, *likeliest in zip(pixels, *map(Tensor.tolist, best), strict=True)
+                    for probability, label in zip(*likeliest, strict=True)
+                ]
+                print_predictions(rows, args, heading=not predictions)
+                predictions += rows
+            bar.update(len(some))
+    if unreadable:
+        raise RunError(f"{unreadable} of {len(files)} files could not be read")
     return {"predictions": predictions}
 
 
+def print_predictions(rows: list[dict], args: Namespace, heading: bool) -> None:
+    """Print predictions in the form that is asked for."""
+    lines = [f"{row['file']}\t{row['class']}\t{row['probability']:.4f}" for row in rows]
+    if args.json:
+        lines = [json.dumps(row) for row in rows]
+    elif args.csv:
+        lines = [as_csv(rows, heading).rstrip("\n")]
+    say("\n".join(lines))
+
+
+# ------------------------ Export ------------------------
 class WithPreprocessing(nn.Module):
     """uint8 images [N, C, H, W] to probabilities [N, K]."""
 
-    def __init__(self, trained):
+    def __init__(self, trained: Trained):
         super().__init__()
         self.model = trained.model.to(memory_format=torch.contiguous_format)
         for name in ("mean", "std"):
@@ -1455,7 +1513,7 @@ class WithPreprocessing(nn.Module):
 
 
 def to_torch_export(program, metadata: dict) -> tuple[bytes, Callable]:
-    """The bytes of model.pt2, with the metadata as metadata.json inside, and what they compute when loaded."""
+    """The bytes of model.pt2, with the metadata as metadata.json inside, and what they compute."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
     buffer.seek(0)
@@ -1463,81 +1521,124 @@ def to_torch_export(program, metadata: dict) -> tuple[bytes, Callable]:
 
 
 def to_onnx(program, metadata: dict) -> tuple[bytes, Callable]:
-    """The bytes of model.onnx, with the metadata in it, each value as JSON, and what they compute when loaded."""
+    """The bytes of model.onnx, with each value of the metadata as JSON in it, and what they
+    compute."""
     import onnxruntime
 
-    names = {
-        "input_names": ["images"],
-        "output_names": ["probabilities"],
-        "dynamic_shapes": ({0: "batch"},),
-    }
-    exported = torch.onnx.export(program, **names, verbose=False)
-    exported.model.metadata_props.update(
-        {key: json.dumps(value) for key, value in metadata.items()}
-    )
+    names = {"input_names": ["images"], "output_names": ["probabilities"]}
+    shapes = ({0: "batch"},)
+    exported = torch.onnx.export(program, **names, dynamic_shapes=shapes, verbose=False)
+    texts = {name: json.dumps(value) for name, value in metadata.items()}
+    exported.model.metadata_props.update(texts)
     content = exported.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    return content, lambda images: torch.from_numpy(
-        session.run(None, {"images": images.numpy()})[0]
-    )
+
+    def compute(images):
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return content, compute
 
 
+CHECKED_IMAGES = 200  # of the run, beside the noise
 # Kind: the file, what writes it, and the packages that this needs.
-EXPORTS = {
+EXPORTS: dict[str, tuple] = {
     "torch.export": ("model.pt2", to_torch_export, ()),
     "onnx": ("model.onnx", to_onnx, ("onnx", "onnxscript", "onnxruntime")),
 }
 
 
-def export(args: argparse.Namespace) -> dict:
-    """Write the model with its preprocessing as a file of another kind; kept only if it answers as the model does."""
-    file, convert, packages = EXPORTS[args.export]
-    missing = [name for name in packages if not importlib.util.find_spec(name)]
+def export(args: Namespace) -> dict:
+    """Write the model with its preprocessing as a file of another kind.
+
+    The reference is the model in float32; RunError where the file answers otherwise.
+    """
+    # What it takes.
+    name, convert, packages = EXPORTS[args.export]
+    missing = [package for package in packages if not importlib.util.find_spec(package)]
     if missing:
-        raise RunError(
-            f"--export {args.export} needs more packages: pip install {' '.join(missing)}"
-        )
-    trained = load_trained(args.runs[0], "cpu")
-    model, shape = WithPreprocessing(trained).eval(), trained.config["image_shape"]
-    # Noise of rising contrast: at full contrast alone a model can be so sure of itself that nothing is compared.
-    noise = torch.rand(5, *shape, generator=common.generator_for("export"))
-    images = (noise * torch.linspace(0, 255, 5).view(-1, 1, 1, 1)).byte()
-    program = torch.export.export(
-        model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-    )
+        text = f"needs more packages: pip install {' '.join(missing)}"
+        raise RunError(f"--export {args.export} {text}")
+    trained = load_trained(args.runs[0], "cpu", args.quiet)
+    config, random = trained.config, common.generator_for("export")
+    model, shape = WithPreprocessing(trained).eval(), config["image_shape"]
+
     # What the file leaves to its user: as common.read_image does it.
     metadata = {
-        "classes": trained.config["classes"],
+        "classes": config["classes"],
         "image_shape": shape,
         "mode": "L" if shape[0] == 1 else "RGB",
         "resize": "bilinear, antialiased, as Pillow's Image.resize",
-        "square": trained.config.get("resize", "stretch"),
+        "square": config.get("resize", "stretch"),
         "transparent pixels": "on white",
     }
+
+    # Images to check it with: noise of rising contrast, and some that the model was trained on.
+    noise = torch.rand(5, *shape, generator=random) * torch.linspace(0, 255, 5).view(-1, 1, 1, 1)
+    images, photos = noise.byte(), None
+    try:
+        photos = load_images(trained, "train", args.data_dir, args.quiet)
+    except RunError as error:
+        note(f"the export is checked with noise alone, as {error}", args.quiet)
+    if photos:
+        photos = photos.select(torch.randperm(len(photos), generator=random)[:CHECKED_IMAGES])
+        images = torch.cat([images, photos.images])
+
+    # Export it, and have the result answer: to a batch, and to one image.
+    dynamic = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
     content, exported = convert(program, metadata)
     with torch.inference_mode():
-        difference = max(
-            float((exported(some) - model(some)).abs().max()) for some in (images, images[:1])
-        )
-    if not difference < 1e-4:
-        raise RunError(
-            f"the exported model's probabilities differ from the model's by {difference:.2g}: not kept"
-        )
+        expected = model(images)
+        difference = (exported(images) - expected).abs().max().item()
+        alone = (exported(images[:1]) - expected[:1]).abs().max().item()
+    if not max(difference, alone) < 1e-4:
+        text = f"differ from the model's by {max(difference, alone):.2g}: not kept"
+        raise RunError(f"the exported model's probabilities {text}")
     out = args.out or trained.directory
-    write_files(out, {file: content})
-    takes = f"{records.shown(out / file)}: uint8 images [N, {', '.join(map(str, shape))}] to probabilities [N, K]"
-    say(f"{takes}, within {difference:.1g} of the model", args.quiet)
-    return {"file": str(out / file)}
+    write_files(out, {name: content})
+
+    # Say what it takes, and how it differs from what --predict says in the run's own precision.
+    takes = f"uint8 images [N, {', '.join(map(str, shape))}] to probabilities [N, K]"
+    say(f"{shown(out / name)}: {takes}, within {difference:.1g} of the model in fp32", args.quiet)
+    if photos:
+        _, logits = trained.test(photos)
+        own = trained.probabilities(logits)
+        changed = (own.argmax(1) != expected[5:].argmax(1)).sum().item()
+        furthest = (own - expected[5:]).abs().max().item()
+        text = f"{changed} of {len(photos)} training images get another class than by --predict"
+        precision = trained.record["precision"]
+        say(
+            f"{text}, which computes in {precision}; probabilities differ by up to {furthest:.2g}",
+            args.quiet,
+        )
+    return {"file": str(out / name)}
+
+
+# ------------------------ Main ------------------------
+def evaluate_run(args: Namespace) -> dict:
+    """Evaluate one run; returns what metrics.json holds. UsageError, RunError."""
+    trained = load_trained(args.runs[0], args.device, args.quiet)
+    find_convolution(trained.model, args)  # --layer and --channel are looked at before the work
+    images = load_images(trained, args.split, args.data_dir, args.quiet)
+    if args.image >= len(images):
+        raise UsageError(f"--image {args.image}: the split has {len(images)} images, from 0")
+    found = measure(trained, images, args)
+    figures = draw(found, args)
+    write(found, figures, args)
+    return found.metrics
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Do what `argv` says; return what metrics.json, the comparison or the predictions hold. UsageError, RunError."""
+    """Do what `argv` says; return what metrics.json, the comparison or the predictions hold.
+
+    UsageError, RunError.
+    """
     args = parse_arguments(argv)
     if args.predict:
-        return predict(args)
+        return classify(args)
     if args.export:
         return export(args)
-    return evaluate(args) if len(args.runs) == 1 else compare(args)
+    return evaluate_run(args) if len(args.runs) == 1 else compare(args)
 
 
 if __name__ == "__main__":

@@ -1624,6 +1624,8 @@ def report(
         survived = -line["epochs"] if rank == 1 else 0
         return rank, survived, search.loss(line) if line[search.metric] is not None else math.inf
 
+    import pandas
+
     # Best first; then the pruned ones, by the epochs that they survived; then those without a result.
     ended = sorted(write_lines(study, directory, machine), key=place)
     result = {"directory": str(directory), "trials": ended, "best": None}
@@ -1645,20 +1647,16 @@ def report(
         params = {names[name]: line["params"].get(name) for name in names}
         rows.append({column: line.get(column) for column in columns} | params)
     cells = [[as_text(name, value) for name, value in row.items()] for row in rows]
-    table = "><<" + ">" * (len(rows[0]) - 3), list(rows[0]), cells
-    records.say("\n".join(evaluate.as_table(*table)), quiet)
-    records.write_atomically(directory / "leaderboard.csv", f"{evaluate.as_csv(rows)}\n".encode())
+    tables = {"Trials, best first": pandas.DataFrame(cells, columns=list(rows[0]))}
+    records.say("\n".join(evaluate.as_lines(tables)).rstrip("\n"), quiet)
+    records.write_atomically(directory / "leaderboard.csv", evaluate.as_csv(rows).encode())
     pictures = draw_sweep(study, search, ended, directory)
     for name, picture in pictures.items():
         records.write_atomically(directory / f"{name}.png", picture)
-    parts = [
-        ("text", f"{search.method} search of {search.script}; {search.metric} decides"),
-        ("table", "Trials, best first", *table),
-    ]
-    parts += [("picture", picture, name) for name, picture in pictures.items()]
-    evaluate.write_report(
-        directory / "report.html", f"{directory.name}: {len(ended)} trials", parts
-    )
+    title = f"{directory.name}: {len(ended)} trials"
+    about = f"{search.method} search of {search.script}; {search.metric} decides"
+    content = evaluate.as_page(title, [about], tables, pictures)
+    records.write_atomically(directory / "report.html", content)
     winner, link = ended[0], directory / "best"
     link.unlink(missing_ok=True)
     if winner["status"] != "finished":
