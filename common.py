@@ -2467,8 +2467,9 @@ def fit(
     """Train `model` until --epochs, --stop-after or early stopping, and leave it with the weights
     of its best epoch.
 
-    `on_epoch(row)` is called with each row of log.jsonl; True ends the run as `pruned`. Returns
-    whether the training has come to its own end, so that the test may follow. FloatingPointError.
+    `on_epoch(row)` is called with each row of log.jsonl and the run's `directory`; True ends the
+    run as `pruned`. Returns whether the training has come to its own end, so that the test may
+    follow. FloatingPointError.
     """
     # What a step needs: the net, batches, the loss, the optimisers.
     torch.set_num_threads(args.threads)
@@ -2555,7 +2556,7 @@ def fit(
                 f"{row['seconds']:.1f} s{best}",
                 args.quiet,
             )
-            if on_epoch and on_epoch(row) is True:
+            if on_epoch and on_epoch(row | {"directory": str(run.directory)}) is True:
                 run.status = "pruned"
                 return False
 

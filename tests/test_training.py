@@ -475,11 +475,12 @@ def test_the_test_images_are_used_once_after_the_training_if_at_all():
     with at_step(None, lambda: events.append("step")), at_test(lambda: events.append("test")):
         run(train_cifar, *EVERYTHING_ON, "--epochs", 2)
         assert events == [*["step"] * 6, "test"]
-        _, record, rows = run(
+        directory, record, (row,) = run(
             train_cifar, *EVERYTHING_ON, "--epochs", 1, "--no-test", on_epoch=events.append
         )
+        told = row | {"directory": str(directory)}
         assert (
-            events[7:] == [*["step"] * 3, *rows]
+            events[7:] == [*["step"] * 3, told]
             and record["test"] is None
             and record["status"] == "finished"
         )
