@@ -1,12 +1,16 @@
 """What the documentation says can be done: links lead somewhere, commands have flags that there are."""
 
+import contextlib
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate
+import records
 import sweep
 import train_cifar
 import train_mnist
@@ -124,3 +128,50 @@ def test_the_ci_runs_the_two_commands_of_the_quick_start():
         command = subprocess.run(shell, cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert command == blocks((ROOT / "README.md").read_text())[number - 1]
         assert command.startswith("python3 -m venv .venv && ") and command.endswith(f"{last}\n")
+
+
+def test_the_lines_on_tensorboard_and_mlflow_do_what_they_say(few_images, monkeypatch, tmp_path):
+    """With stand-ins for the two packages, which are not installed."""
+    told = []
+
+    class Writer(contextlib.AbstractContextManager):
+        def __init__(self, directory):
+            self.directory = directory
+
+        def __exit__(self, *error):
+            told.append("closed")
+
+        def add_scalar(self, name, value, epoch):
+            told.append((self.directory, name, value, epoch))
+
+    mlflow = SimpleNamespace(
+        start_run=contextlib.nullcontext,
+        log_metrics=lambda numbers, step: told.append((step, numbers)),
+        log_params=told.append,
+    )
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer)
+    )
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    tiny = ["--dataset", "synthetic", "--c1", "2", "--c2", "2", "--l1", "4", "--quiet"]
+    tiny += ["--runs-dir", str(tmp_path)]
+    main = train_cifar.main
+    monkeypatch.setattr(train_cifar, "main", lambda argv, on_epoch: main([*argv, *tiny], on_epoch))
+    text = (ROOT / "docs" / "tracking.md").read_text()
+    for code in re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        assert len(code.splitlines()) <= 12
+        told.clear()
+        exec(code, {})
+        directory = max(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime)
+        rows = records.read_log(directory)
+        if "tensorboard" in code:
+            names = {name for _, name, *_ in filter(lambda one: one != "closed", told)}
+            for name in names:
+                wanted = [(str(directory), name, row[name], row["epoch"]) for row in rows]
+                assert [one for one in told if name in one] == wanted
+            assert names and told.count("closed") == 2
+        else:
+            *steps, params = told
+            assert [step for step, _ in steps] == [1, 2]
+            assert steps[1][1].items() <= rows[1].items() and "val_loss" in steps[1][1]
+            assert params == records.read_record(directory)["args"]
