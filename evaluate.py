@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import csv
 import functools
 import importlib.util
 import io
@@ -33,7 +34,7 @@ import sys
 import warnings
 from argparse import ArgumentTypeError, Namespace
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ from tqdm import tqdm
 
 if TYPE_CHECKING:  # pandas takes a second to import, so it waits until it is needed
     from matplotlib.figure import Figure
-    from pandas import DataFrame, Series
+    from pandas import DataFrame
 
 
 # ------------------------ Options ------------------------
@@ -183,7 +184,7 @@ class Trained:
         return (logits.double() / self.config["temperature"]).softmax(1)
 
     def read_image(self, file: Path) -> Tensor:
-        """An image file as uint8 [C, side, side], with the pixels that it has in training. RunError."""
+        """An image file as uint8 [C, side, side], with the pixels of training. RunError."""
         channels, side, _ = self.config["image_shape"]
         resize = self.config.get("resize", "stretch")  # older runs have none
         return common.read_image(file, side, channels == 1, resize)
@@ -318,7 +319,8 @@ SHOWN_IMAGES = 40
 
 
 class Gallery(NamedTuple):
-    """Images [N, C, H, W] that are shown together, with words on each, and whether it `is_wrong`."""
+    """Images [N, C, H, W] that are shown together, with words on each, and whether it is taken for
+    another class."""
 
     title: str
     pixels: Tensor
@@ -348,14 +350,12 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     meter, logits = trained.test(images)
     probabilities, labels = trained.probabilities(logits), images.labels
     answers = answer_table(images, probabilities)
-    confidence, predicted = probabilities.max(1)
+    predicted = probabilities.argmax(1)
     correct, size = predicted == labels, len(images.classes)
     confusion = torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)
 
     # The figures. Each number gets a line in the table of results.
     classes = class_metrics(confusion.numpy(), images.classes)
-    bins, error = calibration(confidence, correct)
-    bins_before, error_before = calibration(logits.double().softmax(1).amax(1), correct)
     metrics = {
         "run": trained.record["name"],
         "dataset": trained.record["data"]["name"],
@@ -367,9 +367,12 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         "macro_f1": classes.f1.mean(),
         "weighted_f1": np.average(classes.f1.fillna(0), weights=classes.support),
         "temperature": trained.config["temperature"],
-        "expected_calibration_error": error,
-        "expected_calibration_error_before": error_before,
     }
+    plain = logits.double().softmax(1)
+    for name, after in (("", probabilities), ("_before", plain)):  # and before the temperature
+        bins, error = calibration(after.amax(1), correct)
+        metrics[f"expected_calibration_error{name}"] = error
+        metrics[f"calibration{name}"] = as_rows(bins)
     if size > 10:
         among_five = (logits.topk(5).indices == labels[:, None]).any(1)
         metrics["top5_accuracy"] = among_five.double().mean().item()
@@ -378,19 +381,16 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     views = args.tta or trained.record["args"]["tta"]
     if views:
         metrics["tta"] = {"views": views, **meter_metrics(trained.test(images, views)[0])}
-    metrics |= {
-        "classes": as_rows(classes),
-        "calibration": as_rows(bins),
-        "calibration_before": as_rows(bins_before),
-        "confusion_matrix": confusion.tolist(),
-    }
+    metrics["classes"], metrics["confusion_matrix"] = as_rows(classes), confusion.tolist()
 
     # The images that are shown, and where the model looked when it was wrong.
     wrong, suspects = answers[~correct.numpy()], find_suspects(answers)
     worst = wrong.nlargest(SHOWN_IMAGES, "predicted_probability")
     drawn = torch.randperm(len(images), generator=common.generator_for("predictions"))
     sample = answers.iloc[drawn[: args.sample].numpy()]
-    title = f"The {len(worst)} most confident of {len(wrong):,} mistakes"
+    title = f"All {len(wrong)} mistakes, the most confident first"
+    if len(wrong) > len(worst):
+        title = f"The {len(worst)} most confident of {len(wrong):,} mistakes"
     galleries = {
         "predictions": gallery("A random sample: class and confidence", images, sample),
         "mistakes": gallery(title, images, worst),
@@ -428,11 +428,11 @@ def answer_table(images: ImageSet, probabilities: Tensor) -> DataFrame:
 
 
 def meter_metrics(meter: common.AverageMeter) -> dict:
-    """Loss, accuracy, and the interval of that."""
+    """Accuracy, the interval of that, and loss."""
     return {
-        "loss": meter.loss,
         "accuracy": meter.accuracy,
         "accuracy_interval": wilson_interval(int(meter.correct), meter.images),
+        "loss": meter.loss,
     }
 
 
@@ -495,7 +495,7 @@ def find_suspects(answers: DataFrame) -> DataFrame:
 def suspicion(split: str) -> str:
     """What suspects are."""
     seen = "; the model was trained on these labels" if split == "train" else ""
-    return f"Suspects: given class least likely{seen}"
+    return f"Suspects: the given class is unlikely{seen}"
 
 
 def caption(answer: dict) -> str:
@@ -599,7 +599,8 @@ def draw(found: Evaluation, args: Namespace) -> dict[str, Figure]:
 def what_images(metrics: dict) -> str:
     """Which images were evaluated, in a few words."""
     dataset = shorten(Path(metrics["dataset"]).name, 30)
-    return f"{metrics['images']:,} {metrics['split']} images of {dataset}"
+    split = {"val": "validation", "train": "training"}.get(metrics["split"], "test")
+    return f"{metrics['images']:,} {split} images of {dataset}"
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -909,7 +910,8 @@ def as_text(value: Any, name: str) -> str:
 
 def in_words(name: str) -> str:
     """A name from a file as a person would write it."""
-    return " ".join(WORDS.get(word, word) for word in name.removeprefix("pair_").split("_"))
+    words = re.sub("^(pair|seed|fold)_", "", name).split("_")
+    return " ".join(WORDS.get(word, word) for word in words)
 
 
 def for_people(rows: list[dict], *names: str) -> DataFrame:
@@ -929,23 +931,13 @@ def for_people(rows: list[dict], *names: str) -> DataFrame:
     return DataFrame(table)
 
 
-def sides(table: DataFrame) -> list[str]:
-    """To which side each column of texts goes: numbers to the right, words to the left."""
-    number = re.compile(r"-?$|[-+]?[\d.,]+(e-\d+)?%?( to |$)")
-    return ["right" if all(map(number.match, table[name])) else "left" for name in table]
-
-
 def as_lines(tables: dict[str, DataFrame]) -> list[str]:
-    """Tables of texts for the screen, with columns as wide as their widest cell."""
+    """Tables of texts for the screen: the first column to the left, the others to the right."""
     lines = []
     for table in tables.values():
-        columns = []
-        for side, name in zip(sides(table), table, strict=True):
-            cells = [name, *table[name]]
-            pad = str.rjust if side == "right" else str.ljust
-            columns.append([pad(cell, max(map(len, cells))) for cell in cells])
-        lines += ["  ".join(row).rstrip() for row in zip(*columns, strict=True)]
-        lines.append("")
+        first = table.columns[0]
+        table = table.set_index(first).rename_axis(index=None, columns=first)
+        lines += [*table.to_string().splitlines(), ""]
     return lines
 
 
@@ -969,7 +961,7 @@ def as_page(title: str, remarks: list[str], tables: dict, pictures: dict, **more
     source = (records.HERE / "report.html.jinja").read_text()
     page = jinja2.Template(source, autoescape=True, trim_blocks=True)
     content = {"title": title, "remarks": remarks, "tables": tables, "pictures": pictures, **more}
-    return as_bytes(page.render(content, sides=sides, b64encode=base64.b64encode), "replace")
+    return as_bytes(page.render(content, b64encode=base64.b64encode), "replace")
 
 
 def as_bytes(text: str, errors: str = "surrogateescape") -> bytes:
@@ -1038,7 +1030,7 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
         paths = [str(found.images.files[place].path) for place in suspects.index]
         files["suspects.csv"] = as_bytes(as_csv(suspects.assign(file=paths)))
         galleries[images.title] = as_pngs(images)
-        remarks.append(f"suspects.csv, suspects.png: {len(paths):,} images. {images.title}")
+        remarks.append(f"{images.title}: {len(paths):,} images in suspects.csv")
 
     # The page, and last metrics.json, which says of what the other files are.
     best = metrics.get("tta", metrics)
@@ -1103,17 +1095,15 @@ def remarks_on(trained: Trained, args: Namespace) -> list[str]:
 
 def settings_of(record: dict) -> list[dict]:
     """What a run is, for the end of its page."""
-    data = dict(record["data"])
-    if data["selection"] == "test set":
-        data["val"] = 0  # the test set's are no validation images
+    data = record["data"]
+    is_cut = data["selection"] != "test set"  # else the test's images chose the epoch
     values = {
         "command": shlex.join(["python", f"{record['script']}.py", *record.get("argv", [])]),
         "training images": data["train"],
-        "validation images": data["val"],
+        "validation images": data["val"] if is_cut else 0,
     }
-    for name in ("status", "epochs", "seconds", "parameters", "started"):
-        values[name] = record[name]
-    for name in ("host", "device", "precision", "threads", "versions", "git"):
+    names = ["status", "epochs", "seconds", "parameters", "started", "host", "device"]
+    for name in (*names, "precision", "threads", "versions", "git"):
         values[name] = record.get(name)
     values |= {common.as_flag(name): str(value) for name, value in record["args"].items()}
     return [{"setting": name, "value": as_text(values[name], name)} for name in values]
@@ -1168,7 +1158,7 @@ def compare(args: Namespace) -> dict:
             files["suspects.csv"] = as_bytes(as_csv(suspects))
             files["suspects.png"] = render(draw_gallery(images, f"{parts} folds"))
             galleries[images.title] = as_pngs(images)
-            remarks.append(f"suspects.csv, suspects.png: {len(suspects):,} images. {images.title}")
+            remarks.append(f"{images.title}: {len(suspects):,} images in suspects.csv")
 
     # Write.
     title, out = f"{len(rows)} runs", args.out or args.runs[0].parent
@@ -1283,25 +1273,23 @@ def add_pairs(rows: list[dict], split: str) -> None:
         try:
             checksum, right = read_evaluation(row, split)
             best = bests.setdefault(row["dataset"], (row["run"], checksum, right))
-            if checksum != best[1]:
+            if checksum != best[1] or right.keys() != best[2].keys():
                 raise RunError(f"evaluated on other {split} images than {best[0]}")
         except RunError as error:
             row["not_paired"] = str(error)
             continue
         if best[0] != row["run"]:
-            best_right = best[2].reindex(right.index)  # by file
-            one, other = int((right & ~best_right).sum()), int((best_right & ~right).sum())
-            images, p = len(right), mcnemar_mid_p(one, other)
+            images, one = len(right), sum(right[file] > best[2][file] for file in right)
+            other = sum(right[file] < best[2][file] for file in right)
             interval = difference_interval(one, other, images)
-            values = best[0], images, one, other, (one - other) / images, *interval, p
-            row.update(zip(PAIR, values, strict=True))
+            values = best[0], images, one, other, (one - other) / images, *interval
+            row.update(zip(PAIR, (*values, mcnemar_mid_p(one, other)), strict=True))
 
 
-def read_evaluation(row: dict, split: str) -> tuple[str, Series]:
-    """Checksum of the images that a run was evaluated on, and whether it was right about each.
+def read_evaluation(row: dict, split: str) -> tuple[str, dict[str, bool]]:
+    """Checksum of the images that a run was evaluated on, and of each file whether it was right.
     RunError says why they are of no use."""
-    from pandas import read_csv
-
+    # Was it evaluated with the weights that it has now?
     directory = place_of(Path(row["run"]), split)
     path = directory / "predictions.csv"
     if not path.exists() or not (directory / "metrics.json").exists():
@@ -1309,16 +1297,17 @@ def read_evaluation(row: dict, split: str) -> tuple[str, Series]:
     metrics = records.read_json(directory / "metrics.json")
     if metrics.get("epoch") != row["best_epoch"]:
         raise RunError("trained on since the evaluation")
-    options: dict = {"index_col": "file", "dtype": str, "keep_default_na": False}
+
+    # Read it.
     try:
-        answers = read_csv(path, **options, encoding_errors="surrogateescape")
-        right = answers["class"] == answers["predicted"]
-        checksum, images = metrics["checksum"], metrics["images"]
-    except (ValueError, KeyError) as error:
-        raise RunError(f"{shown(path)} is damaged") from error
-    if len(right) != images:
+        with open(path, newline="", errors="surrogateescape") as file:
+            answers = list(csv.DictReader(file))
+        right = {answer["file"]: answer["class"] == answer["predicted"] for answer in answers}
+    except (csv.Error, KeyError):
+        right = {}
+    if len(right) != metrics.get("images"):
         raise RunError(f"{shown(path)} is damaged")
-    return checksum, right
+    return metrics["checksum"], right
 
 
 def mcnemar_mid_p(one: int, other: int) -> float:
@@ -1406,7 +1395,7 @@ def judge_out_of_fold(group: list[dict], args: Namespace) -> tuple[DataFrame, Ga
     # Read the images that are shown once more.
     first = suspects.head(SHOWN_IMAGES)
     pixels = [trained.read_image(Path(file)) for file in first.file]
-    title = "Suspects: given class least likely to a model that was not trained on the image"
+    title = "Suspects: unlikely classes, judged by the run that was not trained on the image"
     return suspects, gallery(title, trained.as_images(pixels), first, as_suspect)
 
 
@@ -1439,9 +1428,9 @@ def classify(args: Namespace) -> dict:
     """
     # Which files.
     trained = load_trained(args.runs[0], args.device, args.quiet)
-    classes, top = trained.config["classes"], args.top or 1
-    if top > len(classes):
-        raise UsageError(f"--top {top}: the model has {len(classes)} classes")
+    top, most = args.top or 1, len(trained.config["classes"])
+    if top > most:
+        raise UsageError(f"--top {top}: the model has {most} classes")
     files, skipped = [], Counter()
     for path in args.predict:
         files += common.image_files(path, skipped) if path.is_dir() else [path]
@@ -1450,40 +1439,50 @@ def classify(args: Namespace) -> dict:
     if not files:
         raise RunError("no image files there")
 
+    # Classify them, some at a time, and print the answers.
+    predictions, unreadable = [], 0
+    with tqdm(total=len(files), leave=False, disable=args.quiet or None) as bar:
+        for count, images in read_in_threads(trained, files):
+            rows = likeliest_classes(trained, images, top) if images else []
+            print_predictions(rows, args, heading=not predictions)
+            predictions += rows
+            unreadable += count - len(images)
+            bar.update(count)
+    if unreadable:
+        raise RunError(f"{unreadable} of {len(files)} files could not be read")
+    return {"predictions": predictions}
+
+
+def read_in_threads(trained: Trained, files: list[Path]) -> Iterator[tuple[int, list[tuple]]]:
+    """Yield how many files were tried, and those that could be read with their images, some at a
+    time; they are read in as many threads as there are cores. The others are named on stderr."""
+
     def read(file):
         try:
             return trained.read_image(file)
         except RunError as error:
             return error
 
-    predictions, unreadable = [], 0
-    with (
-        ThreadPoolExecutor(os.cpu_count()) as pool,
-        tqdm(total=len(files), leave=False, disable=args.quiet or None) as bar,
-    ):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         for start in range(0, len(files), FILES_AT_A_TIME):
-            # Read some, as many at a time as there are cores; name those that cannot be read.
-            some = files[start : start + FILES_AT_A_TIME]
-            pixels = dict(zip(some, pool.map(read, some), strict=True))
-            for file in [file for file in some if isinstance(pixels.get(file), RunError)]:
-                print(f"evaluate.py: error: {pixels.pop(file)}", file=sys.stderr)
-                unreadable += 1
+            some, images = files[start : start + FILES_AT_A_TIME], []
+            for file, content in zip(some, pool.map(read, some), strict=True):
+                if isinstance(content, RunError):
+                    print(f"evaluate.py: error: {content}", file=sys.stderr)
+                else:
+                    images.append((file, content))
+            yield len(some), images
 
-            # Classify them together, and print the answers.
-            if pixels:
-                _, logits = trained.test(trained.as_images(list(pixels.values())))
-                best = trained.probabilities(logits).topk(top)
-                rows = [
-                    {"file": str(file), "class": classes[label], "probability": probability}
-                    for file, *likeliest in zip(pixels, *map(Tensor.tolist, best), strict=True)
-                    for probability, label in zip(*likeliest, strict=True)
-                ]
-                print_predictions(rows, args, heading=not predictions)
-                predictions += rows
-            bar.update(len(some))
-    if unreadable:
-        raise RunError(f"{unreadable} of {len(files)} files could not be read")
-    return {"predictions": predictions}
+
+def likeliest_classes(trained: Trained, images: list[tuple], top: int) -> list[dict]:
+    """The `top` likeliest classes of each file with its image, likeliest first."""
+    _, logits = trained.test(trained.as_images([image for _, image in images]))
+    best, rows = trained.probabilities(logits).topk(top), []
+    for (file, _), values, labels in zip(images, *map(Tensor.tolist, best), strict=True):
+        for probability, label in zip(values, labels, strict=True):
+            name = trained.config["classes"][label]
+            rows.append({"file": str(file), "class": name, "probability": probability})
+    return rows
 
 
 def print_predictions(rows: list[dict], args: Namespace, heading: bool) -> None:
@@ -1493,7 +1492,8 @@ def print_predictions(rows: list[dict], args: Namespace, heading: bool) -> None:
         lines = [json.dumps(row) for row in rows]
     elif args.csv:
         lines = [as_csv(rows, heading).rstrip("\n")]
-    say("\n".join(lines))
+    if rows:
+        say("\n".join(lines))
 
 
 # ------------------------ Export ------------------------
