@@ -395,7 +395,8 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         "predictions": gallery("A random sample: class and confidence", images, sample),
         "mistakes": gallery(title, images, worst),
     }
-    seen = grad_cam(trained, images.select(torch.tensor(worst.index)), predicted[worst.index])
+    chosen = torch.tensor(worst.index, dtype=torch.long)
+    seen = grad_cam(trained, images.select(chosen), predicted[chosen])
     if seen is not None:
         title = "Grad-CAM: where the model saw what it took them for"
         galleries["gradcam"] = galleries["mistakes"]._replace(title=title, pixels=seen)
@@ -520,8 +521,8 @@ def gallery(
     """The images of some answers."""
     rows = answers.to_dict("records")
     is_wrong = [row["class"] != row["predicted"] for row in rows]
-    pixels = images.select(torch.tensor(answers.index)).images
-    return Gallery(title, pixels, list(map(describe, rows)), is_wrong)
+    chosen = torch.tensor(answers.index, dtype=torch.long)
+    return Gallery(title, images.select(chosen).images, list(map(describe, rows)), is_wrong)
 
 
 def grad_cam(trained: Trained, images: ImageSet, classes: Tensor) -> Tensor | None:
@@ -755,7 +756,7 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
         axis.set(title=heading, xlabel="predicted class", ylabel="actual class")
         for row, column in (~values.isnan()).nonzero().tolist() if few else ():
             value = values[row, column].item()
-            text = f"{value:.1f}" if value % 1 else f"{value:.0f}"
+            text = f"{value:.1f}" if value and values is not counts else f"{value:.0f}"
             colour = "white" if value / top > 0.35 else "black" if value else "silver"
             axis.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     return figure

@@ -220,7 +220,7 @@ def five_folds():
     photos("p", {"dark": 30, "light": 30})
     for file, place in (("light/3", "dark"), ("dark/4", "light"), ("light/5", "dark")):
         shutil.move(f"p/{file}.png", f"p/{place}/wrong{file[-1]}.png")
-    argv = ["--dataset", "p", "--image-size", 8, *TINY, "--epochs", 30, "--lr", 0.01]
+    argv = ["--dataset", "p", "--image-size", 8, *TINY, "--epochs", 12, "--lr", 0.003]
     return [
         run(train_mnist, *argv, "--fold", f"{k}/5", "--run-name", f"f{k}")[0] for k in range(1, 6)
     ]
