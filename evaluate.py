@@ -316,6 +316,7 @@ def find_convolution(model: nn.Module, args: Namespace) -> tuple[str | None, nn.
 # ------------------------ Measure ------------------------
 CALIBRATION_BINS = 15
 SHOWN_IMAGES = 40
+IMAGES_AT_A_TIME = 8  # whose gradients are in memory
 
 
 class Gallery(NamedTuple):
@@ -530,7 +531,7 @@ def grad_cam(trained: Trained, images: ImageSet, classes: Tensor) -> Tensor | No
     a heatmap, uint8 [N, 3, H, W].
 
     The heatmap is the output of the last convolution, each channel weighted by its mean gradient:
-    R. Selvaraju et al., "Grad-CAM" (2017). None where that output is no map of the image.
+    R. Selvaraju et al., "Grad-CAM" (2017). None without images, or where that is no map of them.
     """
     # Catch what the convolutions put out. What follows gets copies, as a ReLU may work in place.
     caught: list[Tensor] = []
@@ -540,23 +541,30 @@ def grad_cam(trained: Trained, images: ImageSet, classes: Tensor) -> Tensor | No
         return output.clone()
 
     layers = [layer for layer in trained.model.modules() if isinstance(layer, nn.Conv2d)]
-    loader = common.Loader(images.to(trained.device), SHOWN_IMAGES, trained.config)
+    if not len(images) or not layers:
+        return None
+    loader = common.Loader(images.to(trained.device), IMAGES_AT_A_TIME, trained.config)
+    heatmaps = []
     with contextlib.ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.register_forward_hook(catch))
-        for pixels, _ in loader.batches():
+        batches = zip(loader.batches(), classes.split(IMAGES_AT_A_TIME), strict=True)
+        for (pixels, _), some in batches:
+            caught.clear()
             logits = trained.model(pixels.requires_grad_())
 
-    # Take the last that is a map. That of a transformer, its only one, cuts the image into patches.
-    maps = [output for output in caught if min(output.shape[2:]) > 1]
-    if not maps or (len(layers) == 1 and layers[0].kernel_size == layers[0].stride):
-        return None
-    scores = logits.gather(1, classes.to(trained.device)[:, None])
-    (gradients,) = torch.autograd.grad(scores.sum(), maps[-1])
-    heat = (gradients.mean((2, 3), keepdim=True) * maps[-1]).sum(1, keepdim=True).relu()
+            # Take the last map. The only one of a transformer cuts the image into patches.
+            maps = [output for output in caught if min(output.shape[2:]) > 1]
+            if not maps or (len(layers) == 1 and layers[0].kernel_size == layers[0].stride):
+                return None
+            scores = logits.gather(1, some.to(trained.device)[:, None])
+            (gradients,) = torch.autograd.grad(scores.sum(), maps[-1])
+            weights = gradients.mean((2, 3), keepdim=True)
+            heat = (weights * maps[-1].detach()).sum(1, keepdim=True).relu()
+            heatmaps.append(F.interpolate(heat, pixels.shape[2:], mode="bilinear")[:, 0].cpu())
 
-    # Lay it over the images in colours, from nothing to the most of each image.
-    heat = F.interpolate(heat.detach().cpu(), pixels.shape[2:], mode="bilinear")[:, 0]
+    # Lay them over the images in colours, from nothing to the most of each image.
+    heat = torch.cat(heatmaps)
     heat /= heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
     colours = torch.from_numpy(colormap("inferno")(heat.numpy())[..., :3]).permute(0, 3, 1, 2)
     return (images.images * 0.45 + colours * 255 * 0.55).byte()
@@ -1128,12 +1136,11 @@ def compare(args: Namespace) -> dict:
     Only for folds images are read, and those of a test never. UsageError, RunError.
     """
     # Measure.
-    found = find_runs(args)
-    rows = [measure_run(directory, record) for directory, record in found.items()]
-    remarks = rank_runs(rows, found)
+    rows = measure_runs(args)
+    remarks = rank_runs(rows)
     add_pairs(rows, args.split)
     pairs = [row for row in rows if row["pair_with"]]
-    seeds, folds = equal_runs(rows, found, "seed"), equal_runs(rows, found, "fold")
+    seeds, folds = equal_runs(rows, "seed"), equal_runs(rows, "fold")
     tables = {
         "Runs": for_people(rows, *RUN),
         f"Image by image, {args.split} images": for_people(pairs, "run", *PAIR[:-2], "pair_mid_p"),
@@ -1150,7 +1157,7 @@ def compare(args: Namespace) -> dict:
     files, galleries = {"compare.png": render(draw_comparison(rows))}, {}
     pictures = {"Validation, run by run.": files["compare.png"]}
     for group in folds:
-        record = found[Path(group[0]["run"])]
+        record = group[0]["record"]
         parts = int(record["args"]["fold"].partition("/")[2])
         if len(group) < parts:
             remarks.append(f"{len(group)} of {parts} folds: with all, wrong labels are looked for")
@@ -1162,6 +1169,8 @@ def compare(args: Namespace) -> dict:
             remarks.append(f"{images.title}: {len(suspects):,} images in suspects.csv")
 
     # Write.
+    for row in rows:
+        del row["record"]
     title, out = f"{len(rows)} runs", args.out or args.runs[0].parent
     files["compare.html"] = as_page(title, remarks, tables, pictures, galleries=galleries)
     write_files(out, files)
@@ -1170,65 +1179,57 @@ def compare(args: Namespace) -> dict:
     return {"runs": rows}
 
 
-def find_runs(args: Namespace) -> dict[Path, dict]:
-    """run.json of each run directory. UsageError, RunError where there is none."""
-    found = {}
+def measure_runs(args: Namespace) -> list[dict]:
+    """A row for each run: its `record`, run.json, what is compared, and places for what follows
+    from the others. UsageError, RunError where there is none."""
+    rows = []
     for directory in args.runs:
         if directory.is_file():
             continue  # `runs/*` names pictures and pages, too
         try:
-            found[directory] = read_run(directory)
+            record = read_run(directory)
         except (UsageError, RunError) as error:
             if not directory.exists():
                 raise
             note(f"skipped: {error}", args.quiet)  # it names searches, too
-    if not found:
+            continue
+        best, test, data = record["best"] or {}, record["test"] or {}, record["data"]
+        dataset = data["name"]
+        if dataset == "synthetic":  # each script draws its own
+            dataset = f"synthetic ({record['script']})"
+        row = {
+            "record": record,
+            "run": str(directory),
+            "rank": None,
+            "dataset": dataset,
+            "selection": data["selection"],
+            "model": record["args"]["model"],
+            "parameters": record["parameters"],
+            "epochs": record["epochs"],
+            "best_epoch": best.get("epoch"),
+            "val_loss": best.get("val_loss"),
+            "val_acc": best.get("val_acc"),
+            "test_acc": test.get("acc"),
+            "averaged_views": record["args"]["tta"],
+            "plain_test_acc": test.get("plain_acc", test.get("acc")),
+            "seconds": record["seconds"],
+            "status": record["status"],
+        }
+        names = "not_ranked", "not_paired", *PAIR, *mean_names("seed"), *mean_names("fold")
+        rows.append(row | dict.fromkeys(names))
+    if not rows:
         raise RunError("none of these is a run directory")
-    return found
+    return rows
 
 
-def measure_run(directory: Path, record: dict) -> dict:
-    """The row of a run, with places for what it is compared with."""
-    best, test, data = record["best"] or {}, record["test"] or {}, record["data"]
-    dataset = data["name"]
-    if dataset == "synthetic":  # each script draws its own
-        dataset = f"synthetic ({record['script']})"
-    names = *PAIR, "seeds", "seed_runs", *MEANS, "folds", "fold_runs", *(f"fold_{n}" for n in MEANS)
-    return {
-        "run": str(directory),
-        "rank": None,
-        "dataset": dataset,
-        "selection": data["selection"],
-        "model": record["args"]["model"],
-        "parameters": record["parameters"],
-        "epochs": record["epochs"],
-        "best_epoch": best.get("epoch"),
-        "val_loss": best.get("val_loss"),
-        "val_acc": best.get("val_acc"),
-        "test_acc": test.get("acc"),
-        "averaged_views": record["args"]["tta"],
-        "plain_test_acc": test.get("plain_acc", test.get("acc")),
-        "seconds": record["seconds"],
-        "status": record["status"],
-        "not_ranked": None,
-        "not_paired": None,
-        **dict.fromkeys(names),
-    }
-
-
-def rank_runs(rows: list[dict], found: dict[Path, dict]) -> list[str]:
+def rank_runs(rows: list[dict]) -> list[str]:
     """Sort the rows, and number those that can be compared, best first. Returns remarks."""
-
-    def difference(row, other, figure):
-        runs = (found[Path(each["run"])] for each in (row, other))
-        return common.why_not_comparable(*runs, figure)
-
     # Put together what was validated on the same images; of each dataset the most runs first.
     groups: list[list[dict]] = []
     for row in rows:
         for group in groups:
-            first = group[0]
-            if row["dataset"] == first["dataset"] and not difference(row, first, "val_acc"):
+            same = row["dataset"] == group[0]["dataset"]
+            if same and not why_not_comparable(row, group[0], "val_acc"):
                 group.append(row)
                 break
         else:
@@ -1238,22 +1239,25 @@ def rank_runs(rows: list[dict], found: dict[Path, dict]) -> list[str]:
     # Rank by the losses, or by the accuracies where the losses are of different things.
     remarks, leaders = [], {}
     for group in groups:
-        dataset, first = group[0]["dataset"], group[0]
-        reason = next(filter(None, (difference(row, first, "val_loss") for row in group)), "")
+        first = group[0]
+        leader = leaders.setdefault(first["dataset"], first)
+        reasons = [why_not_comparable(row, first, "val_loss") for row in group]
+        reason = next(filter(None, reasons), "")
         name, sign = ("val_acc", -1) if reason else ("val_loss", 1)
         group.sort(key=lambda row: math.inf if row[name] is None else sign * row[name])
-        if dataset in leaders:
-            reason = difference(first, leaders[dataset], "val_acc")
-            for row in group:
-                row["not_ranked"] = reason
-            continue
-        leaders[dataset] = first
-        if reason:
-            remarks.append(f"{dataset}: {reason}, so they are ranked by validation accuracy")
+        if reason and leader is first:
+            text = f"{first['dataset']}: {reason}"
+            remarks.append(f"{text}, so they are ranked by validation accuracy")
         for place, row in enumerate(group, 1):
-            row["rank"] = None if row[name] is None else place
+            row["not_ranked"] = why_not_comparable(row, leader, "val_acc") or None
+            row["rank"] = None if row["not_ranked"] or row[name] is None else place
     rows[:] = [row for group in groups for row in group]
     return remarks
+
+
+def why_not_comparable(row: dict, other: dict, figure: str) -> str:
+    """Why a figure of two rows cannot be compared, "" where it can."""
+    return common.why_not_comparable(row["record"], other["record"], figure)
 
 
 def reasons_of(rows: list[dict], name: str, what: str) -> list[str]:
@@ -1308,7 +1312,7 @@ def read_evaluation(row: dict, split: str) -> tuple[str, dict[str, bool]]:
         right = {}
     if len(right) != metrics.get("images"):
         raise RunError(f"{shown(path)} is damaged")
-    return metrics["checksum"], right
+    return metrics.get("checksum"), right
 
 
 def mcnemar_mid_p(one: int, other: int) -> float:
@@ -1336,12 +1340,12 @@ def difference_interval(one: int, other: int, images: int) -> tuple[float, float
     return max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
-def equal_runs(rows: list[dict], found: dict[Path, dict], argument: str) -> list[list[dict]]:
+def equal_runs(rows: list[dict], argument: str) -> list[list[dict]]:
     """The runs that came to their end and are equal but for an argument; each of its values counts
     once."""
     groups: dict[str, dict] = {}
     for row in rows:
-        record = found[Path(row["run"])]
+        record = row["record"]
         same = {name: value for name, value in record["args"].items() if name not in ELSEWHERE}
         value = same.pop(argument)
         if row["status"] in ENDED and value is not None:
@@ -1354,16 +1358,21 @@ def equal_runs(rows: list[dict], found: dict[Path, dict], argument: str) -> list
 def add_means(groups: list[list[dict]], argument: str) -> DataFrame:
     """Put into the rows of runs that are equal but for an argument what their accuracies are
     together. Returns the table of that."""
-    start = "" if argument == "seed" else f"{argument}_"
-    names = [f"{argument}_runs", f"{argument}s", *(start + name for name in MEANS)]
+    names = mean_names(argument)
     for group in groups:
         parts = [mean_interval([row[name] for row in group]) for name in ("val_acc", "test_acc")]
-        values = ", ".join(row["run"] for row in group), len(group), *parts[0], *parts[1]
+        values = len(group), ", ".join(row["run"] for row in group), *parts[0], *parts[1]
         for row in group:
             row.update(zip(names, values, strict=True))
-    names.insert(1, "model")
-    firsts, columns = [group[0] for group in groups], (n for n in names if not n.endswith("_high"))
-    return for_people(firsts, *columns)
+    columns = [name for name in names[2:] if not name.endswith("_high")]
+    firsts = [group[0] for group in groups]
+    return for_people(firsts, names[1], "model", names[0], *columns)
+
+
+def mean_names(argument: str) -> list[str]:
+    """The names of what runs have together that are equal but for an argument."""
+    start = "" if argument == "seed" else f"{argument}_"
+    return [f"{argument}s", f"{argument}_runs", *(start + name for name in MEANS)]
 
 
 def mean_interval(values: list) -> list:
@@ -1590,10 +1599,10 @@ def export(args: Namespace) -> dict:
     content, exported = convert(program, metadata)
     with torch.inference_mode():
         expected = model(images)
-        difference = (exported(images) - expected).abs().max().item()
-        alone = (exported(images[:1]) - expected[:1]).abs().max().item()
-    if not max(difference, alone) < 1e-4:
-        text = f"differ from the model's by {max(difference, alone):.2g}: not kept"
+        answers = torch.cat([exported(images), exported(images[:1])])
+        difference = (answers - torch.cat([expected, expected[:1]])).abs().max().item()
+    if not difference < 1e-4:
+        text = f"differ from the model's by {difference:.2g}: not kept"
         raise RunError(f"the exported model's probabilities {text}")
     out = args.out or trained.directory
     write_files(out, {name: content})
