@@ -673,7 +673,7 @@ def curves_axes(figure):
     axes = figure.subplots(1, 2)
     for axis, label in zip(axes, ("loss per image", "accuracy"), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     percent_axis(axes[1].yaxis)
     return axes
@@ -1049,7 +1049,7 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
         remarks,
         tables,
         pictures,
-        headline=f"{accuracy} of the images get their class (95% interval {interval}).",
+        headline=f"{accuracy} of the images are classified correctly (95% interval {interval}).",
         galleries=galleries,
         details={"The run, and all its settings": for_people(settings_of(trained.record))},
     )
