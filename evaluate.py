@@ -736,6 +736,7 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
     """Heatmaps of counts, recall (each row sums to 100%) and precision (each column does), with
     numbers where there is room for them."""
     from matplotlib.colors import PowerNorm
+    from matplotlib.ticker import MaxNLocator
 
     # The three matrices; what would divide by zero is NaN.
     counts = torch.tensor(metrics["confusion_matrix"])
@@ -758,7 +759,8 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
         values = panels[heading]
         top = max(1, counts.max().item()) if values is counts else 100
         image = axis.imshow(values.numpy(), cmap=colormap("Blues"), norm=PowerNorm(0.5, 0, top))
-        figure.colorbar(image, ax=axis, fraction=0.046, format="{x:,.0f}")
+        whole = MaxNLocator(6, integer=True)
+        figure.colorbar(image, ax=axis, fraction=0.046, format="{x:,.0f}", ticks=whole)
         axis.set_xticks(ticks, labels, rotation=90, fontsize=size)
         axis.set_yticks(ticks, labels, fontsize=size)
         axis.set(title=heading, xlabel="predicted class", ylabel="actual class")
