@@ -1026,8 +1026,10 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
     tables = {
         "Results": for_people(results_of(metrics)),
         "Classes": classes,
-        "Most confused": for_people(most_confused(found.answers)),
     }
+    confused = most_confused(found.answers)
+    if confused:
+        tables["Most confused"] = for_people(confused)
     remarks = remarks_on(trained, args)
 
     # The pictures. Beside each mistake is what the model looked at.
