@@ -251,11 +251,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     flag("--optimizer", OPTIMIZERS, "optimiser; sgd has Nesterov momentum", "adam")
     flag("--schedule", SCHEDULES, "course of the learning rate", "constant")
     flag("--loss", LOSSES, "loss, which the training makes small", "cross-entropy")
-    flag(
-        "--class-weights",
-        ("balanced", "sampled"),
-        "all classes count the same: by weights in the loss, or as images are drawn",
-    )
+    flag("--class-weights", ("balanced",), "weight of each class in the loss, by how rare it is")
     flag(
         "--sizes PART,...",
         sizes,
@@ -1512,7 +1508,7 @@ class Loader:
     With `seed` it shuffles, and the order and the augmentation of epoch k follow from `seed` and k
     alone; without, it keeps the order. `amounts` are those of the augmentations. A last batch of a
     single image is left out of training, as batch norm needs two. `config` has the `mean` and `std`
-    of each channel. With `is_sampled`, images are drawn with replacement, all classes alike.
+    of each channel.
     """
 
     image_set: ImageSet
@@ -1521,7 +1517,6 @@ class Loader:
     seed: int | None = None
     amounts: dict | None = None
     alternate_flip: bool = False
-    is_sampled: bool = False
 
     def __len__(self) -> int:
         """Batches an epoch."""
@@ -1546,9 +1541,6 @@ class Loader:
         if self.seed is not None:
             random = generator_for(self.seed, "order", epoch, device=device)
             order = torch.randperm(len(labels), generator=random, device=device)
-            if self.is_sampled:
-                chances = self.image_set.class_weights()[labels]
-                order = chances.multinomial(len(labels), replacement=True, generator=random)
         if amounts and amounts["flip"] and self.alternate_flip:
             once = generator_for(self.seed, "flip", device=device)
             in_odd_epochs = torch.rand(len(labels), generator=once, device=device) < amounts["flip"]
@@ -1824,6 +1816,8 @@ class Models(dict):
         return super().__contains__(name) or is_of_torchvision(name)
 
     def __missing__(self, name):
+        if name not in self:
+            raise KeyError(name)
         return functools.partial(torchvision_net, name)
 
 
@@ -2067,16 +2061,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) 
 LOSSES = {"cross-entropy": cross_entropy}
 
 
-def make_criterion(args: Namespace, train_set: ImageSet | None) -> Callable:
-    """The loss of --loss for each image, and the weight that --class-weights gives it; without
-    `train_set`, a weight of 1.
+def make_criterion(args: Namespace, train_set: ImageSet) -> Callable:
+    """The loss of --loss for each image, and the weight that --class-weights gives it.
 
     A function of `logits` [B, K] and `labels` [B] to losses and weights, each [B].
     """
     loss = build(LOSSES, args.loss, vars(args))
-    if not (train_set and args.class_weights):
-        return lambda logits, labels: (loss(logits, labels), torch.ones_like(labels).float())
-    weights = train_set.class_weights()
+    weights = torch.ones(len(train_set.classes), device=args.device)
+    if args.class_weights:
+        weights = train_set.class_weights()
     return lambda logits, labels: (loss(logits, labels), weights[labels])
 
 
@@ -2478,20 +2471,12 @@ def fit(
     if args.freeze:
         net, learner, data = frozen(args, model, data)
     amounts = {name: getattr(args, name) for name in AUGMENTATIONS} if args.augment else None
-    is_sampled = args.class_weights == "sampled"
     loader = Loader(
-        data.train,
-        args.batch_size,
-        model.config,
-        args.seed,
-        amounts,
-        args.alternate_flip,
-        is_sampled,
+        data.train, args.batch_size, model.config, args.seed, amounts, args.alternate_flip
     )
     val_loader = evaluation_loader(data.val, args.batch_size, model.config)
     autocast = autocast_to(args.device, args.precision)
     criterion = make_criterion(args, data.train)
-    train_criterion = make_criterion(args, None) if is_sampled else criterion
     optimizers = make_optimizers(args, model)
 
     # The whole state of a training, from the last epoch that was saved. The random numbers of an
@@ -2527,7 +2512,7 @@ def fit(
 
             # Train on every batch once, then validate.
             training = train(
-                args, compiled, loader, epoch, train_criterion, optimizers, scaler, began, bar
+                args, compiled, loader, epoch, criterion, optimizers, scaler, began, bar
             )
             train_loss, train_seconds = training.loss, time.perf_counter() - epoch_began
             validation, _ = evaluate(compiled, val_loader, autocast, criterion)

@@ -72,9 +72,10 @@ def photos(images: int, classes: int, rarest: int, side: float) -> dict:
     if images < 10_000:
         recipe |= {"rotation": 15.0, "brightness": 0.2, "hue": 0.05, "shift": 4}
 
-    # A class with less than half of its share would hardly be learnt.
+    # A class with less than half of its share would hardly be learnt, and smoothed labels say
+    # that each image may be of it.
     if rarest * classes * 2 < images:
-        recipe |= {"class_weights": "sampled", "label_smoothing": 0.1}
+        recipe |= {"class_weights": "balanced", "label_smoothing": 0.0}
     return recipe
 
 

@@ -91,13 +91,16 @@ def test_what_only_the_net_or_the_disk_tell_is_one_line_and_status_2_too():
 
 @pytest.mark.parametrize("script", [train_mnist, train_cifar])
 def test_help_shows_the_defaults_of_the_recipe(script, capsys):
-    for recipe, defaults in script.RECIPES.items():
+    recipes = {name: recipe for name, recipe in script.RECIPES.items() if not callable(recipe)}
+    for recipe, defaults in recipes.items():
         with pytest.raises(SystemExit, match="0"):
             script.main(["--recipe", recipe, "--help"])
         text = " ".join(capsys.readouterr().out.split())
         model = {**script.RECIPES["default"], **defaults}["model"]
         assert (
-            f"architecture ({model})" in text and "python train_" in text and "(None)" not in text
+            f"classifier of torchvision ({model})" in text
+            and "python train_" in text
+            and "(None)" not in text
         )
 
 

@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
         Image.fromarray(pixels).save(place / f"{number}.png")
     both = f"--epochs 3 --quiet --runs-dir {folder} --c1 4 --c2 8 --l1 128 --dataset"
     mnist = "synthetic --precision fp32 --lr 0.005 --batch-size 16 --tta mirror+shift --label-smoothing 0.1"
-    cifar = f"{folder}/images --precision bf16 --image-size 16 --batch-size 50 --run-name hundred"
+    cifar = f"{folder}/images --recipe default --precision bf16 --image-size 16 --batch-size 50 --run-name hundred"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_mnist, "synthetic", digits)
         train_mnist.main(
