@@ -2169,16 +2169,18 @@ MUON_DEFAULTS = {"lr": 0.12, "schedule": "linear"}  # where the recipe is for an
 
 
 def make_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optimizer]:
-    """Those of --optimizer, over what `model` learns."""
-    make = functools.partial(
-        build(OPTIMIZERS, args.optimizer, vars(args)), precision=args.precision
-    )
-    head = {*head_of(model)[1].parameters()} if args.weights else set()
+    """Those of --optimizer, over what `model` learns: slowly, what is pretrained."""
+    make = build(OPTIMIZERS, args.optimizer, vars(args))
     weights = [p for p in model.parameters() if p.requires_grad]
-    optimizers = make([p for p in weights if p in head or not args.weights], args.lr)
-    pretrained = [p for p in weights if p not in head]
-    if args.weights and pretrained:
-        optimizers += make(pretrained, args.lr * PRETRAINED_RATE)
+    new = {*(head_of(model)[1] if args.weights else model).parameters()}
+    parts = {
+        args.lr: [p for p in weights if p in new],
+        args.lr * PRETRAINED_RATE: [p for p in weights if p not in new],
+    }
+    optimizers = []
+    for lr, part in parts.items():
+        if part:
+            optimizers += make(part, lr, args.precision)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]  # torch's own name for it
