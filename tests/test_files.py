@@ -698,7 +698,7 @@ def test_the_resize_of_a_run_cannot_change_when_it_goes_on(capsys):
     directory, *_ = run(train_mnist, *argv)
     line = exits_with_one_line(capsys, "--resume", directory, "--resize", "pad")
     assert "--resize cannot change" in line
-    assert "--resize: invalid choice" in exits_with_one_line(capsys, *ON_P, "--resize", "fit")
+    assert "--resize: expected stretch" in exits_with_one_line(capsys, *ON_P, "--resize", "fit")
 
 
 # ------------------------ Paths ------------------------
@@ -866,7 +866,7 @@ def test_a_flag_with_an_effect_is_accepted(mnist_dir):
     named = ["--data-dir", mnist_dir, "--epochs", 1, "--quiet", "--model", "dense", "--l1", 4]
     for script, argv, expected in (
         (train_mnist, [*on_p, "--model", "cnn", "--c1", 2], {"c1": 2}),
-        (train_cifar, [*on_p, "--model", "fastnet", "--c1", 2, "--c2", 2, "--c3", 3], {"c3": 3}),
+        (train_cifar, [*on_p, "--sizes", 1, "--c1", 2, "--c2", 2, "--c3", 3], {"c3": 3}),
         (
             train_mnist,
             [*on_p, "--model", "dense", "--optimizer", "sgd", "--momentum", 0],
