@@ -1915,7 +1915,7 @@ IMAGENET_MODEL = "efficientnet_b0"  # that of --weights imagenet: small, and goo
 PRETRAINED_RATE = 0.1  # part of --lr at which pretrained weights learn, beside a new last layer
 ANY_MODEL_DEFAULTS = {"optimizer": "adamw", "lr": 0.001, "schedule": "cosine", "sizes": None}
 ANY_MODEL_DEFAULTS |= {"label_smoothing": 0.0, "tolerance": 0, "tta": None}
-FREEZE_DEFAULTS = {"epochs": 50, "augment": False}
+FREEZE_DEFAULTS = {"epochs": 100, "batch_size": 64, "augment": False}  # an epoch is a moment
 
 
 def preprocessing_of(source: str, model: str) -> dict:
@@ -2026,6 +2026,7 @@ def frozen(args: Namespace, model: nn.Module, data: Data) -> tuple[nn.Module, nn
     name, head = head_of(model)
     model.requires_grad_(False)
     head.requires_grad_(True)
+    model.config["batch_size"] = 1  # for what is evaluated, not more at a time than fits
     learner = head
     for part in reversed(name.split(".")):  # so its weights have the names that they have in model
         learner = nn.ModuleDict({part: learner})
@@ -2041,7 +2042,7 @@ def features(args, model, head, image_set):
     """What comes into `head` for each image: an ImageSet of floats [N, F]."""
     found = []
     hook = head.register_forward_pre_hook(lambda head, inputs: found.append(inputs[0].float()))
-    loader = evaluation_loader(image_set, args.batch_size, model.config)
+    loader = evaluation_loader(image_set, 1, model.config)
     bar = tqdm(loader.batches(), "features", len(loader), leave=False, disable=args.quiet or None)
     model.eval()
     for images, _ in bar:
@@ -2569,7 +2570,7 @@ def final_test(args: Namespace, model: nn.Module, test_set: ImageSet, run: recor
     """
     if run.record["test"]:
         return  # nothing has been trained since
-    loader = evaluation_loader(test_set, args.batch_size, model.config)
+    loader = evaluation_loader(test_set, model.config["batch_size"], model.config)
     autocast = autocast_to(args.device, args.precision)
     plain, _ = evaluate(model, loader, autocast, plain_loss)
     result = {"loss": plain.loss, "acc": plain.accuracy}

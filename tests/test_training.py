@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("few_images")
 DENSE = ["--dataset", "synthetic", "--model", "dense", "--schedule", "constant", "--quiet"]
 RECORD = (
     "format name script argv args status error started ended seconds seed device precision threads versions host git "
-    "data parameters epochs best test"
+    "data parameters frozen epochs best test"
 )
 ROW = "epoch train_loss train_acc val_loss val_acc lr seconds images_per_second"
 
