@@ -888,20 +888,17 @@ def read_torchvision(args, train):
     """
     from torchvision import datasets
 
-    # Read it, or download it, with torchvision's progress bar where somebody sees it.
+    # Read it, or download it.
     name, data_dir = TORCHVISION[args.dataset], args.data_dir
     dataset_class = getattr(datasets, name)
     read = functools.partial(dataset_class, data_dir, train=train)
     folder = data_dir / getattr(dataset_class, "base_folder", f"{name}/raw")
-    socket.setdefaulttimeout(60)  # a server that falls silent does not hold a run for ever
-    is_silent = args.quiet or not sys.stderr.isatty()
     try:
         try:
             dataset = read()
         except RuntimeError:  # it is not there, or not whole
             data_dir.mkdir(parents=True, exist_ok=True)
-            screen = contextlib.redirect_stderr(io.StringIO() if is_silent else sys.stderr)
-            with records.locked(data_dir / ".download.lock", wait=True), screen:
+            with records.locked(data_dir / ".download.lock", wait=True), downloading(args):
                 dataset = read(download=True)
     except (RuntimeError, OSError, ValueError, AssertionError, EOFError) as error:
         raise RunError(
@@ -918,6 +915,13 @@ def read_torchvision(args, train):
         )
     images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
     return ImageSet(images, labels, [str(name) for name in dataset.classes])
+
+
+def downloading(args):
+    """What torchvision downloads in this context shows its bar where somebody sees it."""
+    socket.setdefaulttimeout(60)  # a server that falls silent does not hold a run for ever
+    is_silent = args.quiet or not sys.stderr.isatty()
+    return contextlib.redirect_stderr(io.StringIO() if is_silent else sys.stderr)
 
 
 # ------------------------ Images from files ------------------------
@@ -2005,15 +2009,15 @@ def imagenet_weights(args):
     """The weights of torchvision for --model; it downloads them once. RunError."""
     from torchvision import models
 
-    socket.setdefaulttimeout(60)  # a server that falls silent does not hold a run for ever
     weights = models.get_model_weights(args.model).DEFAULT
     try:
-        return models.get_model(args.model, weights=weights, progress=not args.quiet).state_dict()
+        with downloading(args):
+            return models.get_model(args.model, weights=weights).state_dict()
     except (OSError, RuntimeError) as error:
-        folder = Path(torch.hub.get_dir(), "checkpoints")
         raise RunError(
-            f"the ImageNet weights of {args.model} could not be downloaded ({reason_of(error)}); "
-            f"put {weights.url} into {shown(folder)}"
+            f"the ImageNet weights of {args.model} could not be downloaded "
+            f"({getattr(error, 'reason', error)}); "
+            f"put {weights.url} into {torch.hub.get_dir()}/checkpoints"
         ) from error
 
 
