@@ -201,8 +201,6 @@ def read_run(directory: Path) -> dict:
     A run whose process has died holds no lock: it was killed. UsageError where there is no run,
     RunError where run.json is damaged.
     """
-    if not (directory / "run.json").exists():
-        raise UsageError(f"{shown(directory)} is not a run directory: there is no run.json")
     record = records.read_record(directory)
     lacking = {"name", "selection", "train", "val", "checksum"}.difference(record["data"])
     if lacking:
@@ -1071,10 +1069,11 @@ def results_of(metrics: dict) -> list[dict]:
     first, as the test's accuracy in run.json is theirs."""
     rows, averaged = [], metrics.get("tta", {})
     views = f" with test-time augmentation, {averaged.get('views')}"
-    hidden = "temperature|before" if metrics["temperature"] == 1 else "$."  # none was fitted
+    is_fitted = metrics["temperature"] != 1  # else all is as before the temperature
     for figures, more in ((averaged, views), (metrics, "")):
         for name, value in figures.items():
-            if isinstance(value, float) and not re.search(hidden, name):
+            is_shown = is_fitted or not re.search("temperature|before", name)
+            if isinstance(value, float) and is_shown:
                 interval = as_text(figures.get(f"{name}_interval", ""), name)
                 row = {"result": in_words(name) + more, "value": as_text(value, name)}
                 rows.append({**row, "95% interval": interval})

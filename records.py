@@ -198,10 +198,11 @@ NOT_RECORDED |= {"stop_after"}
 
 
 def read_record(directory: Path) -> dict:
-    """run.json of a run directory. RunError where there is none, or not one of this version."""
+    """run.json of a run directory. UsageError where there is none, RunError where it is not one of
+    this version."""
     path = directory / "run.json"
     if not path.is_file():
-        raise RunError(f"{shown(directory)} is not a run directory: there is no run.json")
+        raise UsageError(f"{shown(directory)} is not a run directory: there is no run.json")
     record = read_json(path)
     check_format(path, record)
     lacking = ", ".join(sorted(RECORD - record.keys()))
@@ -406,11 +407,11 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
                 save_checkpoint(frozen, {"weights": model.state_dict()})
                 model.config["frozen"] = hashlib.sha256(frozen.read_bytes()).hexdigest()
             write_json(directory / "run.json", new_record(args, model, data))
-        elif args.freeze:
-            model.config["frozen"] = read_record(directory)["frozen"]
-            model.load_state_dict(load_frozen(frozen, model.config["frozen"]))
         run = Run(directory)
         record = run.record
+        if args.resume and args.freeze:
+            model.config["frozen"] = record["frozen"]
+            model.load_state_dict(load_frozen(frozen, record["frozen"]))
         if record["data"]["checksum"] != data.train.checksum:
             raise RunError(
                 f"{args.dataset} is not what {shown(directory)} was trained on: "

@@ -1683,7 +1683,7 @@ def test_winner(directory: Path, run: str, quiet: bool) -> None:
     if run not in before:
         try:
             evaluate.main([str(directory / run), "--quiet"])
-        except RunError as error:
+        except (UsageError, RunError) as error:
             records.say(f"  not tested: {error}", quiet)
             return
     content = records.read_json(directory / run / "metrics.json")
