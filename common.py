@@ -379,15 +379,15 @@ def recipe_for(typed: dict, recipes: dict) -> dict:
     source = typed.get("dataset")
     of_files = source and source not in DATASETS
     name = typed.get("recipe", "photos" if of_files and "photos" in recipes else "default")
-    chosen = recipes[name]
-    if callable(chosen):
+    chosen, follows_from_folder = recipes[name], callable(recipes[name])
+    if follows_from_folder:
         if not of_files:
             raise UsageError(f"--recipe {name} is for a folder of images, or a CSV file")
         chosen = chosen(**census(source))
     recipe = recipes["default"] | {"recipe": name} | chosen
 
     # What goes with a model, weights or an optimiser that the recipe is not for.
-    if callable(recipes[name]) and typed.get("model", recipe["model"]) != recipe["model"]:
+    if follows_from_folder and typed.get("model", recipe["model"]) != recipe["model"]:
         recipe |= ANY_MODEL_DEFAULTS
     if "weights" in typed:
         recipe |= ANY_MODEL_DEFAULTS | (FREEZE_DEFAULTS if typed.get("freeze") else {})
@@ -1401,7 +1401,7 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
         image = image.convert("L" if grey else "RGB")
 
         # Make it square.
-        way, part, kernel = [*resize.split(":"), "1", "bilinear"][:3]
+        way, part, kernel = resize.split(":") if ":" in resize else (resize, 1, "bilinear")
         square, kernel = (side, side), Image.Resampling[kernel.upper()]
         if way == "crop":
             image = ImageOps.fit(image, square, kernel, bleed=(1 - float(part)) / 2)
@@ -1938,7 +1938,7 @@ def preprocessing_of(source: str, model: str) -> dict:
         from torchvision import models
 
         images = models.get_model_weights(model).DEFAULT.transforms()
-        ((side,), (shorter,)) = images.crop_size, images.resize_size
+        side, shorter = images.crop_size[0], images.resize_size[0]
         way = f"crop:{side / shorter:.5g}:{images.interpolation.value}"
         mean, std = list(images.mean), list(images.std)
         return {"model": model, "image_size": side, "resize": way, "mean": mean, "std": std}

@@ -52,11 +52,11 @@ FAST = {
 def photos(images: int, classes: int, rarest: int, side: float) -> dict:
     """The recipe for images of files: `fast`, fitted to what there is to train on.
 
-    There are so many `images` and `classes`, so many images of the `rarest` class; half of the
-    images have fewer pixels than `side` along their shorter side.
+    There are so many `images` and `classes`, and so many images of the `rarest` class. `side` is
+    the median of their shorter sides, in pixels.
     """
     # Photos have details that 32 pixels do not show. Smaller images gain nothing by being enlarged.
-    recipe = FAST | {"image_size": 32, "model": "fastnet"}
+    recipe = FAST | {"image_size": 32}
     if side >= 48:
         recipe |= {"image_size": 64, "model": "photonet"}
 
@@ -72,8 +72,8 @@ def photos(images: int, classes: int, rarest: int, side: float) -> dict:
     if images < 10_000:
         recipe |= {"rotation": 15.0, "brightness": 0.2, "hue": 0.05, "shift": 4}
 
-    # A class with less than half of its share would hardly be learnt, and smoothed labels say
-    # that each image may be of it.
+    # A class with less than half of its share would hardly be learnt, least of all from smoothed
+    # labels.
     if rarest * classes * 2 < images:
         recipe |= {"class_weights": "balanced", "label_smoothing": 0.0}
     return recipe

@@ -91,11 +91,11 @@ def train_peer(folder, way, seed, threads, runs):
     torch.set_num_threads(threads)
     files, classes = files_of(folder / "own")
     counts = Counter(classes).values()
+    balance = train_cifar.photos(len(files), len(counts), min(counts), SIDE).get("class_weights")
     began = time.process_time(), time.perf_counter()
     net = lite0([3, SIDE, SIDE], 1000)
     net.load_state_dict(torch.load(weights_of_lite0(), weights_only=True))
     net.eval()
-    balance = "balanced" if min(counts) * 2 < max(counts) else None
     regression = LogisticRegression(max_iter=2000, class_weight=balance, random_state=seed)
     regression.fit(features_of(net, files), classes)
     seconds = time.process_time() - began[0], time.perf_counter() - began[1]

@@ -82,7 +82,6 @@ def test_a_frozen_net_trains_its_last_layer_alone_resumes_and_is_evaluated_and_e
 def test_frozen_weights_that_were_changed_are_refused():
     for name in ("one", "other"):
         weights_file("resnet18", f"{name}.pth")
-        torch.manual_seed(8)
         argv = ["--model", "resnet18", "--weights", f"{name}.pth", "--freeze", "--stop-after", 1]
         run(train_cifar, *SMALL, *argv, "--run-name", name, "--seed", len(name))
     shutil.copy("runs/one/frozen.pt", "runs/other/frozen.pt")
@@ -167,9 +166,7 @@ def test_a_tensor_that_does_not_fit_is_named():
     for text, change in changes.items():
         weights_file("resnet18", wrap=change)
         argv = ["--model", "resnet18", "--weights", "weights.pth"]
-        line = fails_with_one_line(
-            *map(str, [*SMALL, *argv]), main=train_cifar.main, kind=records.RunError
-        )
+        line = fails_with_one_line(*SMALL, *argv, main=train_cifar.main, kind=records.RunError)
         assert text in line
     torch.save([1, 2], "weights.pth")
     line = fails_with_one_line(*SMALL, *argv, main=train_cifar.main)
