@@ -169,6 +169,7 @@ OPTIONS = {
     "l1": ("UNITS", COUNT, "units of the hidden dense layer"),
     "d1": ("PROBABILITY", PART, "probability of dropout"),
     "kernel_size": ("PIXELS", COUNT, "side of the filters"),
+    "norm_momentum": ("PART", PART, "part of batch norm's statistics that each batch replaces"),
     "tutorial_layers": ("", bool, "layers in the order of the tutorials"),
     "momentum": ("FACTOR", PART, "part of a step that the next step repeats"),
     "weight_decay": ("FACTOR", number(float, 0), "shrinking of the weights in each step"),
@@ -240,7 +241,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
         "weights to begin with: imagenet (torchvision downloads them), a file, or a run; "
         "only the last layer is new",
     )
-    flag("--freeze", bool, "train the last layer alone, without augmentation", False)
+    flag("--freeze", bool, "train the last layer alone, without augmentation but --flip", False)
 
     group = parser.add_argument_group("augmentation: each image by a random amount of its own")
     for name, (kind, metavar, text, _) in AUGMENTATIONS.items():
@@ -452,7 +453,7 @@ def refuse_what_has_no_effect(values, typed):
         ({"test"}, not (values["fold"] and values["test"]), "beside --fold"),
         ({"wandb_project"}, values["wandb"] != "disabled", "without --wandb"),
         ({"freeze"}, values["weights"], "without --weights"),
-        ({"augment", "sizes", *AUGMENTATIONS}, not values["freeze"], "with --freeze"),
+        ({"sizes", *AUGMENTATIONS} - {"flip"}, not values["freeze"], "with --freeze"),
         ({"normalize"}, not values["mean"], "with --weights, which have a mean and std"),
     ]
     for name, owners in owners_of_options().items():
@@ -683,16 +684,17 @@ class ImageSet:
         return len(self) / (len(self.classes) * counts.clamp(min=1))
 
     def mean_and_std(self) -> tuple[list[float], list[float]]:
-        """Per channel, of the values in [0, 1], from a histogram of the 256 levels."""
-        levels = torch.arange(256, dtype=torch.float64) / 255
-        counts = torch.zeros(self.pixels.shape[1], 256, dtype=torch.int64)
+        """Per channel, of the values in [0, 1], from exact sums of the bytes."""
+        count = math.prod(self.pixels.shape[2:]) * len(self)
+        total, squares = torch.zeros(2, self.pixels.shape[1], dtype=torch.int64)
         for images in self.chunks():
-            for channel, values in enumerate(images.unbind(3)):
-                counts[channel] += values.flatten().bincount(minlength=256)
-        mean = counts.double() @ levels / counts.sum(1)
-        std = ((counts * (levels - mean[:, None]) ** 2).sum(1) / counts.sum(1)).sqrt()
+            values = images.flatten(0, 2).long()
+            total += values.sum(0)
+            squares += (values**2).sum(0)
+        mean = total.double() / count
+        std = (squares.double() / count - mean**2).sqrt()
         # A channel may be the same in all images.
-        return mean.tolist(), std.clamp(min=1 / 255).tolist()
+        return (mean / 255).tolist(), (std.clamp(min=1) / 255).tolist()
 
 
 @dataclass
@@ -750,7 +752,7 @@ def load_data(
     """
     # Read each part that has images of its own. A fold leaves the test images alone.
     of_files = args.dataset not in DATASETS
-    known = known_listing(args) if of_files else None
+    known = known_listing(args.listing) if of_files else None
     parts = read_files(args, wanted, known) if of_files else read_named(args, synthetic, wanted)
 
     # Cut the training images in two.
@@ -944,9 +946,9 @@ def read_files(args: Namespace, wanted: tuple, known: Path | None) -> dict[str, 
         raise RunError(f"{shown(root)} is not there; say where the images are with --dataset")
 
     # Which files: those that are known, whatever has come since, or those that are there.
-    rows = list_source(known, args, quiet=True) if known else find_rows(args)
+    rows = list_source(known, args.fold, quiet=True) if known else find_rows(args)
     if args.listing and root == Path(args.dataset):
-        there = {row["file"] for row in list_source(root, args, quiet=True)}
+        there = {row["file"] for row in list_source(root, args.fold, quiet=True)}
         new = len(there - {row["file"] for row in rows})
         if new:
             say(f"{new:,} new files in {shown(root)} are not part of this run", args.quiet)
@@ -974,10 +976,10 @@ def read_files(args: Namespace, wanted: tuple, known: Path | None) -> dict[str, 
     return parts
 
 
-def known_listing(args):
+def known_listing(of_run: Path | None) -> Path | None:
     """The data.csv that says which files to read: a search's, or that of a run that goes on."""
     shared = search_directory and search_directory / "data.csv"
-    return shared if shared and shared.exists() else args.listing
+    return shared if shared and shared.exists() else of_run
 
 
 def is_csv(path):
@@ -1022,9 +1024,7 @@ def census(source: str) -> dict:
     from PIL import Image
 
     # Which images; those of a search are written down.
-    listing = search_directory and search_directory / "data.csv"
-    path = listing if listing and listing.exists() else Path(source)
-    rows = read_rows(path) if is_csv(path) else list_folder(path, quiet=True)
+    rows = list_source(known_listing(None) or Path(source), fold=None, quiet=True)
     rows = [row for row in rows if row["part"] == "train"]
     counts = Counter(row["class"] for row in rows)
 
@@ -1041,10 +1041,10 @@ def census(source: str) -> dict:
     }
 
 
-def list_source(path, args, quiet):
+def list_source(path: Path, fold: str | None, quiet: bool) -> list[dict]:
     """The rows of a folder or a CSV file; a fold leaves the test images alone. RunError."""
     rows = read_rows(path) if is_csv(path) else list_folder(path, quiet)
-    return [row for row in rows if not (args.fold and row["part"] == "test")]
+    return [row for row in rows if not (fold and row["part"] == "test")]
 
 
 def find_rows(args: Namespace) -> list[dict]:
@@ -1053,7 +1053,7 @@ def find_rows(args: Namespace) -> list[dict]:
     These are the files whose paths have the lowest hashes. So a new file changes one at most.
     RunError.
     """
-    rows = list_source(Path(args.dataset), args, args.quiet)
+    rows = list_source(Path(args.dataset), args.fold, args.quiet)
     check_classes(rows, args)
     if {row["part"] for row in rows} == {"train"} and not args.fold:
         if len(rows) < 10:
@@ -1739,10 +1739,10 @@ def identity_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
     return convolution
 
 
-def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm without a learnt scale; for evaluation it has the statistics of the last few
-    batches."""
-    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=0.4)
+def batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
+    """Batch norm without a learnt scale. Each batch replaces the part `momentum` of the statistics
+    that it has for evaluation."""
+    norm = nn.BatchNorm2d(channels, eps=1e-12, momentum=momentum)
     norm.weight.requires_grad_(False)
     return norm
 
@@ -1751,13 +1751,15 @@ class WhitenedNet(nn.Sequential):
     """Whitened patches, then for each of `widths` a pair of convolutions, the first of which halves
     the sides, then a dense layer over the maximum of each channel: so images of any size do."""
 
-    def __init__(self, image_shape, classes, patch, stride, padding, bias, widths):
+    def __init__(
+        self, image_shape, classes, widths, patch=2, stride=1, padding=1, bias=True, momentum=0.4
+    ):
         whitening = Whitening(image_shape[0], patch, stride, padding, bias)
         layers, channels = [whitening, nn.GELU()], whitening.out_channels
         for width in widths:
             layers += [identity_convolution(channels, width), nn.MaxPool2d(2)]
-            layers += [batch_norm(width), nn.GELU(), identity_convolution(width, width)]
-            layers += [batch_norm(width), nn.GELU()]
+            layers += [batch_norm(width, momentum), nn.GELU()]
+            layers += [identity_convolution(width, width), batch_norm(width, momentum), nn.GELU()]
             channels = width
         head = nn.Linear(channels, classes, bias=False)
         nn.init.normal_(head.weight, std=1 / channels)
@@ -1784,15 +1786,15 @@ class FastNet(WhitenedNet):
     nothing is cut off.
     """
 
-    def __init__(self, image_shape, classes, c1=64, c2=256, c3=256):
-        super().__init__(image_shape, classes, 2, 1, 1, True, (c1, c2, c3))
+    def __init__(self, image_shape, classes, c1=64, c2=256, c3=256, norm_momentum=0.4):
+        super().__init__(image_shape, classes, (c1, c2, c3), momentum=norm_momentum)
 
 
 class PhotoNet(WhitenedNet):
     """A FastNet for 64 pixels and more: a pair of convolutions more, on fewer channels."""
 
-    def __init__(self, image_shape, classes, c1=32, c2=64, c3=128, c4=256):
-        super().__init__(image_shape, classes, 2, 1, 1, True, (c1, c2, c3, c4))
+    def __init__(self, image_shape, classes, c1=32, c2=64, c3=128, c4=256, norm_momentum=0.4):
+        super().__init__(image_shape, classes, (c1, c2, c3, c4), momentum=norm_momentum)
 
 
 class PatchNet(WhitenedNet):
@@ -1800,7 +1802,7 @@ class PatchNet(WhitenedNet):
     convolutions less."""
 
     def __init__(self, image_shape, classes, c1=24, c2=48):
-        super().__init__(image_shape, classes, 4, 2, 0, False, (c1, c2))
+        super().__init__(image_shape, classes, (c1, c2), patch=4, stride=2, padding=0, bias=False)
 
 
 def torchvision_net(name: str, image_shape: list[int], classes: int) -> nn.Module:
@@ -1919,7 +1921,8 @@ IMAGENET_MODEL = "efficientnet_b0"  # that of --weights imagenet: small, and goo
 PRETRAINED_RATE = 0.1  # part of --lr at which pretrained weights learn, beside a new last layer
 ANY_MODEL_DEFAULTS = {"optimizer": "adamw", "lr": 0.001, "schedule": "cosine", "sizes": None}
 ANY_MODEL_DEFAULTS |= {"label_smoothing": 0.0, "tolerance": 0, "tta": None}
-FREEZE_DEFAULTS = {"epochs": 100, "batch_size": 64, "augment": False}  # an epoch is a moment
+FREEZE_DEFAULTS = {"epochs": 50, "batch_size": 64}  # an epoch is a moment
+FREEZE_DEFAULTS |= {name: 0 for name in AUGMENTATIONS if name != "flip"}
 
 
 def preprocessing_of(source: str, model: str) -> dict:
@@ -2025,7 +2028,8 @@ def frozen(args: Namespace, model: nn.Module, data: Data) -> tuple[nn.Module, nn
     """What --freeze trains. Returns the net to compute, the part of it that learns, and the images.
 
     Where the head is a dense layer, it computes on features: what comes before it in evaluation
-    mode, for each image once, float [N, F].
+    mode, for each image once, float [N, F]. With --flip, those of the mirrored training images are
+    further examples.
     """
     name, head = head_of(model)
     model.requires_grad_(False)
@@ -2037,23 +2041,30 @@ def frozen(args: Namespace, model: nn.Module, data: Data) -> tuple[nn.Module, nn
     learner.config = model.config
     if not isinstance(head, nn.Linear):
         return model, learner, data
-    train_set, val_set = (features(args, model, head, part) for part in (data.train, data.val))
+    views = [False, True] if args.augment and args.flip else [False]
+    train_set = features(args, model, head, data.train, views)
+    val_set = features(args, model, head, data.val, [False])
     return head, learner, replace(data, train=train_set, val=val_set)
 
 
 @torch.no_grad()
-def features(args, model, head, image_set):
-    """What comes into `head` for each image: an ImageSet of floats [N, F]."""
+def features(args, model, head, image_set, views):
+    """What comes into `head` for each image: an ImageSet of floats [N, F], once for each of
+    `views`: whether the images are mirrored."""
     found = []
     hook = head.register_forward_pre_hook(lambda head, inputs: found.append(inputs[0].float()))
     loader = evaluation_loader(image_set, 1, model.config)
-    bar = tqdm(loader.batches(), "features", len(loader), leave=False, disable=args.quiet or None)
     model.eval()
-    for images, _ in bar:
-        with autocast_to(args.device, args.precision)():
-            model(images)
+    with tqdm(
+        total=len(views) * len(loader), desc="features", leave=False, disable=args.quiet or None
+    ) as bar:
+        for mirrored in views:
+            for images, _ in loader.batches():
+                with autocast_to(args.device, args.precision)():
+                    model(images.flip(3) if mirrored else images)
+                bar.update()
     hook.remove()
-    return ImageSet(torch.cat(found), image_set.labels, image_set.classes)
+    return ImageSet(torch.cat(found), image_set.labels.repeat(len(views)), image_set.classes)
 
 
 # ------------------------ Losses and optimisers ------------------------
@@ -2129,36 +2140,23 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(step.view(shape), alpha=group["lr"])
 
 
-def is_fused(weights: list[Tensor]) -> bool:
-    """Whether torch has optimisers of one kernel for the device of the weights."""
-    return weights[0].device.type in ("cpu", "cuda")
-
-
+# torch has each optimiser as one kernel too, which is faster on every device: fused.
 def adam(weights, lr, precision, weight_decay=0.0, kind=torch.optim.Adam):
     """torch's Adam, or another `kind` of it."""
-    return [kind(weights, lr, weight_decay=weight_decay, fused=is_fused(weights))]
+    return [kind(weights, lr, weight_decay=weight_decay, fused=True)]
 
 
 def sgd(weights, lr, precision, momentum=0.9, weight_decay=0.0):
     """torch's SGD with Nesterov momentum."""
-    return [
-        torch.optim.SGD(
-            weights,
-            lr,
-            momentum,
-            weight_decay=weight_decay,
-            nesterov=momentum > 0,
-            fused=is_fused(weights),
-        )
-    ]
+    nesterov = momentum > 0
+    return [torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov, fused=True)]
 
 
 def muon(weights, lr, precision, momentum=0.6, aux_lr=0.015, weight_decay=0.0):
     """Muon for the filters of convolutions, AdamW for all other weights."""
     filters, others = [p for p in weights if p.ndim == 4], [p for p in weights if p.ndim != 4]
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    fused = is_fused(weights)
-    adamw = torch.optim.AdamW(others, aux_lr, (0.8, 0.95), weight_decay=weight_decay, fused=fused)
+    adamw = torch.optim.AdamW(others, aux_lr, (0.8, 0.95), weight_decay=weight_decay, fused=True)
     return [Muon(filters, lr, momentum, dtype), adamw] if filters else [adamw]
 
 

@@ -68,9 +68,11 @@ def photos(images: int, classes: int, rarest: int, side: float) -> dict:
         "val_size": min(0.1, 1_000 / max(images, 1)),
     }
 
-    # Of few images, more changes: a net would learn them by heart.
+    # Of few images, more changes: a net would learn them by heart. And each of their small batches
+    # says little about the mean and variance that batch norm is to have in the end.
     if images < 10_000:
         recipe |= {"rotation": 15.0, "brightness": 0.2, "hue": 0.05, "shift": 4}
+        recipe |= {"norm_momentum": 0.05}
 
     # A class with less than half of its share would hardly be learnt, least of all from smoothed
     # labels.

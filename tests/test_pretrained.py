@@ -102,14 +102,31 @@ def test_a_last_layer_that_is_a_convolution_is_trained_alone_too():
     assert evaluated(directory, "--split", "val")[0]["accuracy"] == record["best"]["val_acc"]
 
 
-def test_a_frozen_net_takes_no_augmentation_and_freezing_needs_weights(capsys):
+def test_a_frozen_net_takes_no_augmentation_but_flips_and_freezing_needs_weights(capsys):
     weights_file("resnet18")
     argv = [*SMALL, "--model", "resnet18", "--weights", "weights.pth", "--freeze"]
-    for flag in (["--augment"], ["--rotation", 5], ["--sizes", "1/2,1"]):
+    for flag in (["--shift", 2], ["--rotation", 5], ["--sizes", "1/2,1"]):
         line = exits_with_one_line(capsys, *argv, *flag, main=train_cifar.main)
         assert f"{flag[0]} has no effect with --freeze" in line
     line = exits_with_one_line(capsys, *SMALL, "--freeze", main=train_cifar.main)
     assert "--freeze has no effect without --weights" in line
+
+
+def test_a_frozen_net_learns_from_mirrored_images_too_but_not_at_flip_0():
+    # The classes are each other's mirror images: who has learnt from both cannot tell them apart.
+    for name, box in (("left", (0, 0, 16, 32)), ("right", (16, 0, 32, 32))):
+        Path("sides", name).mkdir(parents=True)
+        for number in range(20):
+            image = Image.new("RGB", (32, 32), (number, 60, 90))
+            image.paste((250, 200 - number, 160), box)
+            image.save(Path("sides", name, f"{number}.png"))
+    weights_file("resnet18")
+    argv = ["--dataset", "sides", *SMALL[2:], "--model", "resnet18", "--weights", "weights.pth"]
+    accuracies = [
+        run(train_cifar, *argv, "--freeze", "--epochs", 20, *flags)[1]["best"]["val_acc"]
+        for flags in ([], ["--flip", 0])
+    ]
+    assert accuracies == [0.5, 1.0]
 
 
 # ------------------------ Fine-tuned ------------------------
