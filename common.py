@@ -259,7 +259,10 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
         "parts of the images' side to train at, over equal parts of the run",
     )
     flag("--tolerance EPOCHS", number(int, 0), "epochs without a new best that end a run; 0: never")
-    flag("--test", bool, "test with the weights of the best epoch, at the end", True)
+    flag(
+        "--keep", ("best", "last"), "epoch to keep: of the lowest validation loss, or last", "best"
+    )
+    flag("--test", bool, "test with the weights that are kept, at the end", True)
     flag("--tta", TTA, "views to average of the test images that the model is not sure of")
 
     group = parser.add_argument_group("machine and run")
@@ -451,6 +454,7 @@ def refuse_what_has_no_effect(values, typed):
         ({"alternate_flip"}, augmented and values["flip"], "without --flip"),
         ({"val_size"}, not values["fold"], "beside --fold"),
         ({"test"}, not (values["fold"] and values["test"]), "beside --fold"),
+        ({"tolerance"}, values["keep"] == "best", f"with --keep {values['keep']}"),
         ({"wandb_project"}, values["wandb"] != "disabled", "without --wandb"),
         ({"freeze"}, values["weights"], "without --weights"),
         ({"sizes", *AUGMENTATIONS} - {"flip"}, not values["freeze"], "with --freeze"),
@@ -2422,16 +2426,16 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 # ------------------------ Early stopping ------------------------
 class EarlyStopping:
     """Keeps the weights of the epoch with the lowest validation loss, and says when to stop: after
-    `tolerance` epochs in a row without a lower one (0: never)."""
+    `tolerance` epochs in a row without a lower one (0: never). Or keeps those of the last epoch."""
 
-    def __init__(self, tolerance: int):
-        self.tolerance = tolerance
+    def __init__(self, tolerance: int, keep: str = "best"):
+        self.tolerance, self.keep = tolerance, keep
         self.best_loss, self.epochs_without_improvement = math.inf, 0
         self.best_weights: dict | None = None
 
     def step(self, val_loss: float, model: nn.Module) -> bool:
-        """Take note of an epoch; return whether it is the best so far."""
-        improved = val_loss < self.best_loss
+        """Take note of an epoch; return whether its weights are kept."""
+        improved = val_loss < self.best_loss or self.keep == "last"
         if improved:
             self.best_loss, self.epochs_without_improvement = val_loss, 0
             weights = model.state_dict().items()
@@ -2446,8 +2450,9 @@ class EarlyStopping:
         return 0 < self.tolerance <= self.epochs_without_improvement
 
     def state_dict(self):
-        """All but the tolerance, which may change when a run goes on."""
-        return {name: value for name, value in vars(self).items() if name != "tolerance"}
+        """What changes from epoch to epoch."""
+        names = ("best_loss", "epochs_without_improvement", "best_weights")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state):
         """Go on from `state_dict()`."""
@@ -2487,7 +2492,7 @@ def fit(
     # The whole state of a training, from the last epoch that was saved. The random numbers of an
     # epoch follow from --seed and its number, the learning rate from the step.
     scaler = torch.amp.GradScaler(args.device, enabled=args.precision == "fp16")
-    early_stopping = EarlyStopping(args.tolerance)
+    early_stopping = EarlyStopping(args.tolerance, args.keep)
     state = {"model": learner, "scaler": scaler, "early_stopping": early_stopping}
     state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
     last, done = records.last_epoch(args), run.restore(state)
@@ -2532,8 +2537,9 @@ def fit(
                 "images_per_second": len(data.train) / train_seconds,
             }
 
-            # Early stopping looks at the validation loss, and keeps the weights of the best epoch.
-            best = "  best" if early_stopping.step(row["val_loss"], learner) else ""
+            # Early stopping looks at the validation loss, and keeps the weights of --keep.
+            improved = early_stopping.step(row["val_loss"], learner)
+            best = "  best" if improved and args.keep == "best" else ""
 
             # Save, log, and say it.
             run.history.append(row)

@@ -313,6 +313,8 @@ class Run:
         best, path = None, self.directory / "best.pt"
         if self.history:
             row = min(self.history, key=lambda row: row["val_loss"])
+            if self.record["args"].get("keep") == "last":
+                row = self.history[-1]
             best = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
             best["temperature"] = parts["model"].config["temperature"]
         if best and (best != self.record["best"] or not path.exists()):
@@ -347,9 +349,10 @@ class Run:
     def report(self, quiet):
         """Say how the run has ended."""
         best, test = self.record["best"], self.record["test"]
+        kept = self.record["args"].get("keep", "best")
         if best:
             say(
-                f"best epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, "
+                f"{kept} epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, "
                 f"accuracy {best['val_acc']:.2%}",
                 quiet,
             )

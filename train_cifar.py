@@ -74,6 +74,9 @@ def photos(images: int, classes: int, rarest: int, side: float) -> dict:
         recipe |= {"rotation": 15.0, "brightness": 0.2, "hue": 0.05, "shift": 4}
         recipe |= {"norm_momentum": 0.05}
 
+        # A hundred validation images would choose an epoch by chance.
+        recipe |= {"keep": "last"}
+
     # A class with less than half of its share would hardly be learnt, least of all from smoothed
     # labels.
     if rarest * classes * 2 < images:

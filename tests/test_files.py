@@ -844,6 +844,7 @@ def test_a_flag_without_an_effect_is_refused_with_one_line(capsys):
         (["--dataset", "p", "--data-dir", "."], "--data-dir has no effect with --dataset"),
         (["--dataset", "synthetic", "--data-dir", "."], "--data-dir has no effect"),
         (["--dataset", "p", "--rotation", 5, "--no-augment"], "--rotation has no effect"),
+        (["--dataset", "p", "--keep", "last", "--tolerance", 5], "--tolerance has no effect"),
         (["--dataset", "p", "--augment", "--alternate-flip"], "--alternate-flip has no effect"),
         (["--dataset", "p", "--val-size", 0, "--no-test"], "--val-size 0"),
     ]

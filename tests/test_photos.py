@@ -39,12 +39,14 @@ def test_few_images_are_seen_more_often_in_smaller_batches(images, epochs, batch
     args = chosen({"a": images // 2, "b": images // 2})
     assert (args.epochs, args.batch_size) == (epochs, batch_size)
     assert args.val_size == 0.1 and args.rotation == 15
+    assert args.keep == "last" and args.norm_momentum < 0.1
 
 
 def test_of_many_images_a_thousand_validate_and_changes_are_smaller():
     recipe = train_cifar.RECIPES["photos"](images=50_000, classes=10, rarest=5_000, side=32)
     assert recipe["val_size"] * 50_000 == pytest.approx(1_000)
     assert (recipe["epochs"], recipe["batch_size"], recipe["rotation"]) == (10, 500, 0)
+    assert "keep" not in recipe
 
 
 def test_a_rare_class_counts_as_much_as_the_others():

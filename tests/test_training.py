@@ -424,6 +424,29 @@ def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_
     assert len(more) == 40 and record["status"] == "finished" and record["test"]
 
 
+def test_the_last_epoch_is_kept_where_that_is_asked_for(capsys):
+    # At this rate a later epoch is worse than an earlier one.
+    argv = [*DENSE[:-1], "--lr", 0.03, "--tolerance", 0, "--epochs", 6]
+    _, best_of_all, rows = run(train_mnist, *argv)
+    assert best_of_all["best"]["val_loss"] == min(row["val_loss"] for row in rows)
+    assert best_of_all["best"]["epoch"] < 6
+    argv[argv.index("--tolerance") :] = ["--keep", "last", "--epochs", 6]
+    capsys.readouterr()
+    whole, record, last_rows = run(train_mnist, *argv)
+    assert [row["val_loss"] for row in last_rows] == [row["val_loss"] for row in rows]
+    assert record["best"]["epoch"] == 6 and record["best"]["val_loss"] == rows[-1]["val_loss"]
+    assert "last epoch 6: validation loss" in capsys.readouterr().out
+    kept, last = (records.load_checkpoint(whole / name) for name in ("best.pt", "last.pt"))
+    assert states_are_equal(kept["weights"], last["model"])
+    assert record["test"]["loss"] != best_of_all["test"]["loss"]
+
+    # So it is for a run that goes on.
+    cut, record, _ = run(train_mnist, *argv, "--stop-after", 4, "--quiet")
+    assert record["best"]["epoch"] == 4
+    run(train_mnist, "--resume", cut, "--quiet")
+    check_same(whole, cut)
+
+
 @pytest.mark.parametrize("end", [["--epochs", 3], ["--epochs", 40, "--lr", 0.03, "--tolerance", 2]])
 def test_a_run_killed_between_its_last_epoch_and_its_test_is_only_tested(end):
     whole, _, _ = run(train_mnist, *DENSE, *end)
