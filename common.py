@@ -100,11 +100,16 @@ def run_name(text: str) -> str:
     return text
 
 
-def absolute_path(text: str) -> Path:
-    """An argparse `type`: a run names the same places wherever it is continued from."""
+def given_path(text: str) -> Path:
+    """An argparse `type`: a path as it is given, but not an empty word."""
     if not text:
         raise argparse.ArgumentTypeError("expected a path, not an empty word")
-    return Path(os.path.expanduser(text)).absolute()
+    return Path(text)
+
+
+def absolute_path(text: str) -> Path:
+    """An argparse `type`: a run names the same places wherever it is continued from."""
+    return Path(os.path.expanduser(given_path(text))).absolute()
 
 
 def dataset(text: str) -> str:
@@ -895,10 +900,8 @@ def read_torchvision(args, train):
     from torchvision import datasets
 
     # Read it, or download it.
-    name, data_dir = TORCHVISION[args.dataset], args.data_dir
-    dataset_class = getattr(datasets, name)
-    read = functools.partial(dataset_class, data_dir, train=train)
-    folder = data_dir / getattr(dataset_class, "base_folder", f"{name}/raw")
+    name, data_dir, folder = TORCHVISION[args.dataset], args.data_dir, place_of_images(args)
+    read = functools.partial(getattr(datasets, name), data_dir, train=train)
     try:
         try:
             dataset = read()
@@ -995,6 +998,16 @@ def folder_of(source: str) -> Path:
     """The folder from which the paths in a data.csv are seen."""
     path = Path(source)
     return path.parent if is_csv(path) else path
+
+
+def place_of_images(args: Namespace) -> Path | None:
+    """The folder of the images of --dataset, or of torchvision's files; None if they are drawn."""
+    if args.dataset in TORCHVISION:
+        from torchvision import datasets
+
+        name = TORCHVISION[args.dataset]
+        return args.data_dir / getattr(getattr(datasets, name), "base_folder", f"{name}/raw")
+    return None if args.dataset == "synthetic" else folder_of(args.dataset)
 
 
 def listing_of(directory: Path, record: dict) -> Path | None:
@@ -1141,9 +1154,13 @@ def list_folder(root: Path, quiet: bool) -> list[dict]:
 
 def as_skipped(skipped: Counter) -> str:
     """What `image_files` has skipped, by the endings, for a person."""
+    return f"{skipped.total()} files skipped: {by_ending(skipped)}"
+
+
+def by_ending(counts: Counter) -> str:
+    """How many files there are of each ending, for a person."""
     hints = dict.fromkeys(HEIF, " (pip install pillow-heif)")
-    kinds = [f"{n} {kind}{hints.get(kind, '')}" for kind, n in skipped.most_common()]
-    return f"{skipped.total()} files skipped: {', '.join(kinds)}"
+    return ", ".join(f"{n} {kind}{hints.get(kind, '')}" for kind, n in counts.most_common())
 
 
 def part_folders(root: Path) -> dict[str, Path]:
