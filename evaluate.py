@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import base64
 import contextlib
-import csv
-import functools
 import importlib.util
 import io
 import json
@@ -29,13 +27,12 @@ import math
 import os
 import re
 import shlex
-import statistics
 import sys
 import warnings
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,27 +46,27 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from tqdm import tqdm
 
 if TYPE_CHECKING:  # pandas takes a second to import, so it waits until it is needed
     from matplotlib.figure import Figure
-    from pandas import DataFrame
+    from pandas import DataFrame, Series
 
 
 # ------------------------ Options ------------------------
-def given_path(text: str) -> Path:
-    """An argparse `type`: a path as it is given, but not an empty word."""
-    if not text:
-        raise ArgumentTypeError("expected a path, not an empty word")
-    return Path(text)
-
-
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
     """The flags of this script. Exits with status 2 on a bad one."""
     parser = common.ArgumentParser(prog="evaluate.py", description=__doc__)
     index, count = common.number(int, 0), common.number(int, 1)
     flag = parser.add_argument
-    flag("runs", nargs="+", type=given_path, metavar="RUN", help="run directory; several: compare")
+    flag(
+        "runs",
+        nargs="+",
+        type=common.given_path,
+        metavar="RUN",
+        help="run directory; several: compare",
+    )
     flag("--quiet", action="store_true", help="print only errors")
 
     flag = parser.add_argument_group("what is evaluated").add_argument
@@ -82,7 +79,6 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     flag(
         "--data-dir",
         type=common.absolute_path,
-        metavar="DIR",
         help="where the data are now (as in training)",
     )
     flag(
@@ -100,8 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     group = parser.add_argument_group("what comes out")
     group.add_argument(
         "--out",
-        type=given_path,
-        metavar="DIR",
+        type=common.given_path,
         help="directory for the files (the run's; of several runs the one above)",
     )
     flag = group.add_mutually_exclusive_group().add_argument
@@ -110,14 +105,13 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
 
     group = parser.add_argument_group("pictures")
     flag = group.add_argument
-    flag("--sample", type=count, default=40, metavar="N", help="images in predictions.png")
-    flag("--layer", metavar="NAME", help="convolution of filters and feature maps (the first)")
-    flag("--image", type=index, default=0, metavar="K", help="image of the feature maps")
+    flag("--sample", type=count, default=40, help="images in predictions.png")
+    flag("--layer", help="convolution of filters and feature maps (the first)")
+    flag("--image", type=index, default=0, help="image of the feature maps")
     flag = group.add_mutually_exclusive_group().add_argument
     flag(
         "--channel",
         type=index,
-        metavar="K",
         help="input channel of the filters (0; RGB in colour)",
     )
     flag("--all-kernels", action="store_true", help="filters of every input channel")
@@ -126,13 +120,12 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     group.add_argument(
         "--top",
         type=count,
-        metavar="K",
         help="with --predict: the K likeliest classes of each image (1)",
     )
     flag = group.add_mutually_exclusive_group().add_argument
     flag(
         "--predict",
-        type=given_path,
+        type=common.given_path,
         nargs="+",
         metavar="PATH",
         help="classify image files, and those in folders",
@@ -189,10 +182,9 @@ class Trained:
         resize = self.config.get("resize", "stretch")  # older runs have none
         return common.read_image(file, side, channels == 1, resize)
 
-    def as_images(self, pixels: list[Tensor]) -> ImageSet:
-        """Images of unknown classes, each uint8 [C, H, W]."""
-        labels = torch.zeros(len(pixels), dtype=torch.long)
-        return ImageSet(torch.stack(pixels), labels, self.config["classes"])
+    def as_images(self, pixels: Tensor) -> ImageSet:
+        """Images, uint8 [N, C, H, W], of which nobody has said the classes."""
+        return ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.long), self.config["classes"])
 
 
 def read_run(directory: Path) -> dict:
@@ -203,9 +195,8 @@ def read_run(directory: Path) -> dict:
     """
     record = records.read_record(directory)
     lacking = {"name", "selection", "train", "val", "checksum"}.difference(record["data"])
-    if lacking:
-        names = ", ".join(sorted(lacking))
-        raise RunError(f"{shown(directory / 'run.json')} is damaged: data has no {names}")
+    for name in sorted(lacking):
+        raise RunError(f"{shown(directory / 'run.json')} is damaged: data has no {name}")
     record["args"] = common.recorded_arguments(record)
     if record["status"] == "running" and not records.is_locked(directory / ".lock"):
         record["status"] = "killed"
@@ -229,6 +220,7 @@ def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
         precision = "fp32"
         note("fp16 needs a GPU: computed in fp32, the figures may differ from run.json's", quiet)
     torch.set_num_threads(record["threads"])
+    autocast = common.autocast_to(device, precision)
 
     # Build the model around its weights; older runs have no temperature.
     path = directory / "best.pt"
@@ -241,7 +233,6 @@ def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
         raise RunError(
             f"{shown(path)} does not fit the models of common.py ({type(error).__name__}: {error})"
         ) from error
-    autocast = common.autocast_to(device, precision)
     return Trained(directory, record, config, model.to(device).eval(), device, autocast)
 
 
@@ -251,30 +242,24 @@ def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool
     RunError where they are missing, or are others.
     """
     # What the run says of them.
-    record, where = trained.record, shown(trained.directory)
+    directory, record, where = trained.directory, trained.record, shown(trained.directory)
     args = Namespace(**record["args"])
     args.script, args.typed, args.quiet = record["script"], set(), quiet
-    args.directory = args.resume = trained.directory
+    args.directory, args.listing = directory, common.listing_of(directory, record)
     args.test, args.device, args.data_dir = True, trained.device, data_dir or Path(args.data_dir)
-    args.listing = common.listing_of(trained.directory, record)
     if split == "val" and not args.val_size:
         raise RunError(f"{where} was trained with --val-size 0, without a validation split")
 
     # Where they are: drawn by a script, in torchvision's files, or in a folder.
-    place = synthetic = None
+    synthetic = None
     if args.dataset == "synthetic":
         if not importlib.util.find_spec(args.script):
             text = f"are drawn by {args.script}.py, which does not lie beside evaluate.py"
             raise RunError(f"the images of {where} {text}")
         synthetic = importlib.import_module(args.script).synthetic
-    elif args.dataset in common.TORCHVISION:
-        from torchvision import datasets
-
-        name = common.TORCHVISION[args.dataset]
-        place = args.data_dir / getattr(getattr(datasets, name), "base_folder", f"{name}/raw")
-    else:
+    elif args.dataset not in common.TORCHVISION:
         args.dataset = str(data_dir or args.dataset)
-        place = common.folder_of(args.dataset)
+    place = common.place_of_images(args)
     if place and not place.is_dir():
         raise RunError(f"the images of {where} are not in {place}; say where with --data-dir DIR")
 
@@ -282,17 +267,14 @@ def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool
     wanted = ("test",) if split == "test" else ("train", "val")
     with contextlib.redirect_stdout(sys.stderr):  # remarks do not get into tables for programs
         data = common.load_data(args, synthetic, wanted)
-    for part in wanted:
-        images = getattr(data, part)
-        expected = record["data"].get("checksum" if part == "train" else f"{part}_checksum")
-        differs = images and expected not in (None, images.checksum)
-        if differs or (images and images.classes != trained.config["classes"]):
-            use = "tested" if part == "test" else "trained"
-            text = f"is not what {where} was {use} on: the checksums differ"
-            raise RunError(f"{place or args.dataset} {text}")
-    images = getattr(data, split)
+    images, found, known = getattr(data, split), data.about(), record["data"]
     if not images:
         raise RunError(f"{where} has no {split} images")
+    sums = [key for key in found if "checksum" in key and found[key] and known.get(key)]
+    if any(found[key] != known[key] for key in sums) or images.classes != trained.config["classes"]:
+        use = "tested" if split == "test" else "trained"
+        text = f"is not what {where} was {use} on: the checksums differ"
+        raise RunError(f"{place or args.dataset} {text}")
     return images.to("cpu")
 
 
@@ -318,13 +300,12 @@ IMAGES_AT_A_TIME = 8  # whose gradients are in memory
 
 
 class Gallery(NamedTuple):
-    """Images [N, C, H, W] that are shown together, with words on each, and whether it is taken for
-    another class."""
+    """Images [N, C, H, W] that are shown together, their answers, and what to write on each."""
 
     title: str
     pixels: Tensor
+    answers: list[dict]
     captions: list[str]
-    is_wrong: list[bool]
 
 
 @dataclass
@@ -337,9 +318,10 @@ class Evaluation:
 
     trained: Trained
     images: ImageSet
+    title: str
     metrics: dict
     answers: DataFrame
-    suspects: DataFrame
+    suspects: DataFrame | None
     galleries: dict[str, Gallery]
 
 
@@ -348,13 +330,15 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     # What the model answers, image by image.
     meter, logits = trained.test(images)
     probabilities, labels = trained.probabilities(logits), images.labels
+    confidence, predicted = probabilities.max(1)
     answers = answer_table(images, probabilities)
-    predicted = probabilities.argmax(1)
-    correct, size = predicted == labels, len(images.classes)
-    confusion = torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)
 
     # The figures. Each number gets a line in the table of results.
+    correct, size = predicted == labels, len(images.classes)
+    confusion = torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)
     classes = class_metrics(confusion.numpy(), images.classes)
+    bins, error = calibration(confidence, correct)
+    bins_before, error_before = calibration(logits.double().softmax(1).amax(1), correct)
     metrics = {
         "run": trained.record["name"],
         "dataset": trained.record["data"]["name"],
@@ -364,14 +348,15 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         "checksum": images.checksum,
         **meter_metrics(meter),
         "macro_f1": classes.f1.mean(),
-        "weighted_f1": np.average(classes.f1.fillna(0), weights=classes.support),
+        "weighted_f1": (classes.f1 * classes.support).sum() / len(images),
         "temperature": trained.config["temperature"],
+        "expected_calibration_error": error,
+        "expected_calibration_error_before": error_before,
+        "calibration": bins,
+        "calibration_before": bins_before,
+        "classes": classes,
+        "confusion_matrix": confusion.tolist(),
     }
-    plain = logits.double().softmax(1)
-    for name, after in (("", probabilities), ("_before", plain)):  # and before the temperature
-        bins, error = calibration(after.amax(1), correct)
-        metrics[f"expected_calibration_error{name}"] = error
-        metrics[f"calibration{name}"] = as_rows(bins)
     if size > 10:
         among_five = (logits.topk(5).indices == labels[:, None]).any(1)
         metrics["top5_accuracy"] = among_five.double().mean().item()
@@ -380,13 +365,11 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     views = args.tta or trained.record["args"]["tta"]
     if views:
         metrics["tta"] = {"views": views, **meter_metrics(trained.test(images, views)[0])}
-    metrics["classes"], metrics["confusion_matrix"] = as_rows(classes), confusion.tolist()
 
     # The images that are shown, and where the model looked when it was wrong.
-    wrong, suspects = answers[~correct.numpy()], find_suspects(answers)
+    wrong = answers[answers["class"] != answers.predicted]
     worst = wrong.nlargest(SHOWN_IMAGES, "predicted_probability")
-    drawn = torch.randperm(len(images), generator=common.generator_for("predictions"))
-    sample = answers.iloc[drawn[: args.sample].numpy()]
+    sample = answers.sample(min(args.sample, len(answers)), random_state=0)
     title = f"All {len(wrong)} mistakes, the most confident first"
     if len(wrong) > len(worst):
         title = f"The {len(worst)} most confident of {len(wrong):,} mistakes"
@@ -394,25 +377,32 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         "predictions": gallery("A random sample: class and confidence", images, sample),
         "mistakes": gallery(title, images, worst),
     }
-    chosen = torch.tensor(worst.index, dtype=torch.long)
-    seen = grad_cam(trained, images.select(chosen), predicted[chosen])
+    mistakes = galleries["mistakes"]
+    seen = grad_cam(trained, mistakes.pixels, predicted[list(worst.index)])
     if seen is not None:
         title = "Grad-CAM: where the model saw what it took them for"
-        galleries["gradcam"] = galleries["mistakes"]._replace(title=title, pixels=seen)
+        galleries["gradcam"] = mistakes._replace(title=title, pixels=seen)
+
+    # The images that may have a wrong label, where there are files to look at.
+    suspects = None
     if images.files:
-        title = suspicion(args.split)
+        suspects = find_suspects(with_paths(answers, images))
+        title = f"Suspects: {len(suspects):,} images whose class the model finds unlikely"
+        if args.split == "train":
+            title += "; the model was trained on these labels"
         galleries["suspects"] = gallery(title, images, suspects.head(SHOWN_IMAGES), as_suspect)
-    return Evaluation(trained, images, metrics, answers, suspects, galleries)
+    split = {"val": "validation", "train": "training"}.get(args.split, "test")
+    about = f"{len(images):,} {split} images of {short_name(metrics['dataset'])}"
+    title = f"{shorten(metrics['run'], 60)}, epoch {metrics['epoch']}:\n{about}"
+    return Evaluation(trained, images, title, metrics, answers, suspects, galleries)
 
 
 def answer_table(images: ImageSet, probabilities: Tensor) -> DataFrame:
     """A row for each image: its `file` as in data.csv, or its index, its `class` and the
     `probability` of that, the `predicted` class and its probability, from `probabilities` [N, K].
     """
-    from pandas import DataFrame, options
+    from pandas import DataFrame
 
-    # PyArrow, where it is installed, would refuse a name with bytes that are no characters.
-    options.mode.string_storage = "python"
     names, labels = np.array(images.classes), images.labels
     confidence, predicted = probabilities.max(1)
     files = [file.name for file in images.files or ()]
@@ -427,6 +417,11 @@ def answer_table(images: ImageSet, probabilities: Tensor) -> DataFrame:
     )
 
 
+def with_paths(answers: DataFrame, images: ImageSet) -> DataFrame:
+    """The answers, each with the whole path of its file."""
+    return answers.assign(file=[str(file.path) for file in images.files])
+
+
 def meter_metrics(meter: common.AverageMeter) -> dict:
     """Accuracy, the interval of that, and loss."""
     return {
@@ -438,11 +433,11 @@ def meter_metrics(meter: common.AverageMeter) -> dict:
 
 def wilson_interval(correct: int, count: int) -> list[float]:
     """The 95% interval [low, high] of a share, E. B. Wilson's: sound near 0 and 1, and for few
-    images. Both are None where there are no images."""
+    images. Without images, the share may be anything."""
     from scipy.stats import binomtest
 
     if not count:
-        return [None, None]
+        return [0.0, 1.0]
     interval = binomtest(correct, count).proportion_ci(method="wilson")
     return [float(interval.low), float(interval.high)]
 
@@ -492,12 +487,6 @@ def find_suspects(answers: DataFrame) -> DataFrame:
     return wrong.nsmallest(math.ceil(len(answers) / 10), "probability")
 
 
-def suspicion(split: str) -> str:
-    """What suspects are."""
-    seen = "; the model was trained on these labels" if split == "train" else ""
-    return f"Suspects: the given class is unlikely{seen}"
-
-
 def caption(answer: dict) -> str:
     """Two lines about an image: its class, and what is predicted how surely."""
     name, other = shorten(answer["class"], 20), shorten(answer["predicted"], 20)
@@ -519,116 +508,89 @@ def gallery(
 ) -> Gallery:
     """The images of some answers."""
     rows = answers.to_dict("records")
-    is_wrong = [row["class"] != row["predicted"] for row in rows]
     chosen = torch.tensor(answers.index, dtype=torch.long)
-    return Gallery(title, images.select(chosen).images, list(map(describe, rows)), is_wrong)
+    return Gallery(title, images.select(chosen).images, rows, list(map(describe, rows)))
 
 
-def grad_cam(trained: Trained, images: ImageSet, classes: Tensor) -> Tensor | None:
-    """Where in each image the model saw what speaks for a class of `classes` [N]: the images under
-    a heatmap, uint8 [N, 3, H, W].
+def grad_cam(trained: Trained, images: Tensor, classes: Tensor) -> Tensor | None:
+    """Where in each of the `images` [N, C, H, W] the model saw what speaks for its class of
+    `classes` [N]: the images under a heatmap, uint8 [N, 3, H, W].
 
     The heatmap is the output of the last convolution, each channel weighted by its mean gradient:
     R. Selvaraju et al., "Grad-CAM" (2017). None without images, or where that is no map of them.
     """
-    # Catch what the convolutions put out. What follows gets copies, as a ReLU may work in place.
-    caught: list[Tensor] = []
+    maps, heatmaps = [], []
 
     def catch(layer, inputs, output):
-        caught.append(output)
-        return output.clone()
+        # What follows gets a copy, as a ReLU may work in place. A convolution that cuts the image
+        # into patches, as a transformer's does, gives no map.
+        if isinstance(layer, nn.Conv2d) and min(output.shape[2:]) > 1:
+            is_of_patches = layer.kernel_size == layer.stride != (1, 1)
+            if not is_of_patches:
+                maps.append(output)
+                return output.clone()
+        return output
 
-    layers = [layer for layer in trained.model.modules() if isinstance(layer, nn.Conv2d)]
-    if not len(images) or not layers:
+    image_set = ImageSet(images, classes, trained.config["classes"]).to(trained.device)
+    loader = common.Loader(image_set, IMAGES_AT_A_TIME, trained.config)
+    with register_module_forward_hook(catch):
+        for pixels, labels in loader.batches():
+            maps.clear()
+            scores = trained.model(pixels.requires_grad_()).gather(1, labels[:, None])
+            if maps:
+                (gradients,) = torch.autograd.grad(scores.sum(), maps[-1])
+                weights = gradients.mean((2, 3), keepdim=True)
+                heat = (weights * maps[-1].detach()).sum(1, keepdim=True).relu()
+                heatmaps.append(F.interpolate(heat, pixels.shape[2:], mode="bilinear")[:, 0].cpu())
+    if not heatmaps:
         return None
-    loader = common.Loader(images.to(trained.device), IMAGES_AT_A_TIME, trained.config)
-    heatmaps = []
-    with contextlib.ExitStack() as hooks:
-        for layer in layers:
-            hooks.enter_context(layer.register_forward_hook(catch))
-        batches = zip(loader.batches(), classes.split(IMAGES_AT_A_TIME), strict=True)
-        for (pixels, _), some in batches:
-            caught.clear()
-            logits = trained.model(pixels.requires_grad_())
-
-            # Take the last map. The only one of a transformer cuts the image into patches.
-            maps = [output for output in caught if min(output.shape[2:]) > 1]
-            if not maps or (len(layers) == 1 and layers[0].kernel_size == layers[0].stride):
-                return None
-            scores = logits.gather(1, some.to(trained.device)[:, None])
-            (gradients,) = torch.autograd.grad(scores.sum(), maps[-1])
-            weights = gradients.mean((2, 3), keepdim=True)
-            heat = (weights * maps[-1].detach()).sum(1, keepdim=True).relu()
-            heatmaps.append(F.interpolate(heat, pixels.shape[2:], mode="bilinear")[:, 0].cpu())
 
     # Lay them over the images in colours, from nothing to the most of each image.
     heat = torch.cat(heatmaps)
     heat /= heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
     colours = torch.from_numpy(colormap("inferno")(heat.numpy())[..., :3]).permute(0, 3, 1, 2)
-    return (images.images * 0.45 + colours * 255 * 0.55).byte()
+    return (images * 0.45 + colours * 255 * 0.55).byte()
 
 
 # ------------------------ Draw ------------------------
 # Two of the colours of M. Okabe and K. Ito, told apart by the colour-blind; line styles and marks
 # say the same in grey.
 BLUE, ORANGE = "#0072B2", "#D55E00"
+BEFORE = "before the temperature"
 FEW_EPOCHS = 40  # each has a mark on the curves
-CAPTIONS = {
-    "curves": "Loss and accuracy after each epoch. The star is the epoch that is evaluated.",
-    "per_class": "The accuracy of each class, with its 95% interval.",
-    "confusion": "Which class is taken for which: images, percent of the row, of the column.",
-    "predictions": "A random sample: the class of each image, and how sure the model is.",
-    "calibration": "How often the model is right where it is so sure.",
-    "filters": "The filters of a convolution.",
-    "activations": "What the filters of a convolution find in one image.",
-}
 
 
 def draw(found: Evaluation, args: Namespace) -> dict[str, Figure]:
     """The pictures of an evaluation by the names of their files."""
-    trained, metrics, images = found.trained, found.metrics, found.images
-    title = f"{shorten(metrics['run'], 50)}, epoch {metrics['epoch']}\n{what_images(metrics)}"
+    trained, metrics, title = found.trained, found.metrics, found.title
     figures = {
         "curves": draw_history(trained),
         "per_class": draw_classes(metrics, title),
         "confusion": draw_confusion(metrics, title),
         "calibration": draw_calibration(metrics, title),
     }
-    for name, shown_images in found.galleries.items():
-        figures[name] = draw_gallery(shown_images, title)
+    for name, images in found.galleries.items():
+        figures[name] = draw_gallery(images, title)
     name, layer = find_convolution(trained.model, args)
     if layer:
         figures["filters"] = draw_filters(name, layer, args)
-        figures["activations"] = draw_activations(trained, name, layer, images, args.image)
+        figures["activations"] = draw_activations(trained, name, layer, found.images, args.image)
     return figures
-
-
-def what_images(metrics: dict) -> str:
-    """Which images were evaluated, in a few words."""
-    dataset = shorten(Path(metrics["dataset"]).name, 30)
-    split = {"val": "validation", "train": "training"}.get(metrics["split"], "test")
-    return f"{metrics['images']:,} {split} images of {dataset}"
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
     """A figure of so many inches, without pyplot, which has a global state and wants a display."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
 
-    matplotlib.rcParams["text.parse_math"] = False  # a class may be called $x$
-    matplotlib.rcParams["font.family"] = fonts()
+    # A class may be called $x$, or have a name whose characters matplotlib's own font lacks.
+    wider = re.compile("Noto Sans (CJK|Arabic)|WenQuanYi|Arial Unicode|Microsoft YaHei|PingFang")
+    fonts = ["DejaVu Sans", *filter(wider.match, sorted(get_font_names()))]
+    matplotlib.rcParams.update({"text.parse_math": False, "font.family": fonts})
     figure = Figure((width, height), dpi=100, layout="constrained")
     figure.suptitle(title)
     return figure
-
-
-@functools.cache
-def fonts() -> list[str]:
-    """Matplotlib's own font, and those on this machine that have the characters which it lacks."""
-    from matplotlib.font_manager import get_font_names
-
-    wider = re.compile("Noto Sans (CJK|Arabic)|WenQuanYi|Arial Unicode|Microsoft YaHei|PingFang")
-    return ["DejaVu Sans", *filter(wider.match, sorted(get_font_names()))]
 
 
 def render(figure: Figure) -> bytes:
@@ -647,16 +609,6 @@ def colormap(name: str, missing: str = "lightgrey"):
     return matplotlib.colormaps[name].with_extremes(bad=missing)
 
 
-def percent_axis(axis) -> None:
-    """Label an axis of shares with percentages, and end it at 100%."""
-    from matplotlib.ticker import PercentFormatter
-
-    axis.set_major_formatter(PercentFormatter(1, decimals=None))
-    low, high = axis.get_view_interval()
-    if high > 1:
-        axis.axes.set(**{f"{axis.axis_name}lim": (low, 1)})
-
-
 def shorten(name: str, length: int) -> str:
     """A name for a picture: cut to `length`, and without bytes that are no characters, at which
     matplotlib fails."""
@@ -664,55 +616,56 @@ def shorten(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
+def short_name(dataset: str) -> str:
+    """The name of a dataset, or of its folder, for a picture."""
+    return shorten(Path(dataset).name, 30)
+
+
 def curves_axes(figure):
     """Two axes, of loss and of accuracy, over epochs."""
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     axes = figure.subplots(1, 2)
     for axis, label in zip(axes, ("loss per image", "accuracy"), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
-    percent_axis(axes[1].yaxis)
+    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
     return axes
 
 
-def plot_history(axes, directory: Path, part: str, **look) -> int:
-    """Draw loss and accuracy of the `part` train or val of a run. Returns its epochs."""
+def plot_history(axes, directory: Path, part: str, **look) -> None:
+    """Draw loss and accuracy of the `part` train or val of a run."""
     rows = records.read_log(directory) if (directory / "log.jsonl").exists() else []
-    epochs, marker = [row["epoch"] for row in rows], "." if len(rows) < FEW_EPOCHS else None
+    epochs = [row["epoch"] for row in rows]
+    look["marker"] = "." if len(rows) < FEW_EPOCHS else None
     for axis, name in zip(axes, ("loss", "acc"), strict=True):
-        axis.plot(epochs, [row[f"{part}_{name}"] for row in rows], marker=marker, **look)
-    percent_axis(axes[1].yaxis)
-    return len(rows)
+        (line,) = axis.plot(epochs, [row[f"{part}_{name}"] for row in rows], **look)
+    line.sticky_edges.y.append(1)  # the axis of accuracies ends at 100%
 
 
 def draw_history(trained: Trained) -> Figure:
     """Loss and accuracy of training and validation, epoch by epoch."""
     record, best, directory = trained.record, trained.config, trained.directory
-    dataset = shorten(Path(record["data"]["name"]).name, 30)
-    title = f"{shorten(record['name'], 60)}: {record['args']['model']} on {dataset}"
-    figure = new_figure(11, 4.2, title)
-    axes = curves_axes(figure)
+    about = f"{record['args']['model']} on {short_name(record['data']['name'])}"
+    figure = new_figure(11, 4.2, f"{shorten(record['name'], 60)}: {about}")
+    axes, selection = curves_axes(figure), record["data"]["selection"]
     plot_history(axes, directory, "train", color=ORANGE, linestyle="--", label="training")
-    selection = record["data"]["selection"]
-    epochs = plot_history(axes, directory, "val", color=BLUE, label=selection)
+    plot_history(axes, directory, "val", color=BLUE, label=selection)
     for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
         # best.pt's figures, not run.json's: they are of these weights, also after a kill.
         label = f"best: {best['epoch']}"
         axis.plot(best["epoch"], best[name], "k*", markersize=13, label=label)
         if record["status"] == "stopped_early":
-            axis.axvline(epochs, color="black", linestyle=":", label=f"early stop: {epochs}")
+            last = record["epochs"]
+            axis.axvline(last, color="black", linestyle=":", label=f"early stop: {last}")
         axis.legend()
     return figure
 
 
 def draw_classes(metrics: dict, title: str) -> Figure:
     """Accuracy of each class that has images, highest first, with its 95% interval."""
-    from pandas import DataFrame
-
-    classes = DataFrame(metrics["classes"]).query("support > 0")
-    classes = classes.sort_values("accuracy", kind="stable")
+    classes = metrics["classes"].query("support > 0").sort_values("accuracy", kind="stable")
     places, few = range(len(classes)), len(classes) <= 30
     figure = new_figure(8, 1.6 + len(classes) * (0.32 if few else 0.16), title)
     axis = figure.subplots()
@@ -725,7 +678,7 @@ def draw_classes(metrics: dict, title: str) -> Figure:
     axis.set_yticks(places, labels, fontsize=10 if few else 8)
     axis.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1))
     axis.margins(y=0.01)
-    percent_axis(axis.xaxis)
+    axis.xaxis.set_major_formatter("{x:.0%}")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
@@ -735,38 +688,38 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
     numbers where there is room for them."""
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import MaxNLocator
+    from pandas import DataFrame
 
     # The three matrices; what would divide by zero is NaN.
-    counts = torch.tensor(metrics["confusion_matrix"])
+    counts = DataFrame(metrics["confusion_matrix"])
     panels = {
         "counts": counts,
-        "recall: percent of the actual class": 100 * counts / counts.sum(1, keepdim=True),
-        "precision: percent of the predicted class": 100 * counts / counts.sum(0),
+        "recall: percent of the actual class": 100 * counts.div(counts.sum(axis=1), axis=0),
+        "precision: percent of the predicted class": 100 * counts / counts.sum(),
     }
 
     # Inches for names and numbers. Of more than 150 classes the names would run into one another.
-    names = [shorten(row["name"], 24) for row in metrics["classes"]]
-    few = len(names) <= 20
+    names = [shorten(name, 24) for name in metrics["classes"]["name"]]
+    few, step = len(names) <= 20, math.ceil(len(names) / 150)
     side = min(max(2.6, len(names) * (0.46 if few else 0.13)), 20)
     figure = new_figure(3 * side + 7, side + 3, title)
-    ticks = range(0, len(names), math.ceil(len(names) / 150))
-    labels, size = [names[tick] for tick in ticks], 10 if few else 6
+    ticks, labels = range(0, len(names), step), names[::step]
+    size = 10 if few else 6
 
     # Draw each. The square root shows the errors beside a diagonal that is many times larger.
-    for axis, heading in zip(figure.subplots(1, 3), panels, strict=True):
-        values = panels[heading]
-        top = max(1, counts.max().item()) if values is counts else 100
-        image = axis.imshow(values.numpy(), cmap=colormap("Blues"), norm=PowerNorm(0.5, 0, top))
+    for axis, (heading, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        top = max(1, counts.to_numpy().max()) if values is counts else 100
+        image = axis.imshow(values, cmap=colormap("Blues"), norm=PowerNorm(0.5, 0, top))
         whole = MaxNLocator(6, integer=True)
         figure.colorbar(image, ax=axis, fraction=0.046, format="{x:,.0f}", ticks=whole)
         axis.set_xticks(ticks, labels, rotation=90, fontsize=size)
         axis.set_yticks(ticks, labels, fontsize=size)
         axis.set(title=heading, xlabel="predicted class", ylabel="actual class")
-        for row, column in (~values.isnan()).nonzero().tolist() if few else ():
-            value = values[row, column].item()
-            text = f"{value:.1f}" if value and values is not counts else f"{value:.0f}"
-            colour = "white" if value / top > 0.35 else "black" if value else "silver"
-            axis.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+        for (row, column), value in np.ndenumerate(values) if few else ():
+            if not np.isnan(value):
+                text = f"{value:.1f}".removesuffix(".0")
+                colour = "white" if value / top > 0.35 else "black" if value else "silver"
+                axis.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     return figure
 
 
@@ -778,17 +731,15 @@ def draw_gallery(images: Gallery, title: str) -> Figure:
     rows = max(1, math.ceil(len(images.captions) / columns))
     figure = new_figure(11.6, 1.9 * rows + 0.9, f"{title}\n{images.title}")
     axis = figure.subplots()  # one for all: forty take seconds
-    for place, text in enumerate(images.captions):
+    for place, answer in enumerate(images.answers):
         left, top = place % columns + 0.05, place // columns * height + 0.35
-        colour = "black"
-        if images.is_wrong[place]:
-            colour, look = ORANGE, {"fill": False, "color": ORANGE, "linewidth": 3}
-            axis.add_patch(Rectangle((left, top), 0.9, 0.9, **look))
+        is_wrong = answer["class"] != answer["predicted"]
+        colour = ORANGE if is_wrong else "black"
+        if is_wrong:
+            axis.add_patch(Rectangle((left, top), 0.9, 0.9, fill=False, color=colour, linewidth=3))
         draw_image(axis, images.pixels[place], extent=(left, left + 0.9, top + 0.9, top))
-        lines = "\n".join(shorten(line, 24) for line in text.splitlines())
+        lines = "\n".join(shorten(line, 24) for line in images.captions[place].splitlines())
         axis.text(left + 0.45, top - 0.04, lines, ha="center", fontsize=8, color=colour)
-    if not images.captions:
-        axis.text(columns / 2, height / 2, "none", ha="center")
     axis.set(xlim=(0, columns), ylim=(rows * height, 0))
     axis.set_axis_off()
     return figure
@@ -802,32 +753,28 @@ def draw_image(axis, pixels: Tensor, **options):
 
 def draw_calibration(metrics: dict, title: str) -> Figure:
     """Accuracy against confidence, and how often each confidence occurs."""
-    from pandas import DataFrame
-
     # Accuracy, and where it was before the temperature.
     figure = new_figure(6, 6.5, title)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    bins = DataFrame(metrics["calibration"]).dropna()
+    bins, before = metrics["calibration"].dropna(), metrics["calibration_before"].dropna()
     look = {"width": 1 / CALIBRATION_BINS, "align": "edge", "color": BLUE, "edgecolor": "white"}
     above.bar(bins.low, bins.accuracy, label="accuracy", **look)
     above.plot(bins.confidence, bins.accuracy, "k.")
     heading = f"expected calibration error {metrics['expected_calibration_error']:.2%}"
     if metrics["temperature"] != 1:
         heading += f" (before: {metrics['expected_calibration_error_before']:.2%})"
-        before = DataFrame(metrics["calibration_before"]).dropna()
-        look_before = {"markerfacecolor": "white", "label": "before the temperature"}
-        above.plot(before.confidence, before.accuracy, "kD", **look_before)
+        above.plot(before.confidence, before.accuracy, "kD", mfc="white", label=BEFORE)
     above.plot([0, 1], [0, 1], "--", color=ORANGE, label="perfectly calibrated")
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=heading)
     above.legend()
-    percent_axis(above.yaxis)
 
     # How many images there are.
     below.bar(bins.low, bins["images"], **look)
     below.set(xlabel="confidence: probability of the predicted class", ylabel="images")
     below.set(yscale="log", ylim=(0.5, None))
     below.yaxis.set_major_formatter("{x:,.0f}")
-    percent_axis(below.xaxis)
+    for axis in (above.yaxis, below.xaxis):
+        axis.set_major_formatter("{x:.0%}")
     return figure
 
 
@@ -849,11 +796,9 @@ def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
     weight = layer.weight.detach().float().cpu()
     filters, channels, height, width = weight.shape
     extreme = weight.abs().max().item() or 1.0
-    columns, inches = 8, 0.55
+    columns = channels if args.all_kernels else 8
     if args.all_kernels:
-        tiles, columns = weight.reshape(-1, 1, height, width), channels
-        about = "a row a filter, a column a channel"
-        inches = max(0.04 * max(height, width), min(0.55, 20 / max(filters, channels)))
+        tiles, about = weight.reshape(-1, 1, height, width), "a row a filter, a column a channel"
     elif args.channel is None and channels == 3:
         tiles = weight / (2 * extreme) + 0.5
         about = f"as colours: grey is 0, full brightness {extreme:.2g}"
@@ -861,10 +806,11 @@ def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
         channel = args.channel or 0
         tiles, about = weight[:, [channel]], f"input channel {channel}"
 
-    # The picture.
-    rows = math.ceil(len(tiles) / columns)
+    # The picture, in which a tile has half an inch, or what there is room for.
+    inches = max(0.04 * width, min(0.55, 20 / columns))
+    rows = math.ceil(len(tiles) / columns) * height / width
     title = f"layer {name}: {filters} filters of {channels}x{height}x{width}\n{about}"
-    figure = new_figure(max(6.5, columns * inches + 1.5), rows * inches * height / width + 1, title)
+    figure = new_figure(max(6.5, columns * inches + 1.5), rows * inches + 1, title)
     scale = {"cmap": colormap("gray", "white"), "vmin": -extreme, "vmax": extreme}
     draw_tiles(figure.subplots(), tiles, columns, "weight", **scale)
     return figure
@@ -893,6 +839,18 @@ def draw_activations(
 
 
 # ------------------------ Write ------------------------
+# What the pictures on a page show, by the names of their files.
+CAPTIONS = {
+    "curves": "Loss and accuracy after each epoch. The star is the epoch that is evaluated.",
+    "compare": "Validation loss and accuracy after each epoch, run by run.",
+    "per_class": "The accuracy of each class, with its 95% interval.",
+    "confusion": "Which class is taken for which: images, percent of the row, of the column.",
+    "predictions": "A random sample: the class of each image, and how sure the model is.",
+    "calibration": "How often the model is right where it is so sure.",
+    "filters": "The filters of a convolution.",
+    "activations": "What the filters of a convolution find in one image.",
+}
+CLASS = ["name", "support", "accuracy", "precision", "f1"]  # the columns of the table of classes
 # How a number is written, by the first of these patterns that is found in its name.
 FORMATS = {
     "mid_p": ".3g",
@@ -903,17 +861,17 @@ FORMATS = {
     "": ".2%",
 }
 WORDS = {"acc": "accuracy", "val": "validation", "f1": "F1", "support": "images", "name": "class"}
-WORDS |= {"before": "before the temperature", "sd": "deviation", "low": "95% interval"}
+WORDS |= {"before": BEFORE, "sd": "deviation", "low": "95% interval"}
 
 
 def as_text(value: Any, name: str) -> str:
     """A value for a person, by the name that it has in a table or in a file."""
-    if value is None or value != value:
-        return "-"
     if isinstance(value, list):
         return "-" if None in value else " to ".join(as_text(each, name) for each in value)
     if isinstance(value, float):
         return format(value, next(FORMATS[words] for words in FORMATS if re.search(words, name)))
+    if value is None:
+        return "-"
     return f"{value:,}" if type(value) is int else str(value)
 
 
@@ -923,21 +881,21 @@ def in_words(name: str) -> str:
     return " ".join(WORDS.get(word, word) for word in words)
 
 
-def for_people(rows: list[dict], *names: str) -> DataFrame:
+def for_people(table: DataFrame, *names: str) -> DataFrame:
     """A table of texts with these columns, or all, and headings in plain words. The two ends of an
-    interval are one column."""
+    interval, NAME_low and NAME_high, are one column."""
     from pandas import DataFrame
 
-    table = []
-    for row in rows:
+    rows = []
+    for row in as_rows(table):
         texts = {}
         for name in names or row:
-            value = row[name]
             if name.endswith("_low"):
-                value = [value, row[f"{name.removesuffix('low')}high"]]
-            texts[in_words(name)] = as_text(value, name)
-        table.append(texts)
-    return DataFrame(table)
+                row[name] = [row[name], row[name.replace("_low", "_high")]]
+            if not name.endswith("_high"):
+                texts[in_words(name)] = as_text(row[name], name)
+        rows.append(texts)
+    return DataFrame(rows)
 
 
 def as_lines(tables: dict[str, DataFrame]) -> list[str]:
@@ -952,7 +910,12 @@ def as_lines(tables: dict[str, DataFrame]) -> list[str]:
 
 def as_rows(table: DataFrame) -> list[dict]:
     """The rows of a table as plain values, with None where there is none."""
-    return table.astype(object).replace({np.nan: None}).to_dict("records")
+    return table.astype(object).where(table.notna(), None).to_dict("records")
+
+
+def as_json(content: Any) -> str:
+    """JSON of plain values and of tables."""
+    return json.dumps(content, indent=2, default=as_rows)
 
 
 def as_csv(rows: list[dict] | DataFrame, heading: bool = True) -> str:
@@ -960,22 +923,6 @@ def as_csv(rows: list[dict] | DataFrame, heading: bool = True) -> str:
     from pandas import DataFrame
 
     return DataFrame(rows, dtype=object).to_csv(index=False, header=heading, lineterminator="\n")
-
-
-def as_page(title: str, remarks: list[str], tables: dict, pictures: dict, **more) -> bytes:
-    """The page report.html.jinja, which needs no other file. `tables` are {heading: texts},
-    `pictures` {caption: bytes of a PNG}."""
-    import jinja2
-
-    source = (records.HERE / "report.html.jinja").read_text()
-    page = jinja2.Template(source, autoescape=True, trim_blocks=True)
-    content = {"title": title, "remarks": remarks, "tables": tables, "pictures": pictures, **more}
-    return as_bytes(page.render(content, b64encode=base64.b64encode), "replace")
-
-
-def as_bytes(text: str, errors: str = "surrogateescape") -> bytes:
-    """A text as the content of a file; a name in it may have bytes that are no characters."""
-    return text.encode(errors=errors)
 
 
 def as_png(pixels: Tensor) -> bytes:
@@ -987,25 +934,47 @@ def as_png(pixels: Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def as_pngs(*galleries: Gallery) -> list[tuple]:
-    """The images of galleries, side by side: captions and PNGs."""
-    pngs = zip(*(map(as_png, each.pixels) for each in galleries), strict=True)
-    return list(zip(galleries[0].captions, pngs, strict=True))
+def as_page(title: str, remarks: list[str], tables: dict, pictures: dict, **more) -> bytes:
+    """The page report.html.jinja, which needs no other file. `tables` are {heading: texts},
+    `pictures` {caption: bytes of a PNG}."""
+    import jinja2
+
+    source = (records.HERE / "report.html.jinja").read_text()
+    page = jinja2.Template(source, autoescape=True, trim_blocks=True)
+    content = {"title": title, "remarks": remarks, "tables": tables, "pictures": pictures, **more}
+    html = page.render(content, as_png=as_png, b64encode=base64.b64encode)
+    return html.encode(errors="replace")
 
 
-def write_files(out: Path, files: dict[str, bytes]) -> None:
+def write_files(out: Path, files: dict[str, str | bytes]) -> None:
     """Write the files, {name: content}, into a directory, which is made where it is missing."""
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
+        if isinstance(content, str):  # a name in it may have bytes that are no characters
+            content = content.encode(errors="surrogateescape")
         records.write_atomically(out / name, content)
 
 
-def print_result(args: Namespace, content: Any, rows: list[dict], lines: list[str]) -> None:
-    """Print the content as JSON or the rows as CSV for a program, or the lines for a person."""
+def publish(page: str, out: Path, figures: dict, files: dict, **content) -> list[str]:
+    """Write the pictures, the page, which has the `content` of as_page, and the other files.
+
+    Returns the lines for the screen.
+    """
+    pngs = {f"{name}.png": render(figure) for name, figure in figures.items()}
+    pictures = {text: pngs[f"{name}.png"] for name, text in CAPTIONS.items() if name in figures}
+    tables = {heading: table for heading, table in content.pop("tables").items() if len(table)}
+    files = {**pngs, page: as_page(tables=tables, pictures=pictures, **content), **files}
+    write_files(out, files)
+    last = [content["title"], *content["remarks"], f"{shown(out)}: {', '.join(files)}"]
+    return [*as_lines(tables), *last]
+
+
+def print_result(args: Namespace, content: Any, table: DataFrame, lines: list[str]) -> None:
+    """Print the content as JSON or the table as CSV for a program, or the lines for a person."""
     if args.json:
-        say(json.dumps(content, indent=2))
+        say(as_json(content))
     elif args.csv:
-        say(as_csv(rows).rstrip("\n"))
+        say(as_csv(table).rstrip("\n"))
     else:
         say("\n".join(lines), args.quiet)
 
@@ -1017,75 +986,57 @@ def place_of(run: Path, split: str) -> Path:
 
 def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> None:
     """Put an evaluation into files, on one page and on the screen."""
-    # The tables, and what there is to say.
     trained, metrics = found.trained, found.metrics
-    title = f"{metrics['run']}, epoch {metrics['epoch']}: {what_images(metrics)}"
-    classes = for_people(metrics["classes"], "name", "support", "accuracy", "precision", "f1")
-    tables = {
-        "Results": for_people(results_of(metrics)),
-        "Classes": classes,
-    }
-    confused = most_confused(found.answers)
-    if confused:
-        tables["Most confused"] = for_people(confused)
-    remarks = remarks_on(trained, args)
-
-    # The pictures. Beside each mistake is what the model looked at.
-    files = {f"{name}.png": render(figure) for name, figure in figures.items()}
-    pictures = {text: files[f"{name}.png"] for name, text in CAPTIONS.items() if name in figures}
-    beside = [found.galleries[name] for name in ("mistakes", "gradcam") if name in found.galleries]
-    galleries = {beside[0].title: as_pngs(*beside)}
-    files["predictions.csv"] = as_bytes(as_csv(found.answers))
-    if found.images.files:
-        images, suspects = found.galleries["suspects"], found.suspects
-        paths = [str(found.images.files[place].path) for place in suspects.index]
-        files["suspects.csv"] = as_bytes(as_csv(suspects.assign(file=paths)))
-        galleries[images.title] = as_pngs(images)
-        remarks.append(f"{images.title}: {len(paths):,} images in suspects.csv")
-
-    # The page, and last metrics.json, which says of what the other files are.
     best = metrics.get("tta", metrics)
     accuracy, interval = (as_text(best[name], "") for name in ("accuracy", "accuracy_interval"))
-    files["report.html"] = as_page(
-        title,
-        remarks,
-        tables,
-        pictures,
-        headline=f"{accuracy} of the images are classified correctly (95% interval {interval}).",
-        galleries=galleries,
-        details={"The run, and all its settings": for_people(settings_of(trained.record))},
-    )
-    files["metrics.json"] = as_bytes(f"{json.dumps(metrics, indent=2)}\n")
-    out = args.out or place_of(trained.directory, args.split)
-    write_files(out, files)
+    content = {
+        "title": found.title,
+        "headline": f"{accuracy} of the images are classified correctly (95% interval {interval}).",
+        "remarks": remarks_on(trained, args),
+        "tables": {
+            "Results": results_of(metrics),
+            "Classes": for_people(metrics["classes"], *CLASS),
+            "Most confused": for_people(most_confused(found.answers)),
+        },
+        "galleries": found.galleries,
+        "settings": settings_of(trained.record),
+    }
 
-    # The screen.
-    lines = [title, "", *as_lines(tables), f"{shown(out)}: {', '.join(files)}", *remarks]
+    # Last comes metrics.json, which says of what the other files are.
+    files = {"predictions.csv": as_csv(found.answers)}
+    if found.suspects is not None:
+        files["suspects.csv"] = as_csv(found.suspects)
+        content["remarks"].append(found.galleries["suspects"].title)
+    files["metrics.json"] = f"{as_json(metrics)}\n"
+    out = args.out or place_of(trained.directory, args.split)
+    lines = publish("report.html", out, figures, files, **content)
     print_result(args, metrics, metrics["classes"], lines)
 
 
-def results_of(metrics: dict) -> list[dict]:
+def results_of(metrics: dict) -> DataFrame:
     """The numbers among the metrics, and the intervals that they have. Those of averaged views come
     first, as the test's accuracy in run.json is theirs."""
+    from pandas import DataFrame
+
     rows, averaged = [], metrics.get("tta", {})
     views = f" with test-time augmentation, {averaged.get('views')}"
     is_fitted = metrics["temperature"] != 1  # else all is as before the temperature
     for figures, more in ((averaged, views), (metrics, "")):
         for name, value in figures.items():
-            is_shown = is_fitted or not re.search("temperature|before", name)
-            if isinstance(value, float) and is_shown:
+            if isinstance(value, float) and (
+                is_fitted or not re.search("temperature|before", name)
+            ):
                 interval = as_text(figures.get(f"{name}_interval", ""), name)
-                row = {"result": in_words(name) + more, "value": as_text(value, name)}
-                rows.append({**row, "95% interval": interval})
-    return rows
+                rows.append([in_words(name) + more, as_text(value, name), interval])
+    return DataFrame(rows, columns=["result", "value", "95% interval"])
 
 
-def most_confused(answers: DataFrame) -> list[dict]:
+def most_confused(answers: DataFrame) -> DataFrame:
     """The ten most frequent mistakes."""
     wrong = answers[answers["class"] != answers.predicted]
     table = wrong.value_counts(["class", "predicted"]).head(10).reset_index(name="images")
     supports = answers["class"].value_counts()
-    return as_rows(table.assign(share_of_class=table["images"] / table["class"].map(supports)))
+    return table.assign(share_of_class=table["images"] / table["class"].map(supports))
 
 
 def remarks_on(trained: Trained, args: Namespace) -> list[str]:
@@ -1105,8 +1056,10 @@ def remarks_on(trained: Trained, args: Namespace) -> list[str]:
     return remarks
 
 
-def settings_of(record: dict) -> list[dict]:
+def settings_of(record: dict) -> DataFrame:
     """What a run is, for the end of its page."""
+    from pandas import DataFrame
+
     data = record["data"]
     is_cut = data["selection"] != "test set"  # else the test's images chose the epoch
     values = {
@@ -1114,23 +1067,26 @@ def settings_of(record: dict) -> list[dict]:
         "training images": data["train"],
         "validation images": data["val"] if is_cut else 0,
     }
-    names = ["status", "epochs", "seconds", "parameters", "started", "host", "device"]
-    for name in (*names, "precision", "threads", "versions", "git"):
-        values[name] = record.get(name)
+    elsewhere = ("args", "argv", "data", "best", "test")  # on this page
+    values |= {name: value for name, value in record.items() if name not in elsewhere}
     values |= {common.as_flag(name): str(value) for name, value in record["args"].items()}
-    return [{"setting": name, "value": as_text(values[name], name)} for name in values]
+    return for_people(DataFrame([values])).melt(var_name="setting")
 
 
 # ------------------------ Compare runs ------------------------
 ENDED = ("finished", "stopped_early")
 # What two runs may differ in, and still be equal but for the seed, or for the fold.
 ELSEWHERE = {"threads", "run_name", "runs_dir", "data_dir", "wandb", "wandb_project", "device"}
+# What is compared: its place in run.json, and its name. Then the columns of the tables.
+COMPARED = {"data.name": "dataset", "script": "script", "args.fold": "fold", "seed": "seed"}
+COMPARED |= {"data.selection": "selection", "args.model": "model", "parameters": "parameters"}
+COMPARED |= {"epochs": "epochs", "best.epoch": "best_epoch", "best.val_loss": "val_loss"}
+COMPARED |= {"best.val_acc": "val_acc", "test.acc": "test_acc", "args.tta": "averaged_views"}
+COMPARED |= {"test.plain_acc": "plain_test_acc", "seconds": "seconds", "status": "status"}
 RUN = ["run", "rank", "dataset", "model", "parameters", "epochs", "val_loss", "val_acc"]
 RUN += ["test_acc", "averaged_views", "selection", "seconds", "status"]
 PAIR = ["pair_with", "pair_images", "pair_only_this_right", "pair_only_other_right"]
 PAIR += ["pair_difference", "pair_low", "pair_high", "pair_mid_p"]
-MEANS = ["val_acc_mean", "val_acc_sd", "val_acc_low", "val_acc_high"]
-MEANS += ["test_acc_mean", "test_acc_sd", "test_acc_low", "test_acc_high"]
 
 
 def compare(args: Namespace) -> dict:
@@ -1139,183 +1095,157 @@ def compare(args: Namespace) -> dict:
     Only for folds images are read, and those of a test never. UsageError, RunError.
     """
     # Measure.
-    rows = measure_runs(args)
-    remarks = rank_runs(rows)
-    add_pairs(rows, args.split)
-    pairs = [row for row in rows if row["pair_with"]]
-    seeds, folds = equal_runs(rows, "seed"), equal_runs(rows, "fold")
-    tables = {
-        "Runs": for_people(rows, *RUN),
-        f"Image by image, {args.split} images": for_people(pairs, "run", *PAIR[:-2], "pair_mid_p"),
-        "Equal but for the seed": add_means(seeds, "seed"),
-        "Equal but for the fold": add_means(folds, "fold"),
-    }
-    tables = {heading: table for heading, table in tables.items() if len(table)}
-    remarks += reasons_of(rows, "not_ranked", "not ranked with the others")
-    remarks += reasons_of(rows, "not_paired", "not compared image by image")
-    if len(pairs) > 1:
+    runs, remarks = rank_runs(measure_runs(args))
+    pairs = measure_pairs(runs, args.split)
+    seeds, folds = average(runs, "seed"), average(runs, "fold")
+    runs = runs.join(pairs).join(seeds).join(folds)
+    remarks += reasons_of(runs, "not_ranked", "not ranked with the others")
+    remarks += reasons_of(runs, "not_paired", "not compared image by image")
+    if runs.pair_with.count() > 1:
         remarks.append("of twenty pairs of equally good models one has a mid-p below 0.05")
 
-    # Draw, and of the first folds that are complete, find what may have a wrong label.
-    files, galleries = {"compare.png": render(draw_comparison(rows))}, {}
-    pictures = {"Validation, run by run.": files["compare.png"]}
-    for group in folds:
-        record = group[0]["record"]
-        parts = int(record["args"]["fold"].partition("/")[2])
+    # Of the first folds that are complete, find what may have a wrong label.
+    files, galleries = {}, {}
+    for _, group in runs.groupby("fold_runs"):
+        parts = int(group.fold.iloc[0].partition("/")[2])
         if len(group) < parts:
             remarks.append(f"{len(group)} of {parts} folds: with all, wrong labels are looked for")
-        elif record["data"]["files"] and not galleries:
-            suspects, images = judge_out_of_fold(group, args)
-            files["suspects.csv"] = as_bytes(as_csv(suspects))
-            files["suspects.png"] = render(draw_gallery(images, f"{parts} folds"))
-            galleries[images.title] = as_pngs(images)
-            remarks.append(f"{images.title}: {len(suspects):,} images in suspects.csv")
+        elif group.record.iloc[0]["data"]["files"] and not files:
+            suspects, galleries["suspects"] = judge_out_of_fold(group, args)
+            files["suspects.csv"] = as_csv(suspects)
+            remarks.append(galleries["suspects"].title)
+
+    # Draw.
+    title, figures = f"{len(runs)} runs", {"compare": draw_comparison(runs)}
+    figures |= {name: draw_gallery(images, title) for name, images in galleries.items()}
 
     # Write.
-    for row in rows:
-        del row["record"]
-    title, out = f"{len(rows)} runs", args.out or args.runs[0].parent
-    files["compare.html"] = as_page(title, remarks, tables, pictures, galleries=galleries)
-    write_files(out, files)
-    lines = [*as_lines(tables), *remarks, f"{shown(out)}: {', '.join(files)}"]
+    paired = runs.dropna(subset="pair_with")
+    tables = {
+        "Runs": for_people(runs, *RUN),
+        f"Image by image, {args.split} images": for_people(paired, "run", *PAIR),
+        "Equal but for the seed": together(runs, seeds),
+        "Equal but for the fold": together(runs, folds),
+    }
+    out, rows = args.out or args.runs[0].parent, runs.drop(columns="record")
+    content = {"title": title, "remarks": remarks, "tables": tables, "galleries": galleries}
+    lines = publish("compare.html", out, figures, files, **content)
     print_result(args, rows, rows, lines)
-    return {"runs": rows}
+    return {"runs": as_rows(rows)}
 
 
-def measure_runs(args: Namespace) -> list[dict]:
-    """A row for each run: its `record`, run.json, what is compared, and places for what follows
-    from the others. UsageError, RunError where there is none."""
-    rows = []
+def measure_runs(args: Namespace) -> DataFrame:
+    """A row for each run: its `record`, run.json, and what is compared. UsageError, RunError where
+    there is none."""
+    from pandas import json_normalize
+
+    found = {}
     for directory in args.runs:
         if directory.is_file():
             continue  # `runs/*` names pictures and pages, too
         try:
-            record = read_run(directory)
+            found[str(directory)] = read_run(directory)
         except (UsageError, RunError) as error:
             if not directory.exists():
                 raise
             note(f"skipped: {error}", args.quiet)  # it names searches, too
-            continue
-        best, test, data = record["best"] or {}, record["test"] or {}, record["data"]
-        dataset = data["name"]
-        if dataset == "synthetic":  # each script draws its own
-            dataset = f"synthetic ({record['script']})"
-        row = {
-            "record": record,
-            "run": str(directory),
-            "rank": None,
-            "dataset": dataset,
-            "selection": data["selection"],
-            "model": record["args"]["model"],
-            "parameters": record["parameters"],
-            "epochs": record["epochs"],
-            "best_epoch": best.get("epoch"),
-            "val_loss": best.get("val_loss"),
-            "val_acc": best.get("val_acc"),
-            "test_acc": test.get("acc"),
-            "averaged_views": record["args"]["tta"],
-            "plain_test_acc": test.get("plain_acc", test.get("acc")),
-            "seconds": record["seconds"],
-            "status": record["status"],
-        }
-        names = "not_ranked", "not_paired", *PAIR, *mean_names("seed"), *mean_names("fold")
-        rows.append(row | dict.fromkeys(names))
-    if not rows:
+    if not found:
         raise RunError("none of these is a run directory")
-    return rows
+    table = json_normalize(list(found.values()), max_level=1).reindex(columns=list(COMPARED))
+    runs = table.rename(columns=COMPARED).assign(run=list(found), record=list(found.values()))
+    synthetic = runs.dataset == "synthetic"  # each script draws its own
+    runs["dataset"] = runs.dataset.mask(synthetic, "synthetic (" + runs.script + ")")
+    runs["plain_test_acc"] = runs.plain_test_acc.fillna(runs.test_acc)
+    return runs.fillna({"fold": ""}).astype({"best_epoch": "Int64"})
 
 
-def rank_runs(rows: list[dict]) -> list[str]:
-    """Sort the rows, and number those that can be compared, best first. Returns remarks."""
-    # Put together what was validated on the same images; of each dataset the most runs first.
-    groups: list[list[dict]] = []
-    for row in rows:
-        for group in groups:
-            same = row["dataset"] == group[0]["dataset"]
-            if same and not why_not_comparable(row, group[0], "val_acc"):
-                group.append(row)
-                break
-        else:
-            groups.append([row])
-    groups.sort(key=lambda group: (group[0]["dataset"], -len(group)))
+def rank_runs(runs: DataFrame) -> tuple[DataFrame, list[str]]:
+    """Sort the runs of each dataset, and of each fold of it, and number those that can be compared,
+    best first. Also returns remarks."""
+    from pandas import DataFrame, concat
 
-    # Rank by the losses, or by the accuracies where the losses are of different things.
-    remarks, leaders = [], {}
-    for group in groups:
-        first = group[0]
-        leader = leaders.setdefault(first["dataset"], first)
-        reasons = [why_not_comparable(row, first, "val_loss") for row in group]
-        reason = next(filter(None, reasons), "")
-        name, sign = ("val_acc", -1) if reason else ("val_loss", 1)
-        group.sort(key=lambda row: math.inf if row[name] is None else sign * row[name])
-        if reason and leader is first:
-            text = f"{first['dataset']}: {reason}"
-            remarks.append(f"{text}, so they are ranked by validation accuracy")
-        for place, row in enumerate(group, 1):
-            row["not_ranked"] = why_not_comparable(row, leader, "val_acc") or None
-            row["rank"] = None if row["not_ranked"] or row[name] is None else place
-    rows[:] = [row for group in groups for row in group]
-    return remarks
+    parts, remarks = [], []
+    for (dataset, _), part in runs.groupby(["dataset", "fold"]):
+        # Compare with a run that was validated on the same images as most.
+        images = part.record.map(lambda run: str(run["data"].get("val_checksum")))
+        leader = part.record[images.map(images.value_counts()).idxmax()]
+        why = DataFrame(index=part.index)
+        for figure in ("val_acc", "val_loss"):
+            why[figure] = [common.why_not_comparable(run, leader, figure) for run in part.record]
+
+        # Rank by the losses, or by the accuracies where the losses are of different things.
+        is_ranked = why.val_acc == ""
+        reason, figures = why.val_loss[is_ranked].max(), part.val_loss
+        if reason:
+            figures = -part.val_acc
+            remarks.append(f"{dataset}: {reason}, so they are ranked by validation accuracy")
+        part["not_ranked"] = why.val_acc.mask(is_ranked)
+        part["rank"] = figures.where(is_ranked).rank(method="first").astype("Int64")
+        parts.append(part.sort_values("rank", kind="stable"))
+    return concat(parts), list(dict.fromkeys(remarks))
 
 
-def why_not_comparable(row: dict, other: dict, figure: str) -> str:
-    """Why a figure of two rows cannot be compared, "" where it can."""
-    return common.why_not_comparable(row["record"], other["record"], figure)
-
-
-def reasons_of(rows: list[dict], name: str, what: str) -> list[str]:
-    """Remarks on the rows with a reason under this name, one for each reason."""
+def reasons_of(runs: DataFrame, column: str, what: str) -> list[str]:
+    """Remarks on the runs with a reason in this column, one for each reason."""
     remarks = []
-    for reason in dict.fromkeys(row[name] for row in rows if row[name]):
-        runs = [row["run"] for row in rows if row[name] == reason]
-        text = ", ".join(runs) if len(runs) <= 5 else f"{len(runs)} runs"
+    for reason, names in runs.groupby(column).run:
+        text = ", ".join(names) if len(names) <= 5 else f"{len(names)} runs"
         remarks.append(f"{what}, as {reason}: {text}")
     return remarks
 
 
-def add_pairs(rows: list[dict], split: str) -> None:
-    """Put into the ranked rows how each does, image by image, against the best of its dataset that
-    was evaluated; without averaged views."""
-    bests: dict[str, tuple] = {}
-    for row in rows:
+def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
+    """How each run does, image by image, against the best of its dataset that was evaluated;
+    without averaged views."""
+    from pandas import DataFrame
+
+    rows: dict[int, dict] = {}
+    bests: dict[tuple, tuple] = {}
+    for run in runs.itertuples():
         try:
-            checksum, right = read_evaluation(row, split)
-            best = bests.setdefault(row["dataset"], (row["run"], checksum, right))
-            if checksum != best[1] or right.keys() != best[2].keys():
+            checksum, right = read_evaluation(run, split)
+            best = bests.setdefault((run.dataset, run.fold), (run.run, checksum, right))
+            if checksum != best[1] or not right.index.equals(best[2].index):
                 raise RunError(f"evaluated on other {split} images than {best[0]}")
         except RunError as error:
-            row["not_paired"] = str(error)
+            if not (run.fold and split == "test"):  # a fold has no test images
+                rows[run.Index] = {"not_paired": str(error)}
             continue
-        if best[0] != row["run"]:
-            images, one = len(right), sum(right[file] > best[2][file] for file in right)
-            other = sum(right[file] < best[2][file] for file in right)
+        if best[0] != run.run:
+            one, other = int((right > best[2]).sum()), int((right < best[2]).sum())
+            images, p = len(right), mcnemar_mid_p(one, other)
             interval = difference_interval(one, other, images)
-            values = best[0], images, one, other, (one - other) / images, *interval
-            row.update(zip(PAIR, (*values, mcnemar_mid_p(one, other)), strict=True))
+            values = best[0], images, one, other, (one - other) / images, *interval, p
+            rows[run.Index] = dict(zip(PAIR, values, strict=True))
+    columns = [*PAIR, "not_paired"]
+    pairs = [rows.get(place, {}) for place in runs.index]
+    return DataFrame(pairs, index=runs.index, columns=columns, dtype=object)
 
 
-def read_evaluation(row: dict, split: str) -> tuple[str, dict[str, bool]]:
+def read_evaluation(run: Any, split: str) -> tuple[str, Series]:
     """Checksum of the images that a run was evaluated on, and of each file whether it was right.
     RunError says why they are of no use."""
+    from pandas import read_csv
+
     # Was it evaluated with the weights that it has now?
-    directory = place_of(Path(row["run"]), split)
+    directory = place_of(Path(run.run), split)
     path = directory / "predictions.csv"
     if not path.exists() or not (directory / "metrics.json").exists():
         raise RunError(f"not evaluated on the {split} images")
     metrics = records.read_json(directory / "metrics.json")
-    if metrics.get("epoch") != row["best_epoch"]:
+    if metrics.get("epoch") != run.best_epoch:
         raise RunError("trained on since the evaluation")
 
-    # Read it.
+    # Read it. A class may be called NA.
+    columns = ["file", "class", "predicted"]
+    plain = {"dtype": str, "keep_default_na": False, "encoding_errors": "surrogateescape"}
     try:
-        with open(path, newline="", errors="surrogateescape") as file:
-            answers = list(csv.DictReader(file))
-        right = {answer["file"]: answer["class"] == answer["predicted"] for answer in answers}
-    except (csv.Error, KeyError):
-        right = {}
-    if len(right) != metrics.get("images"):
+        answers = read_csv(path, usecols=columns, index_col="file", **plain).sort_index()
+    except ValueError as error:
+        raise RunError(f"{shown(path)} is damaged") from error
+    if len(answers) != metrics.get("images"):
         raise RunError(f"{shown(path)} is damaged")
-    return metrics.get("checksum"), right
+    return metrics.get("checksum"), answers["class"] == answers.predicted
 
 
 def mcnemar_mid_p(one: int, other: int) -> float:
@@ -1339,93 +1269,86 @@ def difference_interval(one: int, other: int, images: int) -> tuple[float, float
     proportions based on paired data" (2012).
     """
     p, q = (one + 1) / (images + 2), (other + 1) / (images + 2)
-    half = statistics.NormalDist().inv_cdf(0.975) * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
+    half = 1.959963984540054 * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
     return max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
-def equal_runs(rows: list[dict], argument: str) -> list[list[dict]]:
-    """The runs that came to their end and are equal but for an argument; each of its values counts
-    once."""
-    groups: dict[str, dict] = {}
-    for row in rows:
-        record = row["record"]
-        same = {name: value for name, value in record["args"].items() if name not in ELSEWHERE}
-        value = same.pop(argument)
-        if row["status"] in ENDED and value is not None:
-            images = record["data"]["train"] + record["data"]["val"]
-            key = json.dumps([record["script"], row["dataset"], images, same], default=str)
-            groups.setdefault(key, {}).setdefault(value, row)
-    return [list(group.values()) for group in groups.values() if len(group) > 1]
-
-
-def add_means(groups: list[list[dict]], argument: str) -> DataFrame:
-    """Put into the rows of runs that are equal but for an argument what their accuracies are
-    together. Returns the table of that."""
-    names = mean_names(argument)
-    for group in groups:
-        parts = [mean_interval([row[name] for row in group]) for name in ("val_acc", "test_acc")]
-        values = len(group), ", ".join(row["run"] for row in group), *parts[0], *parts[1]
-        for row in group:
-            row.update(zip(names, values, strict=True))
-    columns = [name for name in names[2:] if not name.endswith("_high")]
-    firsts = [group[0] for group in groups]
-    return for_people(firsts, names[1], "model", names[0], *columns)
-
-
-def mean_names(argument: str) -> list[str]:
-    """The names of what runs have together that are equal but for an argument."""
-    start = "" if argument == "seed" else f"{argument}_"
-    return [f"{argument}s", f"{argument}_runs", *(start + name for name in MEANS)]
-
-
-def mean_interval(values: list) -> list:
-    """Mean and standard deviation of two values or more, each from 0 to 1, and low and high of
-    Student's 95% interval of the mean, from three values on. None is what is not known."""
+def average(runs: DataFrame, argument: str) -> DataFrame:
+    """What the runs have together that came to their end and are equal but for an argument, each of
+    its values once: mean and standard deviation of their accuracies, and Student's 95% interval of
+    the mean, from three runs on."""
+    from pandas import DataFrame
     from scipy.stats import t
 
-    if None in values:
-        return [None] * 4
-    mean, deviation, count = statistics.mean(values), statistics.stdev(values), len(values)
-    if count < 3:
-        return [mean, deviation, None, None]
-    half = float(t.ppf(0.975, count - 1)) * deviation / math.sqrt(count)
-    return [mean, deviation, max(0.0, mean - half), min(1.0, mean + half)]
+    def configuration(record):
+        args = {name: record["args"][name] for name in record["args"].keys() - ELSEWHERE}
+        images = record["data"]["train"] + record["data"]["val"]
+        args |= {argument: None, "dataset": record["data"]["name"]}
+        return json.dumps([record["script"], images, args], sort_keys=True, default=str)
+
+    # Put together what is equal.
+    runs = runs[runs.status.isin(ENDED) & (runs[argument] != "")]
+    runs = runs.assign(configuration=runs.record.map(configuration))
+    runs = runs.drop_duplicates(["configuration", argument])
+    groups = runs.groupby("configuration")
+    count = groups.run.transform("size")
+
+    # The figures, beside each of the runs.
+    table = {f"{argument}_runs": groups.run.transform(", ".join), f"{argument}s": count}
+    start = "" if argument == "seed" else f"{argument}_"
+    for name in ("val_acc", "test_acc"):
+        mean, deviation = (groups[name].transform(how, skipna=False) for how in ("mean", "std"))
+        half = t.ppf(0.975, (count - 1).where(count > 2)) * deviation / count**0.5
+        low, high = (mean - half).clip(0, 1), (mean + half).clip(0, 1)
+        figures = {"mean": mean, "sd": deviation, "low": low, "high": high}
+        table |= {f"{start}{name}_{kind}": values for kind, values in figures.items()}
+    return DataFrame(table)[count > 1].astype({f"{argument}s": "Int64"})
 
 
-def judge_out_of_fold(group: list[dict], args: Namespace) -> tuple[DataFrame, Gallery]:
+def together(runs: DataFrame, means: DataFrame) -> DataFrame:
+    """A table for people of what runs have together."""
+    first = means.columns[0]
+    table = runs.drop_duplicates(first).dropna(subset=first)
+    return for_people(table, first, "model", *means.columns[1:])
+
+
+def judge_out_of_fold(group: DataFrame, args: Namespace) -> tuple[DataFrame, Gallery]:
     """The suspects among all images of a folder, each judged by the one run of all folds that was
     not trained on it; and the first of them as a gallery."""
     from pandas import concat
 
     parts = []
-    for row in group:
-        trained = load_trained(Path(row["run"]), args.device, args.quiet)
+    for directory in group.run:
+        trained = load_trained(Path(directory), args.device, args.quiet)
         images = load_images(trained, "val", args.data_dir, args.quiet)
-        answers = answer_table(images, trained.probabilities(trained.test(images)[1]))
-        parts.append(answers.assign(file=[str(file.path) for file in images.files]))
+        _, logits = trained.test(images)
+        parts.append(with_paths(answer_table(images, trained.probabilities(logits)), images))
     suspects = find_suspects(concat(parts)).reset_index(drop=True)
 
     # Read the images that are shown once more.
     first = suspects.head(SHOWN_IMAGES)
-    pixels = [trained.read_image(Path(file)) for file in first.file]
-    title = "Suspects: unlikely classes, judged by the run that was not trained on the image"
+    pixels = torch.empty(len(first), *trained.config["image_shape"], dtype=torch.uint8)
+    for place, file in enumerate(first.file):
+        pixels[place] = trained.read_image(Path(file))
+    judge = "a run that was not trained on them"
+    title = f"Suspects: {len(suspects):,} images whose class {judge} finds unlikely"
     return suspects, gallery(title, trained.as_images(pixels), first, as_suspect)
 
 
-def draw_comparison(rows: list[dict]) -> Figure:
+def draw_comparison(runs: DataFrame) -> Figure:
     """Validation loss and accuracy of the runs of each dataset on a pair of axes; a legend for the
     ten best."""
-    datasets = dict.fromkeys(row["dataset"] for row in rows)
-    figure = new_figure(13, 4.8 * len(datasets), "validation, run by run")
-    parts = figure.subfigures(len(datasets), squeeze=False).flat
-    for part, dataset in zip(parts, datasets, strict=True):
+    groups = runs.groupby("dataset").run
+    figure = new_figure(13, 4.8 * len(groups), "validation, run by run")
+    parts = figure.subfigures(len(groups), squeeze=False).flat
+    for part, (dataset, names) in zip(parts, groups, strict=True):
         part.suptitle(shorten(Path(dataset).name, 60))
         axes = curves_axes(part)
-        for place, row in enumerate(row for row in rows if row["dataset"] == dataset):
+        for place, name in enumerate(names):
             look = {"color": "lightgrey", "zorder": 1}
             if place < 10:
-                look = {"color": f"C{place}", "label": shorten(row["run"][-40:], 40)}
-            plot_history(axes, Path(row["run"]), "val", **look)
+                look = {"color": f"C{place}", "label": shorten(name[-40:], 40)}
+            plot_history(axes, Path(name), "val", **look)
         part.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
@@ -1439,36 +1362,42 @@ def classify(args: Namespace) -> dict:
 
     UsageError for --top, RunError where a file cannot be read, after the others.
     """
-    # Which files.
+    # What is to be classified.
     trained = load_trained(args.runs[0], args.device, args.quiet)
     top, most = args.top or 1, len(trained.config["classes"])
     if top > most:
         raise UsageError(f"--top {top}: the model has {most} classes")
-    files, skipped = [], Counter()
+    files, skipped, unreadable = [], Counter(), Counter()
     for path in args.predict:
         files += common.image_files(path, skipped) if path.is_dir() else [path]
+
+    # Read them, some at a time, classify those, and print.
+    predictions: list[dict] = []
+    progress = tqdm(total=len(files), leave=False, disable=args.quiet or None)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, progress as bar:
+        for start in range(0, len(files), FILES_AT_A_TIME):
+            some = files[start : start + FILES_AT_A_TIME]
+            images = read_images(trained, some, pool)
+            read = {file for file, _ in images}
+            unreadable.update(file.suffix.lower() for file in some if file not in read)
+            rows = likeliest_classes(trained, images, top)
+            print_predictions(rows, args, heading=not predictions)
+            predictions += rows
+            bar.update(len(some))
+
+    # Say what is left out.
     if skipped:
         note(common.as_skipped(skipped), args.quiet)
     if not files:
         raise RunError("no image files there")
-
-    # Classify them, some at a time, and print the answers.
-    predictions, unreadable = [], 0
-    with tqdm(total=len(files), leave=False, disable=args.quiet or None) as bar:
-        for count, images in read_in_threads(trained, files):
-            rows = likeliest_classes(trained, images, top) if images else []
-            print_predictions(rows, args, heading=not predictions)
-            predictions += rows
-            unreadable += count - len(images)
-            bar.update(count)
     if unreadable:
-        raise RunError(f"{unreadable} of {len(files)} files could not be read")
+        kinds = common.by_ending(unreadable)
+        raise RunError(f"{unreadable.total()} of {len(files)} files could not be read: {kinds}")
     return {"predictions": predictions}
 
 
-def read_in_threads(trained: Trained, files: list[Path]) -> Iterator[tuple[int, list[tuple]]]:
-    """Yield how many files were tried, and those that could be read with their images, some at a
-    time; they are read in as many threads as there are cores. The others are named on stderr."""
+def read_images(trained: Trained, files: list[Path], pool: Executor) -> list[tuple[Path, Tensor]]:
+    """Those of the files that can be read, each with its image; the others are named on stderr."""
 
     def read(file):
         try:
@@ -1476,26 +1405,27 @@ def read_in_threads(trained: Trained, files: list[Path]) -> Iterator[tuple[int, 
         except RunError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(files), FILES_AT_A_TIME):
-            some, images = files[start : start + FILES_AT_A_TIME], []
-            for file, content in zip(some, pool.map(read, some), strict=True):
-                if isinstance(content, RunError):
-                    print(f"evaluate.py: error: {content}", file=sys.stderr)
-                else:
-                    images.append((file, content))
-            yield len(some), images
+    images = []
+    for file, content in zip(files, pool.map(read, files), strict=True):
+        if isinstance(content, RunError):
+            print(f"evaluate.py: error: {content}", file=sys.stderr)
+        else:
+            images.append((file, content))
+    return images
 
 
-def likeliest_classes(trained: Trained, images: list[tuple], top: int) -> list[dict]:
+def likeliest_classes(trained: Trained, images: list[tuple[Path, Tensor]], top: int) -> list[dict]:
     """The `top` likeliest classes of each file with its image, likeliest first."""
-    _, logits = trained.test(trained.as_images([image for _, image in images]))
-    best, rows = trained.probabilities(logits).topk(top), []
-    for (file, _), values, labels in zip(images, *map(Tensor.tolist, best), strict=True):
-        for probability, label in zip(values, labels, strict=True):
-            name = trained.config["classes"][label]
-            rows.append({"file": str(file), "class": name, "probability": probability})
-    return rows
+    if not images:
+        return []
+    _, logits = trained.test(trained.as_images(torch.stack([image for _, image in images])))
+    probabilities, labels = trained.probabilities(logits).topk(top)
+    names = np.array(trained.config["classes"])[labels]
+    return [
+        {"file": str(images[place][0]), "class": str(name), "probability": probability.item()}
+        for place in range(len(images))
+        for name, probability in zip(names[place], probabilities[place], strict=True)
+    ]
 
 
 def print_predictions(rows: list[dict], args: Namespace, heading: bool) -> None:
@@ -1536,23 +1466,16 @@ def to_torch_export(program, metadata: dict) -> tuple[bytes, Callable]:
 def to_onnx(program, metadata: dict) -> tuple[bytes, Callable]:
     """The bytes of model.onnx, with each value of the metadata as JSON in it, and what they
     compute."""
-    import onnxruntime
-
     names = {"input_names": ["images"], "output_names": ["probabilities"]}
     shapes = ({0: "batch"},)
     exported = torch.onnx.export(program, **names, dynamic_shapes=shapes, verbose=False)
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     exported.model.metadata_props.update(texts)
     content = exported.model_proto.SerializeToString()
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-
-    def compute(images):
-        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-    return content, compute
+    return content, lambda images: exported(images)[0]
 
 
-CHECKED_IMAGES = 200  # of the run, beside the noise
+CHECKED_IMAGES = 200
 # Kind: the file, what writes it, and the packages that this needs.
 EXPORTS: dict[str, tuple] = {
     "torch.export": ("model.pt2", to_torch_export, ()),
@@ -1572,31 +1495,21 @@ def export(args: Namespace) -> dict:
         text = f"needs more packages: pip install {' '.join(missing)}"
         raise RunError(f"--export {args.export} {text}")
     trained = load_trained(args.runs[0], "cpu", args.quiet)
-    config, random = trained.config, common.generator_for("export")
-    model, shape = WithPreprocessing(trained).eval(), config["image_shape"]
+    config, model = trained.config, WithPreprocessing(trained).eval()
 
     # What the file leaves to its user: as common.read_image does it.
     metadata = {
         "classes": config["classes"],
-        "image_shape": shape,
-        "mode": "L" if shape[0] == 1 else "RGB",
+        "image_shape": config["image_shape"],
+        "mode": "L" if config["image_shape"][0] == 1 else "RGB",
         "resize": "bilinear, antialiased, as Pillow's Image.resize",
         "square": config.get("resize", "stretch"),
         "transparent pixels": "on white",
     }
 
-    # Images to check it with: noise of rising contrast, and some that the model was trained on.
-    noise = torch.rand(5, *shape, generator=random) * torch.linspace(0, 255, 5).view(-1, 1, 1, 1)
-    images, photos = noise.byte(), None
-    try:
-        photos = load_images(trained, "train", args.data_dir, args.quiet)
-    except RunError as error:
-        note(f"the export is checked with noise alone, as {error}", args.quiet)
-    if photos:
-        photos = photos.select(torch.randperm(len(photos), generator=random)[:CHECKED_IMAGES])
-        images = torch.cat([images, photos.images])
-
     # Export it, and have the result answer: to a batch, and to one image.
+    checked, kind = images_to_check(trained, args)
+    images = checked.images.contiguous()
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
     content, exported = convert(program, metadata)
@@ -1610,21 +1523,32 @@ def export(args: Namespace) -> dict:
     out = args.out or trained.directory
     write_files(out, {name: content})
 
-    # Say what it takes, and how it differs from what --predict says in the run's own precision.
-    takes = f"uint8 images [N, {', '.join(map(str, shape))}] to probabilities [N, K]"
+    # Say how it differs from the model, and from what --predict says in the run's own precision.
+    own = trained.probabilities(trained.test(checked)[1])
+    changed = (own.argmax(1) != expected.argmax(1)).sum().item()
+    furthest = (own - expected).abs().max().item()
+    shape = ", ".join(map(str, images.shape[1:]))
+    takes = f"uint8 images [N, {shape}] to probabilities [N, K]"
     say(f"{shown(out / name)}: {takes}, within {difference:.1g} of the model in fp32", args.quiet)
-    if photos:
-        _, logits = trained.test(photos)
-        own = trained.probabilities(logits)
-        changed = (own.argmax(1) != expected[5:].argmax(1)).sum().item()
-        furthest = (own - expected[5:]).abs().max().item()
-        text = f"{changed} of {len(photos)} training images get another class than by --predict"
-        precision = trained.record["precision"]
-        say(
-            f"{text}, which computes in {precision}; probabilities differ by up to {furthest:.2g}",
-            args.quiet,
-        )
+    text = f"{changed} of {len(checked)} {kind} get another class than by --predict"
+    precision = f"which computes in {trained.record['precision']}"
+    say(f"{text}, {precision}; probabilities differ by up to {furthest:.2g}", args.quiet)
     return {"file": str(out / name)}
+
+
+def images_to_check(trained: Trained, args: Namespace) -> tuple[ImageSet, str]:
+    """Images to check an export with, and what they are: some that the model was trained on, or
+    where these are gone noise of rising contrast."""
+    random = common.generator_for("export")
+    try:
+        images = load_images(trained, "train", args.data_dir, args.quiet)
+        chosen = torch.randperm(len(images), generator=random)[:CHECKED_IMAGES]
+        return images.select(chosen), "training images"
+    except RunError as error:
+        note(f"the export is checked with noise alone, as {error}", args.quiet)
+    noise = torch.rand(CHECKED_IMAGES, *trained.config["image_shape"], generator=random)
+    contrast = torch.linspace(0, 255, CHECKED_IMAGES).view(-1, 1, 1, 1)
+    return trained.as_images((noise * contrast).byte()), "images of noise"
 
 
 # ------------------------ Main ------------------------
@@ -1636,9 +1560,8 @@ def evaluate_run(args: Namespace) -> dict:
     if args.image >= len(images):
         raise UsageError(f"--image {args.image}: the split has {len(images)} images, from 0")
     found = measure(trained, images, args)
-    figures = draw(found, args)
-    write(found, figures, args)
-    return found.metrics
+    write(found, draw(found, args), args)
+    return json.loads(as_json(found.metrics))
 
 
 def main(argv: list[str] | None = None) -> dict:

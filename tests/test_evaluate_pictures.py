@@ -245,6 +245,29 @@ def test_all_folds_give_a_mean_and_the_suspects_among_all_images(five_folds, cap
     assert Path("runs/suspects.png").exists() and f"{len(suspects)} images" in out
 
 
+def test_folds_are_ranked_each_with_its_like_and_nothing_is_said_of_the_others(five_folds, capsys):
+    record = records.read_record(five_folds[0])
+    other = Path(shutil.copytree(five_folds[0], "runs/other"))
+    best = {**record["best"], "val_loss": record["best"]["val_loss"] + 1}
+    args = {**record["args"], "lr": 0.1}
+    records.write_json(other / "run.json", {**record, "best": best, "args": args})
+    rows = evaluate.main([*map(str, five_folds), str(other)])["runs"]
+    out = capsys.readouterr().out
+    assert "not ranked" not in out and "image by image" not in out
+    ranks = {Path(row["run"]).name: row["rank"] for row in rows}
+    assert ranks == {"f1": 1, "f2": 1, "f3": 1, "f4": 1, "f5": 1, "other": 2}
+    assert [row["folds"] for row in rows if row["run"] == str(other)] == [None]
+
+
+def test_folds_that_make_no_mistake_have_no_suspects(capsys):
+    photos("p", {"dark": 10, "light": 10})
+    argv = ["--dataset", "p", "--image-size", 8, *TINY, "--epochs", 30, "--lr", 0.01]
+    made = [run(train_mnist, *argv, "--fold", f"{k}/2", "--run-name", f"f{k}")[0] for k in (1, 2)]
+    assert [records.read_record(path)["best"]["val_acc"] for path in made] == [1, 1]
+    evaluate.main([*map(str, made)])
+    assert rows_of("runs/suspects.csv") == [] and "Suspects: 0 images" in capsys.readouterr().out
+
+
 def test_folds_that_are_not_all_there_say_so_and_read_no_images(five_folds, capsys, monkeypatch):
     monkeypatch.setattr(common, "load_data", None)
     rows = evaluate.main([*map(str, five_folds[1:])])["runs"]
@@ -283,6 +306,26 @@ def test_hundreds_of_files_are_answered_in_order_as_each_alone(runs, capsys):
     out, err = capsys.readouterr()
     assert [line.split(",")[0] for line in out.splitlines()] == ["file", *some[:2], some[0]]
     assert err == ""
+
+
+def test_a_photo_of_a_phone_that_cannot_be_read_is_told_by_its_ending(runs, capsys, expected):
+    Path("album").mkdir()
+    for name in ("album/IMG_1.HEIC", "IMG_2.heic"):  # the beginning of such a file
+        Path(name).write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99))
+    Image.fromarray(expected[0][0, 0].numpy()).save("one.png")
+    argv = [str(runs / "digits"), "--predict"]
+    evaluate.main([*argv, "album", "one.png"])
+    out, err = capsys.readouterr()
+    assert [line.split("\t")[0] for line in out.splitlines()] == ["one.png"]
+    assert err.splitlines()[-1].endswith("1 files skipped: 1 .heic (pip install pillow-heif)")
+    with pytest.raises(records.RunError, match="no image files there"):
+        evaluate.main([*argv, "album"])
+    assert "1 .heic (pip install pillow-heif)" in capsys.readouterr().err
+    text = r"1 of 2 files could not be read: 1 .heic \(pip install pillow-heif\)"
+    with pytest.raises(records.RunError, match=text):
+        evaluate.main([*argv, "IMG_2.heic", "one.png"])
+    out, err = capsys.readouterr()
+    assert out.startswith("one.png\t") and "IMG_2.heic cannot be used" in err
 
 
 @pytest.mark.parametrize("argv", [["--predict", ""], ["--out", ""]])
