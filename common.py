@@ -1232,9 +1232,8 @@ def image_files(folder: Path, skipped: Counter | None = None) -> list[Path]:
 @functools.cache
 def image_endings() -> set[str]:
     """The endings of the files that Pillow can read here."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    endings = {*IMG_EXTENSIONS, ".jfif", ".gif", ".avif", ".jp2"}
+    endings = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+    endings |= {".gif", ".avif", ".jp2"}
     if importlib.util.find_spec("pillow_heif"):
         import pillow_heif
 
@@ -1403,8 +1402,8 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
     It is turned as the camera says, what is transparent lies on white, and the square is made as
     `resize`, as in --resize, says. Raises what Pillow's decoders raise.
     """
+    import numpy
     from PIL import Image, ImageOps
-    from torchvision.transforms.functional import pil_to_tensor
 
     with Image.open(io.BytesIO(content)) as image:
         # A JPEG is read in half, a quarter or an eighth of its size, where that is enough.
@@ -1430,7 +1429,7 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
             image = ImageOps.pad(image, square, kernel)
         else:
             image = image.resize(square, kernel)
-        return pil_to_tensor(image)
+        return torch.from_numpy(numpy.array(image)).view(side, side, -1).permute(2, 0, 1)
 
 
 # ------------------------ Augmentation and batches ------------------------

@@ -4,6 +4,8 @@ command line, its files, and the pictures as they are saved."""
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import common
@@ -306,6 +308,14 @@ def test_hundreds_of_files_are_answered_in_order_as_each_alone(runs, capsys):
     out, err = capsys.readouterr()
     assert [line.split(",")[0] for line in out.splitlines()] == ["file", *some[:2], some[0]]
     assert err == ""
+
+
+def test_predicting_with_a_net_of_ours_does_not_wait_for_torchvision(runs, expected):
+    Image.fromarray(expected[0][0, 0].numpy()).save("one.png")
+    argv = [str(runs / "digits"), "--predict", "one.png"]
+    code = f"import sys, evaluate; evaluate.main({argv}); print('torchvision' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[1:] == ["False"], done.stderr
 
 
 def test_a_photo_of_a_phone_that_cannot_be_read_is_told_by_its_ending(runs, capsys, expected):
