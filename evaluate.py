@@ -294,6 +294,7 @@ def find_convolution(model: nn.Module, args: Namespace) -> tuple[str | None, nn.
 
 
 # ------------------------ Measure ------------------------
+Z = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
 CALIBRATION_BINS = 15
 SHOWN_IMAGES = 40
 IMAGES_AT_A_TIME = 8  # whose gradients are in memory
@@ -434,12 +435,11 @@ def meter_metrics(meter: common.AverageMeter) -> dict:
 def wilson_interval(correct: int, count: int) -> list[float]:
     """The 95% interval [low, high] of a share, E. B. Wilson's: sound near 0 and 1, and for few
     images. Without images, the share may be anything."""
-    from scipy.stats import binomtest
-
     if not count:
         return [0.0, 1.0]
-    interval = binomtest(correct, count).proportion_ci(method="wilson")
-    return [float(interval.low), float(interval.high)]
+    middle, total = correct + Z**2 / 2, count + Z**2
+    half = Z * math.sqrt(correct * (count - correct) / count + Z**2 / 4)
+    return [max(0.0, (middle - half) / total), min(1.0, (middle + half) / total)]
 
 
 def class_metrics(confusion: np.ndarray, names: list[str]) -> DataFrame:
@@ -1070,7 +1070,8 @@ def settings_of(record: dict) -> DataFrame:
     elsewhere = ("args", "argv", "data", "best", "test")  # on this page
     values |= {name: value for name, value in record.items() if name not in elsewhere}
     values |= {common.as_flag(name): str(value) for name, value in record["args"].items()}
-    return for_people(DataFrame([values])).melt(var_name="setting")
+    rows = [(name, as_text(value, name)) for name, value in values.items()]
+    return DataFrame(rows, columns=["setting", "value"])
 
 
 # ------------------------ Compare runs ------------------------
@@ -1269,7 +1270,7 @@ def difference_interval(one: int, other: int, images: int) -> tuple[float, float
     proportions based on paired data" (2012).
     """
     p, q = (one + 1) / (images + 2), (other + 1) / (images + 2)
-    half = 1.959963984540054 * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
+    half = Z * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
     return max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
