@@ -519,6 +519,7 @@ def grad_cam(trained: Trained, images: Tensor, classes: Tensor) -> Tensor | None
     The heatmap is the output of the last convolution, each channel weighted by its mean gradient:
     R. Selvaraju et al., "Grad-CAM" (2017). None without images, or where that is no map of them.
     """
+    # Catch the output of each convolution, of which the last is taken.
     maps, heatmaps = [], []
 
     def catch(layer, inputs, output):
@@ -531,6 +532,7 @@ def grad_cam(trained: Trained, images: Tensor, classes: Tensor) -> Tensor | None
                 return output.clone()
         return output
 
+    # Weigh it, some images at a time.
     image_set = ImageSet(images, classes, trained.config["classes"]).to(trained.device)
     loader = common.Loader(image_set, IMAGES_AT_A_TIME, trained.config)
     with register_module_forward_hook(catch):
@@ -666,6 +668,7 @@ def draw_history(trained: Trained) -> Figure:
 def draw_classes(metrics: dict, title: str) -> Figure:
     """Accuracy of each class that has images, highest first, with its 95% interval."""
     classes = metrics["classes"].query("support > 0").sort_values("accuracy", kind="stable")
+    # A bar for each class with its interval, and a line for all of them.
     places, few = range(len(classes)), len(classes) <= 30
     figure = new_figure(8, 1.6 + len(classes) * (0.32 if few else 0.16), title)
     axis = figure.subplots()
@@ -673,6 +676,8 @@ def draw_classes(metrics: dict, title: str) -> Figure:
     axis.hlines(places, *zip(*classes.accuracy_interval, strict=True), color="black")
     everything = f"all images: {metrics['accuracy']:.2%}"
     axis.axvline(metrics["accuracy"], color="black", linestyle="--", label=everything)
+
+    # Names and percentages.
     rows = zip(classes["name"], classes.accuracy, strict=True)
     labels = [f"{shorten(name, 24)}  {accuracy:.1%}" for name, accuracy in rows]
     axis.set_yticks(places, labels, fontsize=10 if few else 8)
@@ -694,8 +699,8 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
     counts = DataFrame(metrics["confusion_matrix"])
     panels = {
         "counts": counts,
-        "recall: percent of the actual class": 100 * counts.div(counts.sum(axis=1), axis=0),
-        "precision: percent of the predicted class": 100 * counts / counts.sum(),
+        "recall:\npercent of the actual class": 100 * counts.div(counts.sum(axis=1), axis=0),
+        "precision:\npercent of the predicted class": 100 * counts / counts.sum(),
     }
 
     # Inches for names and numbers. Of more than 150 classes the names would run into one another.
@@ -732,11 +737,14 @@ def draw_gallery(images: Gallery, title: str) -> Figure:
     figure = new_figure(11.6, 1.9 * rows + 0.9, f"{title}\n{images.title}")
     axis = figure.subplots()  # one for all: forty take seconds
     for place, answer in enumerate(images.answers):
+        # The place of this image, and a frame around it.
         left, top = place % columns + 0.05, place // columns * height + 0.35
         is_wrong = answer["class"] != answer["predicted"]
         colour = ORANGE if is_wrong else "black"
         if is_wrong:
             axis.add_patch(Rectangle((left, top), 0.9, 0.9, fill=False, color=colour, linewidth=3))
+
+        # The image, and the words above it.
         draw_image(axis, images.pixels[place], extent=(left, left + 0.9, top + 0.9, top))
         lines = "\n".join(shorten(line, 24) for line in images.captions[place].splitlines())
         axis.text(left + 0.45, top - 0.04, lines, ha="center", fontsize=8, color=colour)
@@ -960,11 +968,16 @@ def publish(page: str, out: Path, figures: dict, files: dict, **content) -> list
 
     Returns the lines for the screen.
     """
+    # The pictures. Some are shown on the page one by one, and have no caption there.
     pngs = {f"{name}.png": render(figure) for name, figure in figures.items()}
     pictures = {text: pngs[f"{name}.png"] for name, text in CAPTIONS.items() if name in figures}
+
+    # The page, without empty tables, and the other files.
     tables = {heading: table for heading, table in content.pop("tables").items() if len(table)}
     files = {**pngs, page: as_page(tables=tables, pictures=pictures, **content), **files}
     write_files(out, files)
+
+    # The screen.
     last = [content["title"], *content["remarks"], f"{shown(out)}: {', '.join(files)}"]
     return [*as_lines(tables), *last]
 
@@ -986,6 +999,7 @@ def place_of(run: Path, split: str) -> Path:
 
 def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> None:
     """Put an evaluation into files, on one page and on the screen."""
+    # What is on the page. The headline is of averaged views, as the test's accuracy in run.json.
     trained, metrics = found.trained, found.metrics
     best = metrics.get("tta", metrics)
     accuracy, interval = (as_text(best[name], "") for name in ("accuracy", "accuracy_interval"))
@@ -1009,6 +1023,8 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
         content["remarks"].append(found.galleries["suspects"].title)
     files["metrics.json"] = f"{as_json(metrics)}\n"
     out = args.out or place_of(trained.directory, args.split)
+
+    # The files, and the screen.
     lines = publish("report.html", out, figures, files, **content)
     print_result(args, metrics, metrics["classes"], lines)
 
@@ -1117,7 +1133,8 @@ def compare(args: Namespace) -> dict:
             remarks.append(galleries["suspects"].title)
 
     # Draw.
-    title, figures = f"{len(runs)} runs", {"compare": draw_comparison(runs)}
+    title = f"{len(runs)} runs"
+    figures = {"compare": draw_comparison(runs)}
     figures |= {name: draw_gallery(images, title) for name, images in galleries.items()}
 
     # Write.
@@ -1140,6 +1157,7 @@ def measure_runs(args: Namespace) -> DataFrame:
     there is none."""
     from pandas import json_normalize
 
+    # Read them.
     found = {}
     for directory in args.runs:
         if directory.is_file():
@@ -1152,6 +1170,8 @@ def measure_runs(args: Namespace) -> DataFrame:
             note(f"skipped: {error}", args.quiet)  # it names searches, too
     if not found:
         raise RunError("none of these is a run directory")
+
+    # Take out of each what is compared.
     table = json_normalize(list(found.values()), max_level=1).reindex(columns=list(COMPARED))
     runs = table.rename(columns=COMPARED).assign(run=list(found), record=list(found.values()))
     synthetic = runs.dataset == "synthetic"  # each script draws its own
@@ -1203,6 +1223,7 @@ def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
     rows: dict[int, dict] = {}
     bests: dict[tuple, tuple] = {}
     for run in runs.itertuples():
+        # The best run comes first. Each other one has to have been evaluated on the same images.
         try:
             checksum, right = read_evaluation(run, split)
             best = bests.setdefault((run.dataset, run.fold), (run.run, checksum, right))
@@ -1212,12 +1233,16 @@ def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
             if not (run.fold and split == "test"):  # a fold has no test images
                 rows[run.Index] = {"not_paired": str(error)}
             continue
+
+        # How often is the one right where the other is wrong?
         if best[0] != run.run:
             one, other = int((right > best[2]).sum()), int((right < best[2]).sum())
             images, p = len(right), mcnemar_mid_p(one, other)
             interval = difference_interval(one, other, images)
             values = best[0], images, one, other, (one - other) / images, *interval, p
             rows[run.Index] = dict(zip(PAIR, values, strict=True))
+
+    # A row for each run, also where there is no pair.
     columns = [*PAIR, "not_paired"]
     pairs = [rows.get(place, {}) for place in runs.index]
     return DataFrame(pairs, index=runs.index, columns=columns, dtype=object)
@@ -1380,7 +1405,8 @@ def classify(args: Namespace) -> dict:
             some = files[start : start + FILES_AT_A_TIME]
             images = read_images(trained, some, pool)
             read = {file for file, _ in images}
-            unreadable.update(file.suffix.lower() for file in some if file not in read)
+            endings = (file.suffix.lower() for file in some if file not in read)
+            unreadable.update(ending or "without ending" for ending in endings)
             rows = likeliest_classes(trained, images, top)
             print_predictions(rows, args, heading=not predictions)
             predictions += rows
