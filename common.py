@@ -257,7 +257,12 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     flag("--optimizer", OPTIMIZERS, "optimiser; sgd has Nesterov momentum", "adam")
     flag("--schedule", SCHEDULES, "course of the learning rate", "constant")
     flag("--loss", LOSSES, "loss, which the training makes small", "cross-entropy")
-    flag("--class-weights", ("balanced",), "weight of each class in the loss, by how rare it is")
+    flag(
+        "--class-weights",
+        ("balanced", "margin"),
+        "for rare classes: balanced makes all classes count the same in the loss, "
+        "margin gives the common ones a head start in training alone",
+    )
     flag(
         "--sizes PART,...",
         sizes,
@@ -2100,13 +2105,17 @@ LOSSES = {"cross-entropy": cross_entropy}
 def make_criterion(args: Namespace, train_set: ImageSet) -> Callable:
     """The loss of --loss for each image, and the weight that --class-weights gives it.
 
-    A function of `logits` [B, K] and `labels` [B] to losses and weights, each [B].
+    A function of `logits` [B, K] and `labels` [B] to losses and weights, each [B]. The margin is
+    the log of a class's share, added to its logits: A. K. Menon et al., "Long-tail learning via
+    logit adjustment" (2021).
     """
     loss = build(LOSSES, args.loss, vars(args))
-    weights = torch.ones(len(train_set.classes), device=args.device)
-    if args.class_weights:
+    weights, margins = torch.ones(len(train_set.classes), device=args.device), 0.0
+    if args.class_weights == "balanced":
         weights = train_set.class_weights()
-    return lambda logits, labels: (loss(logits, labels), weights[labels])
+    if args.class_weights == "margin":
+        margins = -train_set.class_weights().log()
+    return lambda logits, labels: (loss(logits + margins, labels), weights[labels])
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -80,7 +80,7 @@ def photos(images: int, classes: int, rarest: int, side: float) -> dict:
     # A class with less than half of its share would hardly be learnt, least of all from smoothed
     # labels.
     if rarest * classes * 2 < images:
-        recipe |= {"class_weights": "balanced", "label_smoothing": 0.0}
+        recipe |= {"class_weights": "margin", "label_smoothing": 0.0}
     return recipe
 
 

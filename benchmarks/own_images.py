@@ -91,7 +91,8 @@ def train_peer(folder, way, seed, threads, runs):
     torch.set_num_threads(threads)
     files, classes = files_of(folder / "own")
     counts = Counter(classes).values()
-    balance = train_cifar.photos(len(files), len(counts), min(counts), SIDE).get("class_weights")
+    is_skewed = "class_weights" in train_cifar.photos(len(files), len(counts), min(counts), SIDE)
+    balance = "balanced" if is_skewed else None
     began = time.process_time(), time.perf_counter()
     net = lite0([3, SIDE, SIDE], 1000)
     net.load_state_dict(torch.load(weights_of_lite0(), weights_only=True))

@@ -52,7 +52,7 @@ def test_of_many_images_a_thousand_validate_and_changes_are_smaller():
 def test_a_rare_class_counts_as_much_as_the_others():
     assert chosen({"a": 40, "b": 14}).class_weights is None
     Path("p").rename("even")
-    assert chosen({"a": 40, "b": 13}).class_weights == "balanced"
+    assert chosen({"a": 40, "b": 13}).class_weights == "margin"
 
 
 def test_what_is_typed_is_taken_and_another_model_has_an_optimiser_for_any():

@@ -237,7 +237,8 @@ def test_a_temperature_is_fitted_on_a_hundred_validation_images_when_a_training_
     )
 
 
-def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, monkeypatch):
+@pytest.mark.parametrize("way", ["balanced", "margin"])
+def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, monkeypatch, way):
     def rare(train):
         drawn = few_images(train)
         return drawn.select(
@@ -246,7 +247,7 @@ def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, m
 
     few_images = forked.few_shapes
     monkeypatch.setattr(train_cifar, "synthetic", rare)
-    argv = [*EVERYTHING_ON[:2], *EVERYTHING_ON[4:], "--epochs", 1, "--class-weights", "balanced"]
+    argv = [*EVERYTHING_ON[:2], *EVERYTHING_ON[4:], "--epochs", 1, "--class-weights", way]
     _, record, (row,) = run(train_cifar, *argv)
     counts = torch.zeros(10)
     training = [batch for batch in batches if batch[0].training]
@@ -254,11 +255,16 @@ def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, m
         counts += labels.bincount(minlength=10)
     weights = counts.sum() / 10 / counts
     assert weights.argmax() == 3 and len(set(weights.tolist())) > 2
+    margins = (counts / counts.sum()).log()  # the head start of common classes
+    if way == "balanced":
+        margins = torch.zeros(10)
+    else:
+        weights = torch.ones(10)
 
     def mean(batches):
         """Images count by the weights of their classes. (torch weighs the smoothing by them too.)"""
         logits, labels = (torch.cat([batch[column] for batch in batches]) for column in (2, 3))
-        losses = F.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+        losses = F.cross_entropy(logits + margins, labels, label_smoothing=0.1, reduction="none")
         return pytest.approx(
             ((losses * weights[labels]).sum() / weights[labels].sum()).item(), 1e-4
         )
