@@ -267,11 +267,13 @@ def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool
     wanted = ("test",) if split == "test" else ("train", "val")
     with contextlib.redirect_stdout(sys.stderr):  # remarks do not get into tables for programs
         data = common.load_data(args, synthetic, wanted)
-    images, found, known = getattr(data, split), data.about(), record["data"]
+    images, known = getattr(data, split), record["data"]
     if not images:
         raise RunError(f"{where} has no {split} images")
-    sums = [key for key in found if "checksum" in key and found[key] and known.get(key)]
-    if any(found[key] != known[key] for key in sums) or images.classes != trained.config["classes"]:
+    is_other = images.classes != trained.config["classes"]
+    for name, found in data.about().items():
+        is_other |= bool("checksum" in name and found and known.get(name) not in (None, found))
+    if is_other:
         use = "tested" if split == "test" else "trained"
         text = f"is not what {where} was {use} on: the checksums differ"
         raise RunError(f"{place or args.dataset} {text}")
@@ -301,11 +303,12 @@ IMAGES_AT_A_TIME = 8  # whose gradients are in memory
 
 
 class Gallery(NamedTuple):
-    """Images [N, C, H, W] that are shown together, their answers, and what to write on each."""
+    """Images that are shown together: `pixels` [N, C, H, W], the first of some `answers`, and what
+    to write on each."""
 
     title: str
     pixels: Tensor
-    answers: list[dict]
+    answers: DataFrame
     captions: list[str]
 
 
@@ -313,8 +316,8 @@ class Gallery(NamedTuple):
 class Evaluation:
     """What is measured of a run.
 
-    `metrics` is the content of metrics.json, `answers` that of predictions.csv, a row an image, and
-    `suspects` the rows that may have a wrong label. `galleries` are pictures of images by name.
+    `metrics` is the content of metrics.json, `answers` that of predictions.csv, a row an image.
+    `galleries` are pictures of images by name.
     """
 
     trained: Trained
@@ -322,7 +325,6 @@ class Evaluation:
     title: str
     metrics: dict
     answers: DataFrame
-    suspects: DataFrame | None
     galleries: dict[str, Gallery]
 
 
@@ -368,34 +370,29 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         metrics["tta"] = {"views": views, **meter_metrics(trained.test(images, views)[0])}
 
     # The images that are shown, and where the model looked when it was wrong.
+    sample = answers.sample(min(args.sample, len(answers)), random_state=0)
     wrong = answers[answers["class"] != answers.predicted]
     worst = wrong.nlargest(SHOWN_IMAGES, "predicted_probability")
-    sample = answers.sample(min(args.sample, len(answers)), random_state=0)
     title = f"All {len(wrong)} mistakes, the most confident first"
     if len(wrong) > len(worst):
         title = f"The {len(worst)} most confident of {len(wrong):,} mistakes"
+    mistakes = gallery(title, images, worst)
     galleries = {
         "predictions": gallery("A random sample: class and confidence", images, sample),
-        "mistakes": gallery(title, images, worst),
+        "mistakes": mistakes,
     }
-    mistakes = galleries["mistakes"]
     seen = grad_cam(trained, mistakes.pixels, predicted[list(worst.index)])
     if seen is not None:
         title = "Grad-CAM: where the model saw what it took them for"
         galleries["gradcam"] = mistakes._replace(title=title, pixels=seen)
-
-    # The images that may have a wrong label, where there are files to look at.
-    suspects = None
     if images.files:
-        suspects = find_suspects(with_paths(answers, images))
-        title = f"Suspects: {len(suspects):,} images whose class the model finds unlikely"
+        whose = "the model finds unlikely"
         if args.split == "train":
-            title += "; the model was trained on these labels"
-        galleries["suspects"] = gallery(title, images, suspects.head(SHOWN_IMAGES), as_suspect)
-    split = {"val": "validation", "train": "training"}.get(args.split, "test")
-    about = f"{len(images):,} {split} images of {short_name(metrics['dataset'])}"
+            whose += "; the model was trained on these labels"
+        galleries["suspects"] = find_suspects(answers, images, whose)
+    about = f"{len(images):,} {in_words(args.split)} images of {short_name(metrics['dataset'])}"
     title = f"{shorten(metrics['run'], 60)}, epoch {metrics['epoch']}:\n{about}"
-    return Evaluation(trained, images, title, metrics, answers, suspects, galleries)
+    return Evaluation(trained, images, title, metrics, answers, galleries)
 
 
 def answer_table(images: ImageSet, probabilities: Tensor) -> DataFrame:
@@ -416,11 +413,6 @@ def answer_table(images: ImageSet, probabilities: Tensor) -> DataFrame:
             "predicted_probability": confidence,
         }
     )
-
-
-def with_paths(answers: DataFrame, images: ImageSet) -> DataFrame:
-    """The answers, each with the whole path of its file."""
-    return answers.assign(file=[str(file.path) for file in images.files])
 
 
 def meter_metrics(meter: common.AverageMeter) -> dict:
@@ -476,40 +468,40 @@ def calibration(confidence: Tensor, correct: Tensor) -> tuple[DataFrame, float]:
     return bins, float((gaps * bins["images"]).sum() / len(answers))
 
 
-def find_suspects(answers: DataFrame) -> DataFrame:
-    """The images whose class is least likely, of those that the model takes for another.
+def find_suspects(answers: DataFrame, images: ImageSet, judge: str) -> Gallery:
+    """The images that may have a wrong label: of those that the `judge` takes for another class,
+    the ones whose class is least likely.
 
     At most a tenth of all: three times the wrong labels that C. G. Northcutt, A. Athalye and J.
     Mueller found on average, "Pervasive label errors in test sets destabilize machine learning
     benchmarks" (2021).
     """
+    answers = answers.assign(file=[str(file.path) for file in images.files])
     wrong = answers[answers["class"] != answers.predicted]
-    return wrong.nsmallest(math.ceil(len(answers) / 10), "probability")
+    suspects = wrong.nsmallest(math.ceil(len(answers) / 10), "probability")
+    title = f"Suspects: {len(suspects):,} images whose class {judge}"
+    shown_ones = gallery(title, images, suspects.head(SHOWN_IMAGES), is_suspect=True)
+    return shown_ones._replace(answers=suspects)
 
 
-def caption(answer: dict) -> str:
-    """Two lines about an image: its class, and what is predicted how surely."""
+def caption(answer: dict, is_suspect: bool) -> str:
+    """Lines about an image: its class, and what is predicted how surely; of a suspect also how
+    likely its class is, and the file."""
     name, other = shorten(answer["class"], 20), shorten(answer["predicted"], 20)
     confidence = f"({answer['predicted_probability']:.0%})"
+    if is_suspect:
+        likelihood, file = f"({answer['probability']:.1%})", Path(answer["file"]).name
+        return f"{name} {likelihood}\n{other}? {confidence}\n{file}"
     if answer["class"] == answer["predicted"]:
         return f"{name}\n{confidence}"
     return f"{name}, taken for\n{other} {confidence}"
 
 
-def as_suspect(answer: dict) -> str:
-    """Three lines about an image: how likely its class is, what is likelier, and the file."""
-    name, other = shorten(answer["class"], 20), shorten(answer["predicted"], 20)
-    likelier = f"{other}? ({answer['predicted_probability']:.0%})"
-    return f"{name} ({answer['probability']:.1%})\n{likelier}\n{Path(answer['file']).name}"
-
-
-def gallery(
-    title: str, images: ImageSet, answers: DataFrame, describe: Callable[[dict], str] = caption
-) -> Gallery:
+def gallery(title: str, images: ImageSet, answers: DataFrame, is_suspect: bool = False) -> Gallery:
     """The images of some answers."""
-    rows = answers.to_dict("records")
-    chosen = torch.tensor(answers.index, dtype=torch.long)
-    return Gallery(title, images.select(chosen).images, rows, list(map(describe, rows)))
+    chosen = images.select(torch.tensor(answers.index, dtype=torch.long))
+    captions = [caption(answer, is_suspect) for answer in answers.to_dict("records")]
+    return Gallery(title, chosen.images, answers, captions)
 
 
 def grad_cam(trained: Trained, images: Tensor, classes: Tensor) -> Tensor | None:
@@ -563,7 +555,7 @@ FEW_EPOCHS = 40  # each has a mark on the curves
 
 
 def draw(found: Evaluation, args: Namespace) -> dict[str, Figure]:
-    """The pictures of an evaluation by the names of their files."""
+    """The pictures of an evaluation by the names of their files, but for its galleries."""
     trained, metrics, title = found.trained, found.metrics, found.title
     figures = {
         "curves": draw_history(trained),
@@ -571,8 +563,6 @@ def draw(found: Evaluation, args: Namespace) -> dict[str, Figure]:
         "confusion": draw_confusion(metrics, title),
         "calibration": draw_calibration(metrics, title),
     }
-    for name, images in found.galleries.items():
-        figures[name] = draw_gallery(images, title)
     name, layer = find_convolution(trained.model, args)
     if layer:
         figures["filters"] = draw_filters(name, layer, args)
@@ -706,10 +696,9 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
     # Inches for names and numbers. Of more than 150 classes the names would run into one another.
     names = [shorten(name, 24) for name in metrics["classes"]["name"]]
     few, step = len(names) <= 20, math.ceil(len(names) / 150)
-    side = min(max(2.6, len(names) * (0.46 if few else 0.13)), 20)
+    side, size = (max(2.6, len(names) * 0.46), 10) if few else (min(len(names) * 0.13, 20), 6)
     figure = new_figure(3 * side + 7, side + 3, title)
     ticks, labels = range(0, len(names), step), names[::step]
-    size = 10 if few else 6
 
     # Draw each. The square root shows the errors beside a diagonal that is many times larger.
     for axis, (heading, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
@@ -730,23 +719,23 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
 
 def draw_gallery(images: Gallery, title: str) -> Figure:
     """Images as they were before normalisation, framed where the model is wrong."""
-    from matplotlib.patches import Rectangle
-
     columns, height = 8, 1.3  # of a cell of width 1
     rows = max(1, math.ceil(len(images.captions) / columns))
     figure = new_figure(11.6, 1.9 * rows + 0.9, f"{title}\n{images.title}")
     axis = figure.subplots()  # one for all: forty take seconds
-    for place, answer in enumerate(images.answers):
-        # The place of this image, and a frame around it.
+    are_wrong = images.answers["class"] != images.answers.predicted
+    shown_ones = zip(images.pixels, images.captions, are_wrong, strict=False)
+    for place, (pixels, words, is_wrong) in enumerate(shown_ones):
+        # The image, and a frame around it.
         left, top = place % columns + 0.05, place // columns * height + 0.35
-        is_wrong = answer["class"] != answer["predicted"]
-        colour = ORANGE if is_wrong else "black"
+        draw_image(axis, pixels, extent=(left, left + 0.9, top + 0.9, top))
+        colour = "black"
         if is_wrong:
-            axis.add_patch(Rectangle((left, top), 0.9, 0.9, fill=False, color=colour, linewidth=3))
+            colour = ORANGE
+            axis.bar(left, 0.9, 0.9, top, align="edge", fill=False, edgecolor=colour, linewidth=3)
 
-        # The image, and the words above it.
-        draw_image(axis, images.pixels[place], extent=(left, left + 0.9, top + 0.9, top))
-        lines = "\n".join(shorten(line, 24) for line in images.captions[place].splitlines())
+        # The words above it.
+        lines = "\n".join(shorten(line, 24) for line in words.splitlines())
         axis.text(left + 0.45, top - 0.04, lines, ha="center", fontsize=8, color=colour)
     axis.set(xlim=(0, columns), ylim=(rows * height, 0))
     axis.set_axis_off()
@@ -834,30 +823,21 @@ def draw_activations(
     with layer.register_forward_hook(lambda *call: maps.append(call[2].clone())):
         _, logits = trained.test(one)
     tiles = maps[0][0][:, None].float().cpu()
+
+    # The image, and the maps beside it.
     actual, answer = (shorten(one.classes[k], 24) for k in (one.labels[0], logits.argmax()))
     about = f"feature maps of image {index}: {actual}, classified as {answer}"
     height = max(3.5, math.ceil(len(tiles) / 8) * 0.95 + 1)
     figure = new_figure(11, height, f"layer {name}, {len(tiles)} {about}")
     left, right = figure.subplots(1, 2, width_ratios=(1, 4))
     draw_image(left, one.images[0])
-    left.set(title="the image", xticks=[], yticks=[])
+    left.set_axis_off()
     scale = {"cmap": colormap("cividis", "white"), "vmin": None, "vmax": None}
     draw_tiles(right, tiles, 8, "output of the convolution", **scale)
     return figure
 
 
 # ------------------------ Write ------------------------
-# What the pictures on a page show, by the names of their files.
-CAPTIONS = {
-    "curves": "Loss and accuracy after each epoch. The star is the epoch that is evaluated.",
-    "compare": "Validation loss and accuracy after each epoch, run by run.",
-    "per_class": "The accuracy of each class, with its 95% interval.",
-    "confusion": "Which class is taken for which: images, percent of the row, of the column.",
-    "predictions": "A random sample: the class of each image, and how sure the model is.",
-    "calibration": "How often the model is right where it is so sure.",
-    "filters": "The filters of a convolution.",
-    "activations": "What the filters of a convolution find in one image.",
-}
 CLASS = ["name", "support", "accuracy", "precision", "f1"]  # the columns of the table of classes
 # How a number is written, by the first of these patterns that is found in its name.
 FORMATS = {
@@ -868,8 +848,17 @@ FORMATS = {
     "share": ".1%",
     "": ".2%",
 }
-WORDS = {"acc": "accuracy", "val": "validation", "f1": "F1", "support": "images", "name": "class"}
-WORDS |= {"before": BEFORE, "sd": "deviation", "low": "95% interval"}
+WORDS = {
+    "acc": "accuracy",
+    "val": "validation",
+    "train": "training",
+    "f1": "F1",
+    "support": "images",
+    "name": "class",
+    "before": BEFORE,
+    "sd": "deviation",
+    "low": "95% interval",
+}
 
 
 def as_text(value: Any, name: str) -> str:
@@ -944,52 +933,61 @@ def as_png(pixels: Tensor) -> bytes:
 
 def as_page(title: str, remarks: list[str], tables: dict, pictures: dict, **more) -> bytes:
     """The page report.html.jinja, which needs no other file. `tables` are {heading: texts},
-    `pictures` {caption: bytes of a PNG}."""
+    `pictures` {name: bytes of a PNG}."""
     import jinja2
 
     source = (records.HERE / "report.html.jinja").read_text()
     page = jinja2.Template(source, autoescape=True, trim_blocks=True)
     content = {"title": title, "remarks": remarks, "tables": tables, "pictures": pictures, **more}
-    html = page.render(content, as_png=as_png, b64encode=base64.b64encode)
+    html = page.render(content, as_png=as_png, as_text=as_text, b64encode=base64.b64encode)
     return html.encode(errors="replace")
 
 
-def write_files(out: Path, files: dict[str, str | bytes]) -> None:
+def write_files(out: Path, files: dict[str, bytes]) -> None:
     """Write the files, {name: content}, into a directory, which is made where it is missing."""
     out.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
-        if isinstance(content, str):  # a name in it may have bytes that are no characters
-            content = content.encode(errors="surrogateescape")
         records.write_atomically(out / name, content)
 
 
-def publish(page: str, out: Path, figures: dict, files: dict, **content) -> list[str]:
-    """Write the pictures, the page, which has the `content` of as_page, and the other files.
+def publish(
+    args: Namespace,
+    page: str,
+    out: Path,
+    figures: dict[str, Figure],
+    files: dict[str, str],
+    result: Any,
+    table: DataFrame,
+    **content,
+) -> None:
+    """Write the figures, the galleries, the page, which has the `content` of as_page, and the other
+    files. Print the `result` as JSON or the `table` as CSV for a program, or what is on the page
+    for a person."""
+    # The pictures.
+    title, remarks, galleries = content["title"], content["remarks"], content["galleries"]
+    figures |= {name: draw_gallery(images, title) for name, images in galleries.items()}
+    pictures = {name: render(figure) for name, figure in figures.items()}
+    if "suspects" in galleries:
+        files = {"suspects.csv": as_csv(galleries["suspects"].answers), **files}
+        remarks.append(galleries["suspects"].title)
 
-    Returns the lines for the screen.
-    """
-    # The pictures. Some are shown on the page one by one, and have no caption there.
-    pngs = {f"{name}.png": render(figure) for name, figure in figures.items()}
-    pictures = {text: pngs[f"{name}.png"] for name, text in CAPTIONS.items() if name in figures}
-
-    # The page, without empty tables, and the other files.
+    # The page, without empty tables, and the other files; a name in these may have bytes that are
+    # no characters.
     tables = {heading: table for heading, table in content.pop("tables").items() if len(table)}
-    files = {**pngs, page: as_page(tables=tables, pictures=pictures, **content), **files}
-    write_files(out, files)
+    written = {f"{name}.png": png for name, png in pictures.items()}
+    written[page] = as_page(tables=tables, pictures=pictures, **content)
+    for name, text in files.items():
+        written[name] = text.encode(errors="surrogateescape")
+    write_files(out, written)
 
     # The screen.
-    last = [content["title"], *content["remarks"], f"{shown(out)}: {', '.join(files)}"]
-    return [*as_lines(tables), *last]
-
-
-def print_result(args: Namespace, content: Any, table: DataFrame, lines: list[str]) -> None:
-    """Print the content as JSON or the table as CSV for a program, or the lines for a person."""
     if args.json:
-        say(as_json(content))
+        say(as_json(result))
     elif args.csv:
         say(as_csv(table).rstrip("\n"))
     else:
-        say("\n".join(lines), args.quiet)
+        last = [title, *remarks, f"{shown(out)}: {', '.join(written)}"]
+        say("\n".join([*as_lines(tables), *last]), args.quiet)
 
 
 def place_of(run: Path, split: str) -> Path:
@@ -1000,8 +998,8 @@ def place_of(run: Path, split: str) -> Path:
 def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> None:
     """Put an evaluation into files, on one page and on the screen."""
     # What is on the page. The headline is of averaged views, as the test's accuracy in run.json.
-    trained, metrics = found.trained, found.metrics
-    best = metrics.get("tta", metrics)
+    trained, metrics, record = found.trained, found.metrics, found.trained.record
+    best, classes = metrics.get("tta", metrics), metrics["classes"]
     accuracy, interval = (as_text(best[name], "") for name in ("accuracy", "accuracy_interval"))
     content = {
         "title": found.title,
@@ -1009,24 +1007,18 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
         "remarks": remarks_on(trained, args),
         "tables": {
             "Results": results_of(metrics),
-            "Classes": for_people(metrics["classes"], *CLASS),
+            "Classes": for_people(classes, *CLASS),
             "Most confused": for_people(most_confused(found.answers)),
         },
         "galleries": found.galleries,
-        "settings": settings_of(trained.record),
+        "record": record,
+        "command": shlex.join(["python", f"{record['script']}.py", *record.get("argv", [])]),
     }
 
     # Last comes metrics.json, which says of what the other files are.
-    files = {"predictions.csv": as_csv(found.answers)}
-    if found.suspects is not None:
-        files["suspects.csv"] = as_csv(found.suspects)
-        content["remarks"].append(found.galleries["suspects"].title)
-    files["metrics.json"] = f"{as_json(metrics)}\n"
+    files = {"predictions.csv": as_csv(found.answers), "metrics.json": f"{as_json(metrics)}\n"}
     out = args.out or place_of(trained.directory, args.split)
-
-    # The files, and the screen.
-    lines = publish("report.html", out, figures, files, **content)
-    print_result(args, metrics, metrics["classes"], lines)
+    publish(args, "report.html", out, figures, files, metrics, classes, **content)
 
 
 def results_of(metrics: dict) -> DataFrame:
@@ -1072,38 +1064,54 @@ def remarks_on(trained: Trained, args: Namespace) -> list[str]:
     return remarks
 
 
-def settings_of(record: dict) -> DataFrame:
-    """What a run is, for the end of its page."""
-    from pandas import DataFrame
-
-    data = record["data"]
-    is_cut = data["selection"] != "test set"  # else the test's images chose the epoch
-    values = {
-        "command": shlex.join(["python", f"{record['script']}.py", *record.get("argv", [])]),
-        "training images": data["train"],
-        "validation images": data["val"] if is_cut else 0,
-    }
-    elsewhere = ("args", "argv", "data", "best", "test")  # on this page
-    values |= {name: value for name, value in record.items() if name not in elsewhere}
-    values |= {common.as_flag(name): str(value) for name, value in record["args"].items()}
-    rows = [(name, as_text(value, name)) for name, value in values.items()]
-    return DataFrame(rows, columns=["setting", "value"])
-
-
 # ------------------------ Compare runs ------------------------
 ENDED = ("finished", "stopped_early")
 # What two runs may differ in, and still be equal but for the seed, or for the fold.
 ELSEWHERE = {"threads", "run_name", "runs_dir", "data_dir", "wandb", "wandb_project", "device"}
 # What is compared: its place in run.json, and its name. Then the columns of the tables.
-COMPARED = {"data.name": "dataset", "script": "script", "args.fold": "fold", "seed": "seed"}
-COMPARED |= {"data.selection": "selection", "args.model": "model", "parameters": "parameters"}
-COMPARED |= {"epochs": "epochs", "best.epoch": "best_epoch", "best.val_loss": "val_loss"}
-COMPARED |= {"best.val_acc": "val_acc", "test.acc": "test_acc", "args.tta": "averaged_views"}
-COMPARED |= {"test.plain_acc": "plain_test_acc", "seconds": "seconds", "status": "status"}
-RUN = ["run", "rank", "dataset", "model", "parameters", "epochs", "val_loss", "val_acc"]
-RUN += ["test_acc", "averaged_views", "selection", "seconds", "status"]
-PAIR = ["pair_with", "pair_images", "pair_only_this_right", "pair_only_other_right"]
-PAIR += ["pair_difference", "pair_low", "pair_high", "pair_mid_p"]
+COMPARED = {
+    "data.name": "dataset",
+    "script": "script",
+    "args.fold": "fold",
+    "seed": "seed",
+    "data.selection": "selection",
+    "args.model": "model",
+    "parameters": "parameters",
+    "epochs": "epochs",
+    "best.epoch": "best_epoch",
+    "best.val_loss": "val_loss",
+    "best.val_acc": "val_acc",
+    "test.acc": "test_acc",
+    "args.tta": "averaged_views",
+    "test.plain_acc": "plain_test_acc",
+    "seconds": "seconds",
+    "status": "status",
+}
+RUN = [
+    "run",
+    "rank",
+    "dataset",
+    "model",
+    "parameters",
+    "epochs",
+    "val_loss",
+    "val_acc",
+    "test_acc",
+    "averaged_views",
+    "selection",
+    "seconds",
+    "status",
+]
+PAIR = [
+    "pair_with",
+    "pair_images",
+    "pair_only_this_right",
+    "pair_only_other_right",
+    "pair_difference",
+    "pair_low",
+    "pair_high",
+    "pair_mid_p",
+]
 
 
 def compare(args: Namespace) -> dict:
@@ -1113,42 +1121,34 @@ def compare(args: Namespace) -> dict:
     """
     # Measure.
     runs, remarks = rank_runs(measure_runs(args))
-    pairs = measure_pairs(runs, args.split)
     seeds, folds = average(runs, "seed"), average(runs, "fold")
-    runs = runs.join(pairs).join(seeds).join(folds)
+    runs = runs.join([measure_pairs(runs, args.split), seeds, folds])
     remarks += reasons_of(runs, "not_ranked", "not ranked with the others")
     remarks += reasons_of(runs, "not_paired", "not compared image by image")
     if runs.pair_with.count() > 1:
         remarks.append("of twenty pairs of equally good models one has a mid-p below 0.05")
 
     # Of the first folds that are complete, find what may have a wrong label.
-    files, galleries = {}, {}
+    galleries = {}
     for _, group in runs.groupby("fold_runs"):
         parts = int(group.fold.iloc[0].partition("/")[2])
         if len(group) < parts:
             remarks.append(f"{len(group)} of {parts} folds: with all, wrong labels are looked for")
-        elif group.record.iloc[0]["data"]["files"] and not files:
-            suspects, galleries["suspects"] = judge_out_of_fold(group, args)
-            files["suspects.csv"] = as_csv(suspects)
-            remarks.append(galleries["suspects"].title)
+        elif group.record.iloc[0]["data"]["files"] and not galleries:
+            galleries["suspects"] = judge_out_of_fold(group, args)
 
-    # Draw.
-    title = f"{len(runs)} runs"
-    figures = {"compare": draw_comparison(runs)}
-    figures |= {name: draw_gallery(images, title) for name, images in galleries.items()}
-
-    # Write.
-    paired = runs.dropna(subset="pair_with")
+    # Draw, and write.
+    paired, rows = runs.dropna(subset="pair_with"), runs.drop(columns="record")
     tables = {
         "Runs": for_people(runs, *RUN),
         f"Image by image, {args.split} images": for_people(paired, "run", *PAIR),
         "Equal but for the seed": together(runs, seeds),
         "Equal but for the fold": together(runs, folds),
     }
-    out, rows = args.out or args.runs[0].parent, runs.drop(columns="record")
-    content = {"title": title, "remarks": remarks, "tables": tables, "galleries": galleries}
-    lines = publish("compare.html", out, figures, files, **content)
-    print_result(args, rows, rows, lines)
+    content = {"title": f"{len(runs)} runs", "remarks": remarks, "tables": tables}
+    figures, out = {"compare": draw_comparison(runs)}, args.out or args.runs[0].parent
+    content["galleries"] = galleries
+    publish(args, "compare.html", out, figures, {}, rows, rows, **content)
     return {"runs": as_rows(rows)}
 
 
@@ -1217,7 +1217,7 @@ def reasons_of(runs: DataFrame, column: str, what: str) -> list[str]:
 
 def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
     """How each run does, image by image, against the best of its dataset that was evaluated;
-    without averaged views."""
+    without averaged views. A row for each run with a pair, or with a reason why there is none."""
     from pandas import DataFrame
 
     rows: dict[int, dict] = {}
@@ -1226,26 +1226,22 @@ def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
         # The best run comes first. Each other one has to have been evaluated on the same images.
         try:
             checksum, right = read_evaluation(run, split)
-            best = bests.setdefault((run.dataset, run.fold), (run.run, checksum, right))
-            if checksum != best[1] or not right.index.equals(best[2].index):
-                raise RunError(f"evaluated on other {split} images than {best[0]}")
+            best, *images = bests.setdefault((run.dataset, run.fold), (run.run, checksum, right))
+            if checksum != images[0] or not right.index.equals(images[1].index):
+                raise RunError(f"evaluated on other {split} images than {best}")
         except RunError as error:
             if not (run.fold and split == "test"):  # a fold has no test images
                 rows[run.Index] = {"not_paired": str(error)}
             continue
 
         # How often is the one right where the other is wrong?
-        if best[0] != run.run:
-            one, other = int((right > best[2]).sum()), int((right < best[2]).sum())
-            images, p = len(right), mcnemar_mid_p(one, other)
-            interval = difference_interval(one, other, images)
-            values = best[0], images, one, other, (one - other) / images, *interval, p
+        if best != run.run:
+            one, other = int((right > images[1]).sum()), int((right < images[1]).sum())
+            count, p = len(right), mcnemar_mid_p(one, other)
+            interval = difference_interval(one, other, count)
+            values = best, count, one, other, (one - other) / count, *interval, p
             rows[run.Index] = dict(zip(PAIR, values, strict=True))
-
-    # A row for each run, also where there is no pair.
-    columns = [*PAIR, "not_paired"]
-    pairs = [rows.get(place, {}) for place in runs.index]
-    return DataFrame(pairs, index=runs.index, columns=columns, dtype=object)
+    return DataFrame.from_dict(rows, "index", object, [*PAIR, "not_paired"])
 
 
 def read_evaluation(run: Any, split: str) -> tuple[str, Series]:
@@ -1263,15 +1259,15 @@ def read_evaluation(run: Any, split: str) -> tuple[str, Series]:
         raise RunError("trained on since the evaluation")
 
     # Read it. A class may be called NA.
-    columns = ["file", "class", "predicted"]
     plain = {"dtype": str, "keep_default_na": False, "encoding_errors": "surrogateescape"}
+    columns = ["file", "class", "predicted"]
     try:
         answers = read_csv(path, usecols=columns, index_col="file", **plain).sort_index()
+        if len(answers) != metrics["images"]:
+            raise ValueError("another number of images")
     except ValueError as error:
         raise RunError(f"{shown(path)} is damaged") from error
-    if len(answers) != metrics.get("images"):
-        raise RunError(f"{shown(path)} is damaged")
-    return metrics.get("checksum"), answers["class"] == answers.predicted
+    return metrics["checksum"], answers["class"] == answers.predicted
 
 
 def mcnemar_mid_p(one: int, other: int) -> float:
@@ -1307,16 +1303,14 @@ def average(runs: DataFrame, argument: str) -> DataFrame:
     from scipy.stats import t
 
     def configuration(record):
-        args = {name: record["args"][name] for name in record["args"].keys() - ELSEWHERE}
+        args = {**record["args"], **dict.fromkeys([*ELSEWHERE, argument])}
         images = record["data"]["train"] + record["data"]["val"]
-        args |= {argument: None, "dataset": record["data"]["name"]}
         return json.dumps([record["script"], images, args], sort_keys=True, default=str)
 
     # Put together what is equal.
     runs = runs[runs.status.isin(ENDED) & (runs[argument] != "")]
-    runs = runs.assign(configuration=runs.record.map(configuration))
-    runs = runs.drop_duplicates(["configuration", argument])
-    groups = runs.groupby("configuration")
+    equal = runs.record.map(configuration)
+    groups = runs[~runs.assign(equal=equal).duplicated(["equal", argument])].groupby(equal)
     count = groups.run.transform("size")
 
     # The figures, beside each of the runs.
@@ -1325,9 +1319,9 @@ def average(runs: DataFrame, argument: str) -> DataFrame:
     for name in ("val_acc", "test_acc"):
         mean, deviation = (groups[name].transform(how, skipna=False) for how in ("mean", "std"))
         half = t.ppf(0.975, (count - 1).where(count > 2)) * deviation / count**0.5
-        low, high = (mean - half).clip(0, 1), (mean + half).clip(0, 1)
-        figures = {"mean": mean, "sd": deviation, "low": low, "high": high}
-        table |= {f"{start}{name}_{kind}": values for kind, values in figures.items()}
+        table[f"{start}{name}_mean"], table[f"{start}{name}_sd"] = mean, deviation
+        table[f"{start}{name}_low"] = (mean - half).clip(0, 1)
+        table[f"{start}{name}_high"] = (mean + half).clip(0, 1)
     return DataFrame(table)[count > 1].astype({f"{argument}s": "Int64"})
 
 
@@ -1338,27 +1332,23 @@ def together(runs: DataFrame, means: DataFrame) -> DataFrame:
     return for_people(table, first, "model", *means.columns[1:])
 
 
-def judge_out_of_fold(group: DataFrame, args: Namespace) -> tuple[DataFrame, Gallery]:
+def judge_out_of_fold(group: DataFrame, args: Namespace) -> Gallery:
     """The suspects among all images of a folder, each judged by the one run of all folds that was
-    not trained on it; and the first of them as a gallery."""
-    from pandas import concat
-
-    parts = []
+    not trained on it."""
+    parts, probabilities = [], []
     for directory in group.run:
         trained = load_trained(Path(directory), args.device, args.quiet)
-        images = load_images(trained, "val", args.data_dir, args.quiet)
-        _, logits = trained.test(images)
-        parts.append(with_paths(answer_table(images, trained.probabilities(logits)), images))
-    suspects = find_suspects(concat(parts)).reset_index(drop=True)
+        parts.append(load_images(trained, "val", args.data_dir, args.quiet))
+        probabilities.append(trained.probabilities(trained.test(parts[-1])[1]))
 
-    # Read the images that are shown once more.
-    first = suspects.head(SHOWN_IMAGES)
-    pixels = torch.empty(len(first), *trained.config["image_shape"], dtype=torch.uint8)
-    for place, file in enumerate(first.file):
-        pixels[place] = trained.read_image(Path(file))
-    judge = "a run that was not trained on them"
-    title = f"Suspects: {len(suspects):,} images whose class {judge} finds unlikely"
-    return suspects, gallery(title, trained.as_images(pixels), first, as_suspect)
+    # Put the folds together.
+    pixels, labels = (
+        torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels")
+    )
+    files = [file for part in parts for file in part.files]
+    whole = ImageSet(pixels, labels, parts[0].classes, files)
+    answers = answer_table(whole, torch.cat(probabilities))
+    return find_suspects(answers, whole, "a run that was not trained on them finds unlikely")
 
 
 def draw_comparison(runs: DataFrame) -> Figure:
@@ -1403,13 +1393,11 @@ def classify(args: Namespace) -> dict:
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress as bar:
         for start in range(0, len(files), FILES_AT_A_TIME):
             some = files[start : start + FILES_AT_A_TIME]
-            images = read_images(trained, some, pool)
-            read = {file for file, _ in images}
-            endings = (file.suffix.lower() for file in some if file not in read)
-            unreadable.update(ending or "without ending" for ending in endings)
-            rows = likeliest_classes(trained, images, top)
-            print_predictions(rows, args, heading=not predictions)
-            predictions += rows
+            images = read_images(trained, some, pool, unreadable)
+            if images:
+                rows = likeliest_classes(trained, images, top)
+                print_predictions(rows, args, heading=not predictions)
+                predictions += rows
             bar.update(len(some))
 
     # Say what is left out.
@@ -1423,8 +1411,11 @@ def classify(args: Namespace) -> dict:
     return {"predictions": predictions}
 
 
-def read_images(trained: Trained, files: list[Path], pool: Executor) -> list[tuple[Path, Tensor]]:
-    """Those of the files that can be read, each with its image; the others are named on stderr."""
+def read_images(
+    trained: Trained, files: list[Path], pool: Executor, unreadable: Counter
+) -> list[tuple[Path, Tensor]]:
+    """Those of the files that can be read, each with its image; the others are named on stderr, and
+    `unreadable` counts their endings."""
 
     def read(file):
         try:
@@ -1436,6 +1427,7 @@ def read_images(trained: Trained, files: list[Path], pool: Executor) -> list[tup
     for file, content in zip(files, pool.map(read, files), strict=True):
         if isinstance(content, RunError):
             print(f"evaluate.py: error: {content}", file=sys.stderr)
+            unreadable[file.suffix.lower() or "without ending"] += 1
         else:
             images.append((file, content))
     return images
@@ -1443,15 +1435,14 @@ def read_images(trained: Trained, files: list[Path], pool: Executor) -> list[tup
 
 def likeliest_classes(trained: Trained, images: list[tuple[Path, Tensor]], top: int) -> list[dict]:
     """The `top` likeliest classes of each file with its image, likeliest first."""
-    if not images:
-        return []
-    _, logits = trained.test(trained.as_images(torch.stack([image for _, image in images])))
-    probabilities, labels = trained.probabilities(logits).topk(top)
-    names = np.array(trained.config["classes"])[labels]
+    files, pixels = zip(*images, strict=True)
+    _, logits = trained.test(trained.as_images(torch.stack(pixels)))
+    likeliest, classes = trained.probabilities(logits).topk(top), trained.config["classes"]
+    answers = zip(files, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
     return [
-        {"file": str(images[place][0]), "class": str(name), "probability": probability.item()}
-        for place in range(len(images))
-        for name, probability in zip(names[place], probabilities[place], strict=True)
+        {"file": str(file), "class": classes[label], "probability": probability}
+        for file, probabilities, labels in answers
+        for probability, label in zip(probabilities, labels, strict=True)
     ]
 
 
@@ -1462,8 +1453,7 @@ def print_predictions(rows: list[dict], args: Namespace, heading: bool) -> None:
         lines = [json.dumps(row) for row in rows]
     elif args.csv:
         lines = [as_csv(rows, heading).rstrip("\n")]
-    if rows:
-        say("\n".join(lines))
+    say("\n".join(lines))
 
 
 # ------------------------ Export ------------------------
@@ -1482,32 +1472,26 @@ class WithPreprocessing(nn.Module):
         return (logits / self.temperature).softmax(1)
 
 
-def to_torch_export(program, metadata: dict) -> tuple[bytes, Callable]:
-    """The bytes of model.pt2, with the metadata as metadata.json inside, and what they compute."""
+# The kinds of files, each with the packages that it needs.
+EXPORTS = {"torch.export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+CHECKED_IMAGES = 200
+
+
+def convert(program: Any, kind: str, metadata: dict) -> tuple[str, bytes, Callable]:
+    """Name and bytes of the file of this kind for an exported program, with each value of the
+    metadata as JSON in it, and what the file computes."""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
-    buffer.seek(0)
-    return buffer.getvalue(), torch.export.load(buffer).module()
-
-
-def to_onnx(program, metadata: dict) -> tuple[bytes, Callable]:
-    """The bytes of model.onnx, with each value of the metadata as JSON in it, and what they
-    compute."""
+    if kind == "torch.export":
+        torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
+        buffer.seek(0)
+        return "model.pt2", buffer.getvalue(), torch.export.load(buffer).module()
     names = {"input_names": ["images"], "output_names": ["probabilities"]}
     shapes = ({0: "batch"},)
     exported = torch.onnx.export(program, **names, dynamic_shapes=shapes, verbose=False)
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     exported.model.metadata_props.update(texts)
     content = exported.model_proto.SerializeToString()
-    return content, lambda images: exported(images)[0]
-
-
-CHECKED_IMAGES = 200
-# Kind: the file, what writes it, and the packages that this needs.
-EXPORTS: dict[str, tuple] = {
-    "torch.export": ("model.pt2", to_torch_export, ()),
-    "onnx": ("model.onnx", to_onnx, ("onnx", "onnxscript", "onnxruntime")),
-}
+    return "model.onnx", content, lambda images: exported(images)[0]
 
 
 def export(args: Namespace) -> dict:
@@ -1516,13 +1500,14 @@ def export(args: Namespace) -> dict:
     The reference is the model in float32; RunError where the file answers otherwise.
     """
     # What it takes.
-    name, convert, packages = EXPORTS[args.export]
-    missing = [package for package in packages if not importlib.util.find_spec(package)]
-    if missing:
-        text = f"needs more packages: pip install {' '.join(missing)}"
+    packages = [name for name in EXPORTS[args.export] if not importlib.util.find_spec(name)]
+    if packages:
+        text = f"needs more packages: pip install {' '.join(packages)}"
         raise RunError(f"--export {args.export} {text}")
     trained = load_trained(args.runs[0], "cpu", args.quiet)
     config, model = trained.config, WithPreprocessing(trained).eval()
+    checked, kind = images_to_check(trained, args)
+    images = checked.images.contiguous()
 
     # What the file leaves to its user: as common.read_image does it.
     metadata = {
@@ -1535,11 +1520,9 @@ def export(args: Namespace) -> dict:
     }
 
     # Export it, and have the result answer: to a batch, and to one image.
-    checked, kind = images_to_check(trained, args)
-    images = checked.images.contiguous()
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
-    content, exported = convert(program, metadata)
+    name, content, exported = convert(program, args.export, metadata)
     with torch.inference_mode():
         expected = model(images)
         answers = torch.cat([exported(images), exported(images[:1])])
@@ -1553,19 +1536,19 @@ def export(args: Namespace) -> dict:
     # Say how it differs from the model, and from what --predict says in the run's own precision.
     own = trained.probabilities(trained.test(checked)[1])
     changed = (own.argmax(1) != expected.argmax(1)).sum().item()
-    furthest = (own - expected).abs().max().item()
-    shape = ", ".join(map(str, images.shape[1:]))
+    furthest, precision = (own - expected).abs().max().item(), trained.record["precision"]
+    shape = ", ".join(map(str, config["image_shape"]))
     takes = f"uint8 images [N, {shape}] to probabilities [N, K]"
     say(f"{shown(out / name)}: {takes}, within {difference:.1g} of the model in fp32", args.quiet)
     text = f"{changed} of {len(checked)} {kind} get another class than by --predict"
-    precision = f"which computes in {trained.record['precision']}"
-    say(f"{text}, {precision}; probabilities differ by up to {furthest:.2g}", args.quiet)
+    differs = f"probabilities differ by up to {furthest:.2g}"
+    say(f"{text}, which computes in {precision}; {differs}", args.quiet)
     return {"file": str(out / name)}
 
 
 def images_to_check(trained: Trained, args: Namespace) -> tuple[ImageSet, str]:
     """Images to check an export with, and what they are: some that the model was trained on, or
-    where these are gone noise of rising contrast."""
+    where these are gone noise."""
     random = common.generator_for("export")
     try:
         images = load_images(trained, "train", args.data_dir, args.quiet)
@@ -1574,8 +1557,7 @@ def images_to_check(trained: Trained, args: Namespace) -> tuple[ImageSet, str]:
     except RunError as error:
         note(f"the export is checked with noise alone, as {error}", args.quiet)
     noise = torch.rand(CHECKED_IMAGES, *trained.config["image_shape"], generator=random)
-    contrast = torch.linspace(0, 255, CHECKED_IMAGES).view(-1, 1, 1, 1)
-    return trained.as_images((noise * contrast).byte()), "images of noise"
+    return trained.as_images((noise * 256).byte()), "images of noise"
 
 
 # ------------------------ Main ------------------------
