@@ -32,7 +32,7 @@ import warnings
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -44,9 +44,7 @@ from records import RunError, UsageError, say, shown
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 from tqdm import tqdm
 
 if TYPE_CHECKING:  # pandas takes a second to import, so it waits until it is needed
@@ -76,11 +74,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         default="test",
         help="which images; of several runs, which predictions",
     )
-    flag(
-        "--data-dir",
-        type=common.absolute_path,
-        help="where the data are now (as in training)",
-    )
+    flag("--data-dir", type=common.absolute_path, help="where the data are now (as in training)")
     flag(
         "--tta",
         choices=common.TTA,
@@ -109,18 +103,12 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     flag("--layer", help="convolution of filters and feature maps (the first)")
     flag("--image", type=index, default=0, help="image of the feature maps")
     flag = group.add_mutually_exclusive_group().add_argument
-    flag(
-        "--channel",
-        type=index,
-        help="input channel of the filters (0; RGB in colour)",
-    )
+    flag("--channel", type=index, help="input channel of the filters (0; RGB in colour)")
     flag("--all-kernels", action="store_true", help="filters of every input channel")
 
     group = parser.add_argument_group("instead of evaluating")
     group.add_argument(
-        "--top",
-        type=count,
-        help="with --predict: the K likeliest classes of each image (1)",
+        "--top", type=count, help="with --predict: the K likeliest classes of each image (1)"
     )
     flag = group.add_mutually_exclusive_group().add_argument
     flag(
@@ -144,9 +132,9 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     return args
 
 
-def note(text: str, quiet: bool) -> None:
+def note(text: str, args: Namespace) -> None:
     """Print a remark on stderr, so that it does not get into a table that a program reads."""
-    if not quiet:
+    if not args.quiet:
         print(f"evaluate.py: {text}", file=sys.stderr)
 
 
@@ -176,12 +164,6 @@ class Trained:
         """The softmax [N, K] of the logits [N, K] at the run's temperature."""
         return (logits.double() / self.config["temperature"]).softmax(1)
 
-    def read_image(self, file: Path) -> Tensor:
-        """An image file as uint8 [C, side, side], with the pixels of training. RunError."""
-        channels, side, _ = self.config["image_shape"]
-        resize = self.config.get("resize", "stretch")  # older runs have none
-        return common.read_image(file, side, channels == 1, resize)
-
     def as_images(self, pixels: Tensor) -> ImageSet:
         """Images, uint8 [N, C, H, W], of which nobody has said the classes."""
         return ImageSet(pixels, torch.zeros(len(pixels), dtype=torch.long), self.config["classes"])
@@ -203,10 +185,10 @@ def read_run(directory: Path) -> dict:
     return record
 
 
-def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
+def load_trained(directory: Path, args: Namespace) -> Trained:
     """The best model of a run.
 
-    RunError where there is none, or the run still goes on; UsageError for the device.
+    RunError where there is none, or the run still goes on; UsageError for --device.
     """
     # Is there one?
     record = read_run(directory)
@@ -214,11 +196,11 @@ def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
         raise RunError(f"{shown(directory)} is still being trained; evaluate it when it has ended")
 
     # Compute as the training did; another number of threads rounds otherwise.
-    device, _ = common.choose_device(device, "fp32")
+    device, _ = common.choose_device(args.device, "fp32")
     precision = record["precision"]
     if (device, precision) == ("cpu", "fp16"):
         precision = "fp32"
-        note("fp16 needs a GPU: computed in fp32, the figures may differ from run.json's", quiet)
+        note("fp16 needs a GPU: computed in fp32, the figures may differ from run.json's", args)
     torch.set_num_threads(record["threads"])
     autocast = common.autocast_to(device, precision)
 
@@ -236,17 +218,19 @@ def load_trained(directory: Path, device: str, quiet: bool = True) -> Trained:
     return Trained(directory, record, config, model.to(device).eval(), device, autocast)
 
 
-def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool) -> ImageSet:
-    """A split of the images that the run was trained on, on the CPU.
+def load_images(trained: Trained, split: str, asked: Namespace) -> ImageSet:
+    """A split of the images that the run was trained on, on the CPU; `asked` is what the user asks
+    for.
 
     RunError where they are missing, or are others.
     """
-    # What the run says of them.
+    # What the run says of them, and where they are now.
     directory, record, where = trained.directory, trained.record, shown(trained.directory)
     args = Namespace(**record["args"])
-    args.script, args.typed, args.quiet = record["script"], set(), quiet
+    args.script, args.typed, args.quiet = record["script"], set(), asked.quiet
     args.directory, args.listing = directory, common.listing_of(directory, record)
-    args.test, args.device, args.data_dir = True, trained.device, data_dir or Path(args.data_dir)
+    args.test, args.device = True, trained.device
+    args.data_dir = asked.data_dir or Path(args.data_dir)
     if split == "val" and not args.val_size:
         raise RunError(f"{where} was trained with --val-size 0, without a validation split")
 
@@ -258,7 +242,7 @@ def load_images(trained: Trained, split: str, data_dir: Path | None, quiet: bool
             raise RunError(f"the images of {where} {text}")
         synthetic = importlib.import_module(args.script).synthetic
     elif args.dataset not in common.TORCHVISION:
-        args.dataset = str(data_dir or args.dataset)
+        args.dataset = str(asked.data_dir or args.dataset)
     place = common.place_of_images(args)
     if place and not place.is_dir():
         raise RunError(f"the images of {where} are not in {place}; say where with --data-dir DIR")
@@ -299,7 +283,6 @@ def find_convolution(model: nn.Module, args: Namespace) -> tuple[str | None, nn.
 Z = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
 CALIBRATION_BINS = 15
 SHOWN_IMAGES = 40
-IMAGES_AT_A_TIME = 8  # whose gradients are in memory
 
 
 class Gallery(NamedTuple):
@@ -340,8 +323,7 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     correct, size = predicted == labels, len(images.classes)
     confusion = torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)
     classes = class_metrics(confusion.numpy(), images.classes)
-    bins, error = calibration(confidence, correct)
-    bins_before, error_before = calibration(logits.double().softmax(1).amax(1), correct)
+    before = calibration(logits.double().softmax(1).amax(1), correct, "_before")
     metrics = {
         "run": trained.record["name"],
         "dataset": trained.record["data"]["name"],
@@ -353,10 +335,8 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         "macro_f1": classes.f1.mean(),
         "weighted_f1": (classes.f1 * classes.support).sum() / len(images),
         "temperature": trained.config["temperature"],
-        "expected_calibration_error": error,
-        "expected_calibration_error_before": error_before,
-        "calibration": bins,
-        "calibration_before": bins_before,
+        **calibration(confidence, correct),
+        **before,
         "classes": classes,
         "confusion_matrix": confusion.tolist(),
     }
@@ -390,7 +370,8 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         if args.split == "train":
             whose += "; the model was trained on these labels"
         galleries["suspects"] = find_suspects(answers, images, whose)
-    about = f"{len(images):,} {in_words(args.split)} images of {short_name(metrics['dataset'])}"
+    dataset = shorten(Path(metrics["dataset"]).name, 30)
+    about = f"{len(images):,} {in_words(args.split)} images of {dataset}"
     title = f"{shorten(metrics['run'], 60)}, epoch {metrics['epoch']}:\n{about}"
     return Evaluation(trained, images, title, metrics, answers, galleries)
 
@@ -452,9 +433,9 @@ def class_metrics(confusion: np.ndarray, names: list[str]) -> DataFrame:
     return classes
 
 
-def calibration(confidence: Tensor, correct: Tensor) -> tuple[DataFrame, float]:
+def calibration(confidence: Tensor, correct: Tensor, when: str = "") -> dict:
     """Images, mean confidence and accuracy in each of 15 bins of equal width, from `confidence` and
-    `correct` [N]; and the expected calibration error.
+    `correct` [N]; and the expected calibration error. Their names end in `when`.
 
     C. Guo et al., "On calibration of modern neural networks" (2017).
     """
@@ -465,7 +446,8 @@ def calibration(confidence: Tensor, correct: Tensor) -> tuple[DataFrame, float]:
     groups = answers.groupby(cut(answers.confidence, edges), observed=False)
     bins = groups.mean().assign(low=edges[:-1], high=edges[1:], images=groups.size())
     gaps = (bins.confidence - bins.accuracy).abs()
-    return bins, float((gaps * bins["images"]).sum() / len(answers))
+    error = float((gaps * bins["images"]).sum() / len(answers))
+    return {f"expected_calibration_error{when}": error, f"calibration{when}": bins}
 
 
 def find_suspects(answers: DataFrame, images: ImageSet, judge: str) -> Gallery:
@@ -517,30 +499,26 @@ def grad_cam(trained: Trained, images: Tensor, classes: Tensor) -> Tensor | None
     def catch(layer, inputs, output):
         # What follows gets a copy, as a ReLU may work in place. A convolution that cuts the image
         # into patches, as a transformer's does, gives no map.
-        if isinstance(layer, nn.Conv2d) and min(output.shape[2:]) > 1:
-            is_of_patches = layer.kernel_size == layer.stride != (1, 1)
-            if not is_of_patches:
-                maps.append(output)
-                return output.clone()
-        return output
+        is_map = isinstance(layer, nn.Conv2d) and min(output.shape[2:]) > 1
+        if is_map and not layer.kernel_size == layer.stride != (1, 1):
+            maps.append(output)
+            return output.clone()
 
-    # Weigh it, some images at a time.
+    # Weigh it, eight images at a time, as the gradients of all take much memory.
     image_set = ImageSet(images, classes, trained.config["classes"]).to(trained.device)
-    loader = common.Loader(image_set, IMAGES_AT_A_TIME, trained.config)
-    with register_module_forward_hook(catch):
-        for pixels, labels in loader.batches():
+    with nn.modules.module.register_module_forward_hook(catch):
+        for pixels, labels in common.Loader(image_set, 8, trained.config).batches():
             maps.clear()
             scores = trained.model(pixels.requires_grad_()).gather(1, labels[:, None])
             if maps:
                 (gradients,) = torch.autograd.grad(scores.sum(), maps[-1])
                 weights = gradients.mean((2, 3), keepdim=True)
-                heat = (weights * maps[-1].detach()).sum(1, keepdim=True).relu()
-                heatmaps.append(F.interpolate(heat, pixels.shape[2:], mode="bilinear")[:, 0].cpu())
+                heatmaps.append((weights * maps[-1].detach()).sum(1, keepdim=True).relu().cpu())
     if not heatmaps:
         return None
 
     # Lay them over the images in colours, from nothing to the most of each image.
-    heat = torch.cat(heatmaps)
+    heat = nn.functional.interpolate(torch.cat(heatmaps), images.shape[2:], mode="bilinear")[:, 0]
     heat /= heat.amax((1, 2), keepdim=True).clamp(min=1e-12)
     colours = torch.from_numpy(colormap("inferno")(heat.numpy())[..., :3]).permute(0, 3, 1, 2)
     return (images * 0.45 + colours * 255 * 0.55).byte()
@@ -551,7 +529,6 @@ def grad_cam(trained: Trained, images: Tensor, classes: Tensor) -> Tensor | None
 # say the same in grey.
 BLUE, ORANGE = "#0072B2", "#D55E00"
 BEFORE = "before the temperature"
-FEW_EPOCHS = 40  # each has a mark on the curves
 
 
 def draw(found: Evaluation, args: Namespace) -> dict[str, Figure]:
@@ -608,11 +585,6 @@ def shorten(name: str, length: int) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def short_name(dataset: str) -> str:
-    """The name of a dataset, or of its folder, for a picture."""
-    return shorten(Path(dataset).name, 30)
-
-
 def curves_axes(figure):
     """Two axes, of loss and of accuracy, over epochs."""
     from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -630,7 +602,7 @@ def plot_history(axes, directory: Path, part: str, **look) -> None:
     """Draw loss and accuracy of the `part` train or val of a run."""
     rows = records.read_log(directory) if (directory / "log.jsonl").exists() else []
     epochs = [row["epoch"] for row in rows]
-    look["marker"] = "." if len(rows) < FEW_EPOCHS else None
+    look["marker"] = "." if len(rows) < 40 else None
     for axis, name in zip(axes, ("loss", "acc"), strict=True):
         (line,) = axis.plot(epochs, [row[f"{part}_{name}"] for row in rows], **look)
     line.sticky_edges.y.append(1)  # the axis of accuracies ends at 100%
@@ -639,7 +611,7 @@ def plot_history(axes, directory: Path, part: str, **look) -> None:
 def draw_history(trained: Trained) -> Figure:
     """Loss and accuracy of training and validation, epoch by epoch."""
     record, best, directory = trained.record, trained.config, trained.directory
-    about = f"{record['args']['model']} on {short_name(record['data']['name'])}"
+    about = f"{record['args']['model']} on {shorten(Path(record['data']['name']).name, 30)}"
     figure = new_figure(11, 4.2, f"{shorten(record['name'], 60)}: {about}")
     axes, selection = curves_axes(figure), record["data"]["selection"]
     plot_history(axes, directory, "train", color=ORANGE, linestyle="--", label="training")
@@ -659,8 +631,8 @@ def draw_classes(metrics: dict, title: str) -> Figure:
     """Accuracy of each class that has images, highest first, with its 95% interval."""
     classes = metrics["classes"].query("support > 0").sort_values("accuracy", kind="stable")
     # A bar for each class with its interval, and a line for all of them.
-    places, few = range(len(classes)), len(classes) <= 30
-    figure = new_figure(8, 1.6 + len(classes) * (0.32 if few else 0.16), title)
+    places = range(len(classes))
+    figure = new_figure(8, 2 + 0.2 * len(classes), title)
     axis = figure.subplots()
     axis.barh(places, classes.accuracy, color=BLUE)
     axis.hlines(places, *zip(*classes.accuracy_interval, strict=True), color="black")
@@ -670,7 +642,7 @@ def draw_classes(metrics: dict, title: str) -> Figure:
     # Names and percentages.
     rows = zip(classes["name"], classes.accuracy, strict=True)
     labels = [f"{shorten(name, 24)}  {accuracy:.1%}" for name, accuracy in rows]
-    axis.set_yticks(places, labels, fontsize=10 if few else 8)
+    axis.set_yticks(places, labels, fontsize=8)
     axis.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1))
     axis.margins(y=0.01)
     axis.xaxis.set_major_formatter("{x:.0%}")
@@ -693,12 +665,12 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
         "precision:\npercent of the predicted class": 100 * counts / counts.sum(),
     }
 
-    # Inches for names and numbers. Of more than 150 classes the names would run into one another.
+    # Inches for names and numbers. The more classes there are, the smaller are their names.
     names = [shorten(name, 24) for name in metrics["classes"]["name"]]
-    few, step = len(names) <= 20, math.ceil(len(names) / 150)
-    side, size = (max(2.6, len(names) * 0.46), 10) if few else (min(len(names) * 0.13, 20), 6)
+    few, places = len(names) <= 20, range(len(names))
+    side = min(max(2.6, len(names) * (0.46 if few else 0.13)), 20)
+    look = {"labels": names, "fontsize": min(10, 60 * side / len(names))}
     figure = new_figure(3 * side + 7, side + 3, title)
-    ticks, labels = range(0, len(names), step), names[::step]
 
     # Draw each. The square root shows the errors beside a diagonal that is many times larger.
     for axis, (heading, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
@@ -706,8 +678,8 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
         image = axis.imshow(values, cmap=colormap("Blues"), norm=PowerNorm(0.5, 0, top))
         whole = MaxNLocator(6, integer=True)
         figure.colorbar(image, ax=axis, fraction=0.046, format="{x:,.0f}", ticks=whole)
-        axis.set_xticks(ticks, labels, rotation=90, fontsize=size)
-        axis.set_yticks(ticks, labels, fontsize=size)
+        axis.set_xticks(places, rotation=90, **look)
+        axis.set_yticks(places, **look)
         axis.set(title=heading, xlabel="predicted class", ylabel="actual class")
         for (row, column), value in np.ndenumerate(values) if few else ():
             if not np.isnan(value):
@@ -792,16 +764,14 @@ def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
     # The tiles; of one channel or in colour, eight in a row.
     weight = layer.weight.detach().float().cpu()
     filters, channels, height, width = weight.shape
-    extreme = weight.abs().max().item() or 1.0
-    columns = channels if args.all_kernels else 8
+    extreme, channel = weight.abs().max().item() or 1.0, args.channel or 0
+    columns, tiles, about = 8, weight[:, [channel]], f"input channel {channel}"
     if args.all_kernels:
-        tiles, about = weight.reshape(-1, 1, height, width), "a row a filter, a column a channel"
+        columns, tiles = channels, weight.reshape(-1, 1, height, width)
+        about = "a row a filter, a column a channel"
     elif args.channel is None and channels == 3:
         tiles = weight / (2 * extreme) + 0.5
         about = f"as colours: grey is 0, full brightness {extreme:.2g}"
-    else:
-        channel = args.channel or 0
-        tiles, about = weight[:, [channel]], f"input channel {channel}"
 
     # The picture, in which a tile has half an inch, or what there is room for.
     inches = max(0.04 * width, min(0.55, 20 / columns))
@@ -958,6 +928,7 @@ def publish(
     files: dict[str, str],
     result: Any,
     table: DataFrame,
+    tables: dict[str, DataFrame],
     **content,
 ) -> None:
     """Write the figures, the galleries, the page, which has the `content` of as_page, and the other
@@ -973,7 +944,7 @@ def publish(
 
     # The page, without empty tables, and the other files; a name in these may have bytes that are
     # no characters.
-    tables = {heading: table for heading, table in content.pop("tables").items() if len(table)}
+    tables = {heading: texts for heading, texts in tables.items() if len(texts)}
     written = {f"{name}.png": png for name, png in pictures.items()}
     written[page] = as_page(tables=tables, pictures=pictures, **content)
     for name, text in files.items():
@@ -997,28 +968,25 @@ def place_of(run: Path, split: str) -> Path:
 
 def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> None:
     """Put an evaluation into files, on one page and on the screen."""
-    # What is on the page. The headline is of averaged views, as the test's accuracy in run.json.
     trained, metrics, record = found.trained, found.metrics, found.trained.record
-    best, classes = metrics.get("tta", metrics), metrics["classes"]
-    accuracy, interval = (as_text(best[name], "") for name in ("accuracy", "accuracy_interval"))
+    tables = {
+        "Results": results_of(metrics),
+        "Classes": for_people(metrics["classes"], *CLASS),
+        "Most confused": for_people(most_confused(found.answers)),
+    }
+    # The headline is of averaged views, as the test's accuracy in run.json.
     content = {
         "title": found.title,
-        "headline": f"{accuracy} of the images are classified correctly (95% interval {interval}).",
+        "headline": metrics.get("tta", metrics),
         "remarks": remarks_on(trained, args),
-        "tables": {
-            "Results": results_of(metrics),
-            "Classes": for_people(classes, *CLASS),
-            "Most confused": for_people(most_confused(found.answers)),
-        },
         "galleries": found.galleries,
         "record": record,
         "command": shlex.join(["python", f"{record['script']}.py", *record.get("argv", [])]),
     }
-
     # Last comes metrics.json, which says of what the other files are.
     files = {"predictions.csv": as_csv(found.answers), "metrics.json": f"{as_json(metrics)}\n"}
-    out = args.out or place_of(trained.directory, args.split)
-    publish(args, "report.html", out, figures, files, metrics, classes, **content)
+    out, table = args.out or place_of(trained.directory, args.split), metrics["classes"]
+    publish(args, "report.html", out, figures, files, metrics, table, tables, **content)
 
 
 def results_of(metrics: dict) -> DataFrame:
@@ -1145,10 +1113,9 @@ def compare(args: Namespace) -> dict:
         "Equal but for the seed": together(runs, seeds),
         "Equal but for the fold": together(runs, folds),
     }
-    content = {"title": f"{len(runs)} runs", "remarks": remarks, "tables": tables}
+    content = {"title": f"{len(runs)} runs", "remarks": remarks, "galleries": galleries}
     figures, out = {"compare": draw_comparison(runs)}, args.out or args.runs[0].parent
-    content["galleries"] = galleries
-    publish(args, "compare.html", out, figures, {}, rows, rows, **content)
+    publish(args, "compare.html", out, figures, {}, rows, rows, tables, **content)
     return {"runs": as_rows(rows)}
 
 
@@ -1167,7 +1134,7 @@ def measure_runs(args: Namespace) -> DataFrame:
         except (UsageError, RunError) as error:
             if not directory.exists():
                 raise
-            note(f"skipped: {error}", args.quiet)  # it names searches, too
+            note(f"skipped: {error}", args)  # it names searches, too
     if not found:
         raise RunError("none of these is a run directory")
 
@@ -1183,25 +1150,25 @@ def measure_runs(args: Namespace) -> DataFrame:
 def rank_runs(runs: DataFrame) -> tuple[DataFrame, list[str]]:
     """Sort the runs of each dataset, and of each fold of it, and number those that can be compared,
     best first. Also returns remarks."""
-    from pandas import DataFrame, concat
+    from pandas import concat
 
     parts, remarks = [], []
     for (dataset, _), part in runs.groupby(["dataset", "fold"]):
         # Compare with a run that was validated on the same images as most.
         images = part.record.map(lambda run: str(run["data"].get("val_checksum")))
         leader = part.record[images.map(images.value_counts()).idxmax()]
-        why = DataFrame(index=part.index)
-        for figure in ("val_acc", "val_loss"):
-            why[figure] = [common.why_not_comparable(run, leader, figure) for run in part.record]
+        reasons = [common.why_not_comparable(run, leader, "val_acc") for run in part.record]
+        part["not_ranked"] = [reason or None for reason in reasons]
+        ranked = part[part.not_ranked.isna()]
 
         # Rank by the losses, or by the accuracies where the losses are of different things.
-        is_ranked = why.val_acc == ""
-        reason, figures = why.val_loss[is_ranked].max(), part.val_loss
-        if reason:
-            figures = -part.val_acc
-            remarks.append(f"{dataset}: {reason}, so they are ranked by validation accuracy")
-        part["not_ranked"] = why.val_acc.mask(is_ranked)
-        part["rank"] = figures.where(is_ranked).rank(method="first").astype("Int64")
+        figures = ranked.val_loss
+        reasons = [common.why_not_comparable(run, leader, "val_loss") for run in ranked.record]
+        if any(reasons):
+            figures = -ranked.val_acc
+            why = f"{dataset}: {max(reasons)}"
+            remarks.append(f"{why}, so they are ranked by validation accuracy")
+        part["rank"] = figures.rank(method="first").astype("Int64")
         parts.append(part.sort_values("rank", kind="stable"))
     return concat(parts), list(dict.fromkeys(remarks))
 
@@ -1337,8 +1304,8 @@ def judge_out_of_fold(group: DataFrame, args: Namespace) -> Gallery:
     not trained on it."""
     parts, probabilities = [], []
     for directory in group.run:
-        trained = load_trained(Path(directory), args.device, args.quiet)
-        parts.append(load_images(trained, "val", args.data_dir, args.quiet))
+        trained = load_trained(Path(directory), args)
+        parts.append(load_images(trained, "val", args))
         probabilities.append(trained.probabilities(trained.test(parts[-1])[1]))
 
     # Put the folds together.
@@ -1379,7 +1346,7 @@ def classify(args: Namespace) -> dict:
     UsageError for --top, RunError where a file cannot be read, after the others.
     """
     # What is to be classified.
-    trained = load_trained(args.runs[0], args.device, args.quiet)
+    trained = load_trained(args.runs[0], args)
     top, most = args.top or 1, len(trained.config["classes"])
     if top > most:
         raise UsageError(f"--top {top}: the model has {most} classes")
@@ -1389,11 +1356,10 @@ def classify(args: Namespace) -> dict:
 
     # Read them, some at a time, classify those, and print.
     predictions: list[dict] = []
-    progress = tqdm(total=len(files), leave=False, disable=args.quiet or None)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, progress as bar:
+    with tqdm(total=len(files), leave=False, disable=args.quiet or None) as bar:
         for start in range(0, len(files), FILES_AT_A_TIME):
             some = files[start : start + FILES_AT_A_TIME]
-            images = read_images(trained, some, pool, unreadable)
+            images = read_images(trained, some, unreadable)
             if images:
                 rows = likeliest_classes(trained, images, top)
                 print_predictions(rows, args, heading=not predictions)
@@ -1402,7 +1368,7 @@ def classify(args: Namespace) -> dict:
 
     # Say what is left out.
     if skipped:
-        note(common.as_skipped(skipped), args.quiet)
+        note(common.as_skipped(skipped), args)
     if not files:
         raise RunError("no image files there")
     if unreadable:
@@ -1412,19 +1378,23 @@ def classify(args: Namespace) -> dict:
 
 
 def read_images(
-    trained: Trained, files: list[Path], pool: Executor, unreadable: Counter
+    trained: Trained, files: list[Path], unreadable: Counter
 ) -> list[tuple[Path, Tensor]]:
-    """Those of the files that can be read, each with its image; the others are named on stderr, and
-    `unreadable` counts their endings."""
+    """Those of the files that can be read, each with its image, uint8 [C, side, side], with the
+    pixels of training. The others are named on stderr, and `unreadable` counts their endings."""
+    channels, side, _ = trained.config["image_shape"]
+    resize = trained.config.get("resize", "stretch")  # older runs have none
 
     def read(file):
         try:
-            return trained.read_image(file)
+            return common.read_image(file, side, channels == 1, resize)
         except RunError as error:
             return error
 
     images = []
-    for file, content in zip(files, pool.map(read, files), strict=True):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        contents = list(pool.map(read, files))
+    for file, content in zip(files, contents, strict=True):
         if isinstance(content, RunError):
             print(f"evaluate.py: error: {content}", file=sys.stderr)
             unreadable[file.suffix.lower() or "without ending"] += 1
@@ -1485,9 +1455,13 @@ def convert(program: Any, kind: str, metadata: dict) -> tuple[str, bytes, Callab
         torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
         buffer.seek(0)
         return "model.pt2", buffer.getvalue(), torch.export.load(buffer).module()
-    names = {"input_names": ["images"], "output_names": ["probabilities"]}
-    shapes = ({0: "batch"},)
-    exported = torch.onnx.export(program, **names, dynamic_shapes=shapes, verbose=False)
+    exported = torch.onnx.export(
+        program,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+    )
     texts = {name: json.dumps(value) for name, value in metadata.items()}
     exported.model.metadata_props.update(texts)
     content = exported.model_proto.SerializeToString()
@@ -1504,7 +1478,8 @@ def export(args: Namespace) -> dict:
     if packages:
         text = f"needs more packages: pip install {' '.join(packages)}"
         raise RunError(f"--export {args.export} {text}")
-    trained = load_trained(args.runs[0], "cpu", args.quiet)
+    args.device = "cpu"
+    trained = load_trained(args.runs[0], args)
     config, model = trained.config, WithPreprocessing(trained).eval()
     checked, kind = images_to_check(trained, args)
     images = checked.images.contiguous()
@@ -1519,14 +1494,14 @@ def export(args: Namespace) -> dict:
         "transparent pixels": "on white",
     }
 
-    # Export it, and have the result answer: to a batch, and to one image.
+    # Export it, and have the result answer: to one image, and to a batch.
     dynamic = ({0: torch.export.Dim("batch", min=1)},)
     program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
     name, content, exported = convert(program, args.export, metadata)
     with torch.inference_mode():
         expected = model(images)
-        answers = torch.cat([exported(images), exported(images[:1])])
-        difference = (answers - torch.cat([expected, expected[:1]])).abs().max().item()
+        answers = torch.cat([exported(images[:1]), exported(images[1:])])
+        difference = (answers - expected).abs().max().item()
     if not difference < 1e-4:
         text = f"differ from the model's by {difference:.2g}: not kept"
         raise RunError(f"the exported model's probabilities {text}")
@@ -1551,26 +1526,17 @@ def images_to_check(trained: Trained, args: Namespace) -> tuple[ImageSet, str]:
     where these are gone noise."""
     random = common.generator_for("export")
     try:
-        images = load_images(trained, "train", args.data_dir, args.quiet)
+        images = load_images(trained, "train", args)
         chosen = torch.randperm(len(images), generator=random)[:CHECKED_IMAGES]
         return images.select(chosen), "training images"
     except RunError as error:
-        note(f"the export is checked with noise alone, as {error}", args.quiet)
-    noise = torch.rand(CHECKED_IMAGES, *trained.config["image_shape"], generator=random)
-    return trained.as_images((noise * 256).byte()), "images of noise"
+        note(f"the export is checked with noise alone, as {error}", args)
+    shape = CHECKED_IMAGES, *trained.config["image_shape"]
+    noise = torch.randint(256, shape, dtype=torch.uint8, generator=random)
+    return trained.as_images(noise), "images of noise"
 
 
 # ------------------------ Main ------------------------
-def evaluate_run(args: Namespace) -> dict:
-    """Evaluate one run; returns what metrics.json holds. UsageError, RunError."""
-    trained = load_trained(args.runs[0], args.device, args.quiet)
-    find_convolution(trained.model, args)  # --layer and --channel are looked at before the work
-    images = load_images(trained, args.split, args.data_dir, args.quiet)
-    if args.image >= len(images):
-        raise UsageError(f"--image {args.image}: the split has {len(images)} images, from 0")
-    found = measure(trained, images, args)
-    write(found, draw(found, args), args)
-    return json.loads(as_json(found.metrics))
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -1583,7 +1549,18 @@ def main(argv: list[str] | None = None) -> dict:
         return classify(args)
     if args.export:
         return export(args)
-    return evaluate_run(args) if len(args.runs) == 1 else compare(args)
+    if len(args.runs) > 1:
+        return compare(args)
+
+    # Evaluate one run. --layer, --channel and --image are looked at before the work.
+    trained = load_trained(args.runs[0], args)
+    find_convolution(trained.model, args)
+    images = load_images(trained, args.split, args)
+    if args.image >= len(images):
+        raise UsageError(f"--image {args.image}: the split has {len(images)} images, from 0")
+    found = measure(trained, images, args)
+    write(found, draw(found, args), args)
+    return json.loads(as_json(found.metrics))
 
 
 if __name__ == "__main__":
