@@ -366,10 +366,10 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         title = "Grad-CAM: where the model saw what it took them for"
         galleries["gradcam"] = mistakes._replace(title=title, pixels=seen)
     if images.files:
-        whose = "the model finds unlikely"
+        verdict = "the model finds unlikely"
         if args.split == "train":
-            whose += "; the model was trained on these labels"
-        galleries["suspects"] = find_suspects(answers, images, whose)
+            verdict += "; the model was trained on these labels"
+        galleries["suspects"] = find_suspects(answers, images, verdict)
     dataset = shorten(Path(metrics["dataset"]).name, 30)
     about = f"{len(images):,} {in_words(args.split)} images of {dataset}"
     title = f"{shorten(metrics['run'], 60)}, epoch {metrics['epoch']}:\n{about}"
@@ -450,9 +450,9 @@ def calibration(confidence: Tensor, correct: Tensor, when: str = "") -> dict:
     return {f"expected_calibration_error{when}": error, f"calibration{when}": bins}
 
 
-def find_suspects(answers: DataFrame, images: ImageSet, judge: str) -> Gallery:
-    """The images that may have a wrong label: of those that the `judge` takes for another class,
-    the ones whose class is least likely.
+def find_suspects(answers: DataFrame, images: ImageSet, verdict: str) -> Gallery:
+    """The images that may have a wrong label: of those that are taken for another class, the ones
+    whose own class is least likely. `verdict` is who finds it unlikely, for the title.
 
     At most a tenth of all: three times the wrong labels that C. G. Northcutt, A. Athalye and J.
     Mueller found on average, "Pervasive label errors in test sets destabilize machine learning
@@ -461,7 +461,7 @@ def find_suspects(answers: DataFrame, images: ImageSet, judge: str) -> Gallery:
     answers = answers.assign(file=[str(file.path) for file in images.files])
     wrong = answers[answers["class"] != answers.predicted]
     suspects = wrong.nsmallest(math.ceil(len(answers) / 10), "probability")
-    title = f"Suspects: {len(suspects):,} images whose class {judge}"
+    title = f"Suspects: {len(suspects):,} images whose class {verdict}"
     shown_ones = gallery(title, images, suspects.head(SHOWN_IMAGES), is_suspect=True)
     return shown_ones._replace(answers=suspects)
 
