@@ -618,7 +618,7 @@ def draw_history(trained: Trained) -> Figure:
     plot_history(axes, directory, "val", color=BLUE, label=selection)
     for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
         # best.pt's figures, not run.json's: they are of these weights, also after a kill.
-        label = f"best: {best['epoch']}"
+        label = f"{record['args'].get('keep', 'best')}: {best['epoch']}"
         axis.plot(best["epoch"], best[name], "k*", markersize=13, label=label)
         if record["status"] == "stopped_early":
             last = record["epochs"]
