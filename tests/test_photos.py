@@ -74,7 +74,7 @@ def test_what_is_chosen_is_said(capsys):
     chosen({"a": 40, "b": 3}, "--epochs", 7)
     out, _ = capsys.readouterr()
     line = "--model photonet --image-size 64 --epochs 7 --batch-size 8 --val-size 0.1"
-    assert f"--recipe photos for this folder: {line} --class-weights balanced\n" in out
+    assert f"--recipe photos for this folder: {line} --class-weights margin\n" in out
 
 
 def test_a_folder_alone_is_enough_and_the_choice_is_in_the_record_and_kept():
