@@ -82,7 +82,7 @@ def test_a_folder_alone_is_enough_and_the_choice_is_in_the_record_and_kept():
     directory, record, _ = run(train_cifar, "--dataset", "p", "--quiet", "--stop-after", 1)
     args = record["args"]
     assert (args["recipe"], args["model"], args["epochs"]) == ("photos", "fastnet", 60)
-    assert args["class_weights"] == "balanced"
+    assert args["class_weights"] == "margin"
     pictures("p", {"c": 30})  # what has come since changes nothing
     argv = ["--resume", directory, "--quiet", "--stop-after", 2]
     assert run(train_cifar, *argv)[1]["args"] == args
