@@ -260,8 +260,8 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     flag(
         "--class-weights",
         ("balanced", "margin"),
-        "for rare classes: balanced makes all classes count the same in the loss, "
-        "margin gives the common ones a head start in training alone",
+        "for rare classes: with balanced, all classes count the same in the loss; "
+        "with margin, common classes have a head start, but in training only",
     )
     flag(
         "--sizes PART,...",
@@ -270,7 +270,10 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     )
     flag("--tolerance EPOCHS", number(int, 0), "epochs without a new best that end a run; 0: never")
     flag(
-        "--keep", ("best", "last"), "epoch to keep: of the lowest validation loss, or last", "best"
+        "--keep",
+        ("best", "last"),
+        "epoch whose weights are kept: that of the lowest validation loss, or the last one",
+        "best",
     )
     flag("--test", bool, "test with the weights that are kept, at the end", True)
     flag("--tta", TTA, "views to average of the test images that the model is not sure of")
@@ -464,7 +467,7 @@ def refuse_what_has_no_effect(values, typed):
         ({"alternate_flip"}, augmented and values["flip"], "without --flip"),
         ({"val_size"}, not values["fold"], "beside --fold"),
         ({"test"}, not (values["fold"] and values["test"]), "beside --fold"),
-        ({"tolerance"}, values["keep"] == "best", f"with --keep {values['keep']}"),
+        ({"tolerance"}, values["keep"] == "best", "with --keep last"),
         ({"wandb_project"}, values["wandb"] != "disabled", "without --wandb"),
         ({"freeze"}, values["weights"], "without --weights"),
         ({"sizes", *AUGMENTATIONS} - {"flip"}, not values["freeze"], "with --freeze"),
@@ -2066,30 +2069,33 @@ def frozen(args: Namespace, model: nn.Module, data: Data) -> tuple[nn.Module, nn
     learner.config = model.config
     if not isinstance(head, nn.Linear):
         return model, learner, data
-    views = [False, True] if args.augment and args.flip else [False]
-    train_set = features(args, model, head, data.train, views)
-    val_set = features(args, model, head, data.val, [False])
+    with_mirrored = args.augment and args.flip > 0
+    train_set = features(args, model, head, data.train, with_mirrored)
+    val_set = features(args, model, head, data.val, with_mirrored=False)
     return head, learner, replace(data, train=train_set, val=val_set)
 
 
 @torch.no_grad()
-def features(args, model, head, image_set, views):
-    """What comes into `head` for each image: an ImageSet of floats [N, F], once for each of
-    `views`: whether the images are mirrored."""
+def features(args, model, head, image_set, with_mirrored):
+    """What comes into `head` for each image: an ImageSet of floats [N, F].
+
+    With `with_mirrored` it has 2 N of them: first the images as they are, then mirrored.
+    """
+    passes = [False, True] if with_mirrored else [False]  # whether all images are mirrored
     found = []
     hook = head.register_forward_pre_hook(lambda head, inputs: found.append(inputs[0].float()))
     loader = evaluation_loader(image_set, 1, model.config)
     model.eval()
     with tqdm(
-        total=len(views) * len(loader), desc="features", leave=False, disable=args.quiet or None
+        total=len(passes) * len(loader), desc="features", leave=False, disable=args.quiet or None
     ) as bar:
-        for mirrored in views:
+        for mirrored in passes:
             for images, _ in loader.batches():
                 with autocast_to(args.device, args.precision)():
                     model(images.flip(3) if mirrored else images)
                 bar.update()
     hook.remove()
-    return ImageSet(torch.cat(found), image_set.labels.repeat(len(views)), image_set.classes)
+    return ImageSet(torch.cat(found), image_set.labels.repeat(len(passes)), image_set.classes)
 
 
 # ------------------------ Losses and optimisers ------------------------
@@ -2113,7 +2119,7 @@ def make_criterion(args: Namespace, train_set: ImageSet) -> Callable:
     weights, margins = torch.ones(len(train_set.classes), device=args.device), 0.0
     if args.class_weights == "balanced":
         weights = train_set.class_weights()
-    if args.class_weights == "margin":
+    if args.class_weights == "margin":  # the log of the share, and a constant without effect
         margins = -train_set.class_weights().log()
     return lambda logits, labels: (loss(logits + margins, labels), weights[labels])
 
@@ -2169,7 +2175,7 @@ class Muon(torch.optim.Optimizer):
                 p.sub_(step.view(shape), alpha=group["lr"])
 
 
-# torch has each optimiser as one kernel too, which is faster on every device: fused.
+# fused: torch computes the whole step of an optimiser in one kernel.
 def adam(weights, lr, precision, weight_decay=0.0, kind=torch.optim.Adam):
     """torch's Adam, or another `kind` of it."""
     return [kind(weights, lr, weight_decay=weight_decay, fused=True)]
@@ -2177,8 +2183,10 @@ def adam(weights, lr, precision, weight_decay=0.0, kind=torch.optim.Adam):
 
 def sgd(weights, lr, precision, momentum=0.9, weight_decay=0.0):
     """torch's SGD with Nesterov momentum."""
-    nesterov = momentum > 0
-    return [torch.optim.SGD(weights, lr, momentum, 0, weight_decay, nesterov, fused=True)]
+    decay, nesterov = weight_decay, momentum > 0
+    return [
+        torch.optim.SGD(weights, lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True)
+    ]
 
 
 def muon(weights, lr, precision, momentum=0.6, aux_lr=0.015, weight_decay=0.0):
@@ -2562,7 +2570,7 @@ def fit(
                 "images_per_second": len(data.train) / train_seconds,
             }
 
-            # Early stopping looks at the validation loss, and keeps the weights of --keep.
+            # Early stopping looks at the validation loss, and keeps the weights that --keep names.
             improved = early_stopping.step(row["val_loss"], learner)
             best = "  best" if improved and args.keep == "best" else ""
 

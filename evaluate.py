@@ -74,7 +74,12 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
         default="test",
         help="which images; of several runs, which predictions",
     )
-    flag("--data-dir", type=common.absolute_path, help="where the data are now (as in training)")
+    flag(
+        "--data-dir",
+        type=common.absolute_path,
+        metavar="DIR",
+        help="where the data are now (as in training)",
+    )
     flag(
         "--tta",
         choices=common.TTA,
@@ -91,6 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     group.add_argument(
         "--out",
         type=common.given_path,
+        metavar="DIR",
         help="directory for the files (the run's; of several runs the one above)",
     )
     flag = group.add_mutually_exclusive_group().add_argument
@@ -99,16 +105,24 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
 
     group = parser.add_argument_group("pictures")
     flag = group.add_argument
-    flag("--sample", type=count, default=40, help="images in predictions.png")
-    flag("--layer", help="convolution of filters and feature maps (the first)")
-    flag("--image", type=index, default=0, help="image of the feature maps")
+    flag("--sample", type=count, default=40, metavar="N", help="images in predictions.png")
+    flag("--layer", metavar="NAME", help="convolution of filters and feature maps (the first)")
+    flag("--image", type=index, default=0, metavar="K", help="image of the feature maps")
     flag = group.add_mutually_exclusive_group().add_argument
-    flag("--channel", type=index, help="input channel of the filters (0; RGB in colour)")
+    flag(
+        "--channel",
+        type=index,
+        metavar="K",
+        help="input channel of the filters (0; RGB in colour)",
+    )
     flag("--all-kernels", action="store_true", help="filters of every input channel")
 
     group = parser.add_argument_group("instead of evaluating")
     group.add_argument(
-        "--top", type=count, help="with --predict: the K likeliest classes of each image (1)"
+        "--top",
+        type=count,
+        metavar="K",
+        help="with --predict: the K likeliest classes of each image (1)",
     )
     flag = group.add_mutually_exclusive_group().add_argument
     flag(
@@ -141,7 +155,7 @@ def note(text: str, args: Namespace) -> None:
 # ------------------------ A trained model ------------------------
 @dataclass
 class Trained:
-    """A run with the model of its best epoch.
+    """A run with the model of the epoch that it has kept.
 
     `record` is its run.json, `config` what best.pt holds beside the weights.
     """
@@ -323,7 +337,6 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     correct, size = predicted == labels, len(images.classes)
     confusion = torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)
     classes = class_metrics(confusion.numpy(), images.classes)
-    before = calibration(logits.double().softmax(1).amax(1), correct, "_before")
     metrics = {
         "run": trained.record["name"],
         "dataset": trained.record["data"]["name"],
@@ -336,7 +349,7 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         "weighted_f1": (classes.f1 * classes.support).sum() / len(images),
         "temperature": trained.config["temperature"],
         **calibration(confidence, correct),
-        **before,
+        **calibration(logits.double().softmax(1).amax(1), correct, "_before"),
         "classes": classes,
         "confusion_matrix": confusion.tolist(),
     }
@@ -1166,7 +1179,7 @@ def rank_runs(runs: DataFrame) -> tuple[DataFrame, list[str]]:
         reasons = [common.why_not_comparable(run, leader, "val_loss") for run in ranked.record]
         if any(reasons):
             figures = -ranked.val_acc
-            why = f"{dataset}: {max(reasons)}"
+            why = f"{dataset}: {next(filter(None, reasons))}"
             remarks.append(f"{why}, so they are ranked by validation accuracy")
         part["rank"] = figures.rank(method="first").astype("Int64")
         parts.append(part.sort_values("rank", kind="stable"))

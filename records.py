@@ -292,6 +292,7 @@ class Run:
 
     def __init__(self, directory: Path):
         self.directory, self.record, self.history = directory, read_record(directory), []
+        self.keep = self.record["args"].get("keep", "best")  # older runs have none
         self.status, self.wandb = "failed", None
         self.began = time.perf_counter() - self.record["seconds"]
 
@@ -313,7 +314,7 @@ class Run:
         best, path = None, self.directory / "best.pt"
         if self.history:
             row = min(self.history, key=lambda row: row["val_loss"])
-            if self.record["args"].get("keep") == "last":
+            if self.keep == "last":
                 row = self.history[-1]
             best = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
             best["temperature"] = parts["model"].config["temperature"]
@@ -349,10 +350,9 @@ class Run:
     def report(self, quiet):
         """Say how the run has ended."""
         best, test = self.record["best"], self.record["test"]
-        kept = self.record["args"].get("keep", "best")
         if best:
             say(
-                f"{kept} epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, "
+                f"{self.keep} epoch {best['epoch']}: validation loss {best['val_loss']:.4f}, "
                 f"accuracy {best['val_acc']:.2%}",
                 quiet,
             )

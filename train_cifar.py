@@ -68,10 +68,11 @@ def photos(images: int, classes: int, rarest: int, side: float) -> dict:
         "val_size": min(0.1, 1_000 / max(images, 1)),
     }
 
-    # Of few images, more changes: a net would learn them by heart. And each of their small batches
-    # says little about the mean and variance that batch norm is to have in the end.
     if images < 10_000:
+        # A net learns few images by heart, so they are changed more.
         recipe |= {"rotation": 15.0, "brightness": 0.2, "hue": 0.05, "shift": 4}
+
+        # Small batches differ much from one another, so batch norm takes up less of each.
         recipe |= {"norm_momentum": 0.05}
 
         # A hundred validation images would choose an epoch by chance.
