@@ -41,7 +41,7 @@ class Forked:
 
     def __init__(self, script, *argv, before="", each_epoch="", out="out", err="err"):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["forked", "pytest", "torch._dynamo"])
+        context.set_forkserver_preload(["forked", "pytest", "torch._dynamo", "undrawn"])
         self.err = Path(err)
         call = script, [str(argument) for argument in argv], before, each_epoch, out, err
         self.process = context.Process(target=as_a_program, args=call)
@@ -64,9 +64,9 @@ def as_a_program(script, argv, before, each_epoch, out, err):
     )
     sys.argv = [f"{script}.py", *argv]
     exec(before, globals())
-    signal.pthread_sigmask(
-        signal.SIG_UNBLOCK, {signal.SIGINT}
-    )  # what a sweep has started before has it blocked
+    # A sweep that ran before in the tests' process has kept Ctrl-C from what it starts.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main = importlib.import_module(script).main
     if script != "sweep":
         main = functools.partial(main, on_epoch=lambda row: exec(each_epoch, globals()))

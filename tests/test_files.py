@@ -16,15 +16,14 @@ from pathlib import Path
 
 import evaluate
 import records
-import sweep
 import train_cifar
 import train_mnist
 
 import numpy as np
 import pytest
+import undrawn
 from conftest import check_same, run
 from forked import Forked
-from matplotlib.figure import Figure
 from PIL import Image, ImageOps, features
 from test_data import pictures
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -37,8 +36,7 @@ ON_P = ["--dataset", "p", *QUIET]
 @pytest.fixture(autouse=True)
 def nothing_is_drawn(monkeypatch):
     """The pictures are another file's tests, and take seconds."""
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-    monkeypatch.setattr(sweep, "draw_sweep", lambda *_: {})
+    undrawn.nothing_is_drawn(monkeypatch.setattr)
 
 
 def picture(path, level, mode="L"):
