@@ -1349,15 +1349,15 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
 def room_for(shape, rows, args):
     """An uint8 tensor of this shape, and whether the images of `rows` are in it already.
 
-    It lies in memory, or else in a file of the run's directory, or of the search's, where the
-    trials share it.
+    It lies in memory, or where that is too little in a file of the run's directory. The trials of
+    a search share one in the search's: it is decoded once.
     """
     # In memory, where there is enough of it, or where no file tells.
     size, meminfo = math.prod(shape), Path("/proc/meminfo")
     free = math.inf
     if meminfo.exists():
         free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
-    if size <= free:
+    if size <= free and not search_directory:
         yield torch.empty(shape, dtype=torch.uint8), False
         return
 
@@ -1367,7 +1367,7 @@ def room_for(shape, rows, args):
     say(
         f"{size / 1e9:.1f} GB of images do not fit the memory: "
         f"they lie in {shown(directory)} meanwhile",
-        args.quiet,
+        args.quiet or size <= free,
     )
     with records.locked(directory / ".pixels.lock", wait=True):
         key = random_seed([row["file"] for row in rows], shape, args.resize)
