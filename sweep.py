@@ -1692,20 +1692,18 @@ def main(argv: list[str] | None = None) -> dict:
         with records.locked(directory / ".lock"):
             study = open_study(search)
             search.sweep_id = find_sweep(study, search, by_wandb)
-            lines = write_lines(study, search)
-            if len(lines) < search.total or search.retry_failed:
-                keep_data(study, search, *(data or check_data(search)))
             if search.retry_failed:
                 retry(study, search)
 
-            # Run the trials, and say what came out.
-            search.began = datetime.now()
-            stopped = run_trials(study, search)
+            # Run the trials that are left, and say what came out.
+            search.began, stopped = datetime.now(), None
+            if not is_complete(search, write_lines(study, search)):
+                keep_data(study, search, *(data or check_data(search)))
+                stopped = run_trials(study, search)
             if stopped and search.storage:
                 give_back(study, search)
             lines = write_lines(study, search)
-            complete = is_complete(search, lines)
-            best = report(study, search, lines, complete)
+            best = report(study, search, lines, complete=not stopped)
     except StorageInternalError as error:
         text = storage_problem(search, error)
         raise RunError(f"{text}; go on with: {how_to_go_on(search)}") from error
