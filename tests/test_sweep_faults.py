@@ -551,6 +551,10 @@ def test_one_exploded_trial_flattens_no_picture(method, monkeypatch):
         for axis in figure.axes:
             high = max(abs(limit) for limit in axis.get_ylim())
             assert high < 100, figure
+    (curves,) = (f for f in drawn if f.axes and f.axes[0].get_xlabel() == "epoch")
+    (thick,) = (line for line in curves.axes[0].lines if line.get_linewidth() > 2)
+    best = min(row["val_loss"] for row in lines().values())
+    assert min(thick.get_ydata()) == pytest.approx(best)
     if method is GRID:
         (grid,) = (figure for figure in drawn if figure.axes[0].images)
         axis = grid.axes[0]
