@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import records
@@ -323,13 +324,24 @@ def test_lines_come_in_the_order_of_their_ends_and_a_killed_worker_is_replaced(t
     assert "5 of 6 trials" not in Path("sweep.out").read_text()
 
 
+def test_nothing_is_written_to_the_journal_while_another_process_has_its_lock(toy):
+    (held,) = hold("runs")
+    process = start(*toy[:4], *toy[5:], "--method", "grid", "--param", "k=1")
+    until(Path("runs/s/trial-0000/run.json").exists)
+    journal = Path("runs/s/study.journal")
+    with records.locked(journal.with_name(".study.lock"), wait=True):
+        before = journal.read_bytes()
+        held.unlink()
+        until(Path("runs/s/trial-0000/log.jsonl").exists)
+        time.sleep(1)  # it would be written at once
+        assert journal.read_bytes() == before
+    assert process.finish() == (0, "")
+    assert journal.read_bytes() != before and lines()[0]["epochs"] == 8
+
+
 def test_a_resumed_trial_is_not_judged_again_at_a_band_that_it_has_passed(toy):
     # Trial 0 passes band 2 alone, and is killed at epoch 5, when better ones have passed it.
-    argv = ["--method", "grid", "--param", "x=0.9,0.3", "--param", "k=1,3", "--jobs", "2"]
-    held, other = hold("runs", trial="trial-0000"), Path("runs/hold-trial-0001")
-    for file in held:
-        file.unlink()
-    other.touch()
+    (other,) = hold("runs", trial="trial-0001")
     config = {"early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2}}
     config |= {"program": "toy.py", "method": "grid"}
     config["parameters"] = {"x": {"values": [0.9, 0.3, 0.3001]}}
@@ -341,7 +353,6 @@ def test_a_resumed_trial_is_not_judged_again_at_a_band_that_it_has_passed(toy):
         )
     )
     Path("wait").touch()
-    del argv
     process = start("--config", "sweep.json", *toy[2:], "--jobs", "2")
     log = Path("runs/s/trial-0000/log.jsonl")
     until(lambda: log.exists() and len(log.read_text().splitlines()) == 3)

@@ -110,6 +110,19 @@ def test_a_trial_that_was_running_at_ctrl_c_is_no_result():
     server.close()
 
 
+def test_a_search_that_goes_on_takes_no_more_than_its_count():
+    given = [{"lr": 0.001 * number, "epochs": 2} for number in range(1, 9)]
+    server = WandbServer(given[:1])
+    status, error, rows = drive(server, *SEARCH, "--", *FLAGS)
+    assert (status, len(rows)) == (0, 1), error
+    server.close()
+    server = WandbServer(given[1:])
+    status, error, rows = drive(server, *SEARCH, "--", *FLAGS)
+    assert status == 0, error
+    assert [row["params"] for row in rows] == given[:4]
+    server.close()
+
+
 def test_a_sweep_is_joined_with_the_script_and_the_flags_of_the_one_who_made_it():
     config = {
         "program": "mine.py",
