@@ -46,19 +46,22 @@ class RunError(Exception):
 
 
 # ------------------------ The screen ------------------------
-def say(line: str, quiet: bool = False) -> None:
+def say(line: str, quiet: bool = False, needed: bool = False) -> None:
     """Print a line for a person, unless `quiet`.
 
-    An output that takes no more (`| head -1`, a full disk) does not end a run.
+    An output that takes no more (`| head -1`, a full disk) does not end a run. A full disk is an
+    OSError where the line is what is `needed`, and not news of a run.
     """
     if quiet:
         return
     try:
         with tqdm.external_write_mode():  # no progress bar on the same line
             print(line, flush=True)
-    except OSError:
+    except OSError as error:
         # Python flushes its output once more at the end, and then needs a file that is open.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if needed and not isinstance(error, BrokenPipeError):
+            raise
 
 
 def shown(path: Path | str) -> str:

@@ -12,6 +12,7 @@ many machines share. Any process may die at any moment: what it ran is taken up 
 """
 
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.util
@@ -28,7 +29,6 @@ import shlex
 import shutil
 import signal
 import socket
-import statistics
 import sys
 import threading
 import time
@@ -37,11 +37,10 @@ import urllib.error
 import urllib.request
 import warnings
 from argparse import SUPPRESS, Namespace
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 
@@ -54,7 +53,6 @@ from records import RunError, UsageError, say, shown
 
 import optuna
 import torch
-from optuna import Study
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning, OptunaError, StorageInternalError
 from optuna.samplers import GPSampler, RandomSampler, TPESampler
@@ -76,6 +74,67 @@ CIFAR_FLAGS += ["--batch-size", "512", "--tolerance", "3"]
 CIFAR = "train_cifar.py", ["c1=48,96", "c2=96,192", "l1=256,512"], CIFAR_FLAGS
 MNIST = "train_mnist.py", ["lr=log:1e-4..1e-1", "batch_size=32,64,128,256"], []
 DEFAULT_SEARCH = {"grid": CIFAR, "random": MNIST, "bayes": MNIST}
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Run or continue a search, and report. Returns its directory, the lines of trials.jsonl, and
+    the row of the best."""
+    # What is to be searched, and where.
+    if not records.fcntl:
+        raise UsageError(
+            "sweep.py needs the file locks of Linux or macOS: on Windows, run it in WSL"
+        )
+    search = parse_arguments(sys.argv[1:] if argv is None else list(argv))
+    if search.dry_run:
+        return dry_run(search)
+    choose_engine(search)
+    find_directory(search)
+
+    # Nothing is made before the database has answered, and the data have been looked at.
+    if search.storage:
+        open_storage(search)
+    data = None if search.resume else check_data(search)
+    search.directory.mkdir(parents=True, exist_ok=True)
+    try:
+        with records.locked(search.directory / ".lock"):
+            open_study(search)
+            if search.retry_failed:
+                retry(search)
+
+            # Run the trials that are left, and say what came out.
+            lines, stopped = lines_of(search, trials_of(search)), None
+            write_lines(search, lines)
+            search.before = len(lines)
+            if not is_over(search, lines):
+                keep_data(search, *(data or check_data(search)))
+                stopped = run_trials(search, lines)
+                lines = lines_of(search, trials_of(search))
+                write_lines(search, lines)
+            best = report(search, lines, complete=not stopped)
+    except StorageInternalError as error:
+        text = storage_problem(search, error)
+        raise RunError(f"{text}; go on with: {how_to_go_on(search)}") from error
+    for path in search.directory.glob(".pixels-*"):
+        path.unlink()
+    if not (best or stopped):
+        error = lines[-1]["error"] if lines else "W&B gave none out"
+        raise RunError(f"{shown(search.directory)}: no trial finished; the last with: {error}")
+    result = {"directory": str(search.directory), "trials": lines, "best": best, "error": stopped}
+    status = "interrupted" if stopped else "finished"
+    return {**result, "status": status, "go_on": how_to_go_on(search)}
+
+
+def dry_run(search: "Search") -> dict:
+    """Print the command line of each trial; of a Bayesian search the space. OSError."""
+    trials: list = []
+    for number in range(search.total if search.method != "bayes" else 0):
+        trials.append(search.trial(number, propose(search, trials)))
+        command = search.command(trials[-1].user_attrs["params"], number)
+        say(f"trial {number:4}  {command}", search.quiet, needed=True)
+    if not trials:
+        text = f"{counted(search.total, 'trial')} of {shown(search.script)}, proposed one by one"
+        say("\n  ".join([text, *search.param]), search.quiet, needed=True)
+    return {}
 
 
 # ------------------------ Options ------------------------
@@ -167,29 +226,28 @@ PLACES = {"--dataset", "--data-dir", "--weights"}
 def parse_arguments(argv: list[str]) -> "Search":
     """The search that is asked for; with --resume the study has most of it. UsageError."""
     parser, cut = build_parser(), argv.index("--") if "--" in argv else len(argv)
-    typed, flags = argv[:cut], argv[cut + 1 :]
-    given = names_of(typed)
-    search = parser.parse_args(typed, Search(given=given))
-    search.places, search.flags = split_places(flags)
+    words, flags = argv[:cut], argv[cut + 1 :]
+    given, search = names_of(words), parser.parse_args(words)
     if "--grace" in given and not search.storage:
         raise UsageError("--grace has no effect without --storage")
     if search.resume:
         for word in given + names_of(flags):
             if word not in RUNNING | PLACES:
                 raise UsageError(f"--resume takes the search from its folder: leave out {word}")
-        return search
 
     # A configuration is read as flags; what is on the command line comes after them, and wins.
-    if search.config or search.sweep_id:
+    elif search.config or search.sweep_id:
         source = search.config or f"--sweep-id {search.sweep_id}"
         try:
             config = load_yaml(search.config) if search.config else wandb_config(search)
-            words, more_flags = read_config(config, search.config)
+            more_words, more_flags = read_config(config, search.config)
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from error
-        search = parser.parse_args(words + typed, Search(given=given))
-        search.places, search.flags = split_places(more_flags + flags)
-    complete(search)
+        words, flags = more_words + words, more_flags + flags
+    search = parser.parse_args(words, Search(given=given))
+    search.places, search.flags = split_places(flags)
+    if not search.resume:
+        complete(search)
     return search
 
 
@@ -213,253 +271,6 @@ def place(text: str) -> str:
     return str(path) if text and path.exists() else text
 
 
-class Search(Namespace):
-    """The flags of a search, and what follows from them. The study keeps those in KEPT."""
-
-    SAME = ("script", "method", "param", "flags", "metric", "goal", "target", "seed", "seeds")
-    SAME += ("eta", "bands")
-    KEPT = (*SAME, "places", "epochs", "has_idle", "count", "threads")
-    epochs = 0  # of a trial at most, if the script tells
-    has_idle = False  # whether a parameter has no effect in some trials
-
-    @property
-    def is_ours(self) -> bool:
-        """Whether the script is one of this repository."""
-        return Path(self.script).parent == records.HERE
-
-    @functools.cached_property
-    def parameters(self) -> dict[str, "Parameter"]:
-        """What is searched."""
-        return dict(map(parse_parameter, self.param))
-
-    @property
-    def distributions(self) -> dict:
-        """The same as Optuna knows it."""
-        return {name: parameter.distribution for name, parameter in self.parameters.items()}
-
-    @property
-    def size(self) -> float:
-        """How many configurations there are."""
-        values = [parameter.values for parameter in self.parameters.values()]
-        return math.prod(map(len, values)) if all(values) else math.inf
-
-    @property
-    def total(self) -> int:
-        """The number of trials."""
-        return self.count * len(self.seeds)
-
-    @property
-    def sign(self) -> int:
-        """1 where the lowest metric is the best, -1 where the highest is."""
-        return 1 if self.goal == "minimize" else -1
-
-    def loss(self, line: dict) -> float:
-        """What ranks a line of trials.jsonl, the lowest first: the mean of its seeds, if it has
-        one, or else its metric."""
-        value = line.get("mean", line[self.metric])
-        return math.inf if value is None else self.sign * value
-
-    def corners(self) -> list[dict]:
-        """Configurations with each end of a range, and each word of a list."""
-        first = {name: parameter.ends[0] for name, parameter in self.parameters.items()}
-        return [{**first, name: end} for name, p in self.parameters.items() for end in p.ends]
-
-    def combinations(self) -> Iterator[dict]:
-        """All configurations, in order; the last parameter changes first."""
-        for values in itertools.product(*(p.values or [] for p in self.parameters.values())):
-            yield dict(zip(self.parameters, values, strict=True))
-
-    def effective(self, params: dict) -> dict:
-        """The parameters without those that have no effect beside the others."""
-        return parse_trial(self, params)[1] if self.has_idle else params
-
-    def trial(self, number: int, params: dict) -> FrozenTrial:
-        """A trial that is to wait in the study."""
-        return optuna.create_trial(
-            state=TrialState.WAITING,
-            params=params,
-            distributions=self.distributions,
-            user_attrs={"trial": number, "params": self.effective(params)},
-        )
-
-    def propose(self, trials: list[FrozenTrial]) -> dict:
-        """The parameters of the trial after these: they follow from --seed and the results."""
-        # The same once more, with the next seed; or the next of a grid.
-        number = len(trials)
-        if number % len(self.seeds):
-            return trials[-1].params
-        known = [trial.user_attrs["params"] for trial in trials]
-        new = (params for params in self.combinations() if self.effective(params) not in known)
-        if self.method == "grid":
-            return next(new)
-
-        # A Gaussian process with few random trials before it finds better points sooner; its cost
-        # grows with the cube of the trials, and past 200 the tree-structured estimator takes over.
-        seed = common.random_seed(self.seed, "proposals", number) % 2**32
-        study = optuna.create_study(sampler=RandomSampler(seed=seed))
-        if self.method == "bayes":
-            gaussian = GPSampler(seed=seed, n_startup_trials=5 * len(self.seeds))
-            study.sampler = gaussian if number <= 200 else TPESampler(seed=seed)
-            study.add_trials(self.results(trials))
-
-        # Nothing runs twice, not even in a small space.
-        for _ in range(10):
-            drawn = study.ask(self.distributions).params
-            params = {name: p.tidy(drawn[name]) for name, p in self.parameters.items()}
-            if self.effective(params) not in known:
-                return params
-        return next(new, params)
-
-    def results(self, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-        """What a sampler learns from. The value of a trial is its rank: a loss that has exploded
-        would hide the differences of all others."""
-        losses = {
-            trial.number: self.sign * trial.value for trial in trials if trial.value is not None
-        }
-        order = sorted(losses.values())
-        return [
-            optuna.create_trial(
-                state=trial.state,
-                value=order.index(losses[trial.number]) if trial.number in losses else None,
-                params=trial.params,
-                distributions=trial.distributions,
-            )
-            for trial in trials
-            if trial.state in (TrialState.COMPLETE, TrialState.RUNNING)
-        ]
-
-    def prunes(self, trials: list[FrozenTrial], number: int, epoch: int) -> bool:
-        """Whether a trial is to end at this epoch: at a band it goes on if it is in the best 1/eta,
-        rounded up, of the trials that have reached that band, each by its best epoch until then."""
-        if epoch == self.epochs or epoch not in (self.bands or ()):
-            return False
-
-        def best(trial):
-            reports = trial.intermediate_values.items()
-            return min(self.sign * value for at, value in reports if at <= epoch)
-
-        reached = [trial for trial in trials if epoch in trial.intermediate_values]
-        better = sum(best(trial) < best(trials[number]) for trial in reached)
-        return better >= math.ceil(len(reached) / self.eta)
-
-    def words(self, params: dict, number: int) -> list[str]:
-        """The command line of a trial."""
-        words = [*self.flags, *self.places]
-        for name, value in params.items():
-            flag = common.as_flag(name)
-            if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            elif value is not None:
-                words.append(f"{flag}={value}")
-        return [*words, "--seed", str(self.seeds[number % len(self.seeds)])]
-
-    def command(self, params: dict, number: int) -> str:
-        """The same, to be copied."""
-        return shlex.join(["python", shown(self.script), *self.words(params, number)])
-
-
-def complete(search: Search) -> None:
-    """Fill in what was not given, and refuse what makes no sense. UsageError."""
-    # The script, and what is searched.
-    if not search.method:
-        raise UsageError("--method grid, random or bayes is needed")
-    default, space, flags = DEFAULT_SEARCH[search.method]
-    search.script = str(find_script(search.script or default))
-    if not search.param:
-        if search.script != str(records.HERE / default):
-            needs = "needs its own search: --param NAME=SPEC or --config FILE"
-            raise UsageError(f"--script {search.script} {needs}")
-        search.param, search.flags = space, flags + search.flags
-    for at, text in enumerate(search.param):
-        name, _, spec = text.partition("=")
-        if common.as_flag(name) in PLACES:
-            values = map(str, parse_parameter(text)[1].values)
-            search.param[at] = f"{name}={json.dumps({'values': [*map(place, values)]})}"
-        if search.is_ours and common.as_flag(name) == "--learning-rate":
-            search.param[at] = f"lr={spec}"
-            say(f"{name} is read as lr", search.quiet)
-
-    # The seeds, the metric, the trials, and how many there are.
-    if not isinstance(search.seeds, list):
-        search.seeds = [*range(search.seed, search.seed + search.seeds)]
-    check_flags(search)
-    check_metric(search)
-    check_trials(search)
-    grid = search.method == "grid"
-    search.count = int(min(search.count or (math.inf if grid else 20), search.size))
-    if grid and search.has_idle:
-        different = {str(search.effective(params)) for params in search.combinations()}
-        search.count = min(search.count, len(different))
-
-
-def check_flags(search: Search) -> None:
-    """UsageError where a flag contradicts another, or has no effect."""
-    searched, fixed = (
-        [common.as_flag(name) for name in search.parameters],
-        names_of([*search.flags, *search.places]),
-    )
-    for word in searched + fixed:
-        if word in RESERVED:
-            hint = "--seed and --seeds of sweep.py choose seeds"
-            raise UsageError(f"{word} is set by the sweep for every trial; {hint}")
-        if word in fixed and word.replace("--no-", "--") in searched:
-            raise UsageError(f"{word} is searched: leave it out of the flags after --")
-    prunes = search.prune or search.bands
-    for is_wrong, text in (
-        (len(searched) < len(search.param), "a parameter is there twice"),
-        ("--eta" in search.given and not prunes, "--eta has no effect without --prune"),
-        (prunes and len(search.seeds) > 1, "pruning and --seeds: one at a time"),
-        (search.storage and not search.name, "--storage needs --name NAME, to find the search by"),
-        (search.method == "grid" and not search.size < math.inf, "a grid needs a list of values"),
-    ):
-        if is_wrong:
-            raise UsageError(text)
-
-
-def check_metric(search: Search) -> None:
-    """UsageError where it is not known which way the metric is better."""
-    metric, asked = search.metric, search.goal
-    search.goal = METRICS.get(metric, None if search.is_ours else asked)
-    if not search.goal:
-        known = "val_loss, val_acc"
-        known = f"expected {known}" if search.is_ours else "it needs --goal minimize or maximize"
-        raise UsageError(f"--metric {metric}: {known}")
-    if asked not in (None, search.goal):
-        raise UsageError(f"the metric {metric} is not known with the goal {asked}")
-
-
-def check_trials(search: Search) -> None:
-    """Ask the script about the ends of each parameter, or each of its words. UsageError."""
-    # A parameter is left out where it has no effect; somewhere it needs to have one.
-    trials, kept = [], set()
-    for params in search.corners():
-        args, effective = parse_trial(search, params)
-        search.has_idle |= effective.keys() != params.keys()
-        trials.append(args)
-        kept |= effective.keys()
-    for name in search.parameters.keys() - kept:
-        raise UsageError(f"--{name} has no effect in any trial")
-    if search.has_idle:
-        say("a parameter is left out of the trials in which it has no effect", search.quiet)
-
-    # Losses are compared where the rule for the comparison of runs allows it.
-    for args in trials if search.is_ours and search.metric == "val_loss" else ():
-        one, other = as_record(trials[0]), as_record(args)
-        reason = common.why_not_comparable(one, other, search.metric)
-        if reason:
-            raise UsageError(f"{reason}: they have no common val_loss; use --metric val_acc")
-
-    # The epochs at which trials are compared.
-    epochs = {args.epochs for args in trials}
-    search.epochs = max(epochs)
-    if search.prune:
-        if search.bands or len(epochs) > 1 or search.epochs < search.eta:
-            need = f"one number of epochs, at least --eta {search.eta}, and no early_terminate"
-            raise UsageError(f"--prune needs {need}")
-        bands = {search.epochs // search.eta**power for power in range(1, 13)}
-        search.bands = sorted(bands - {0})
-
-
 # ------------------------ A configuration in W&B's schema ------------------------
 AS_FLAGS = {"program": "--script", "method": "--method", "run_cap": "--count", "name": "--name"}
 AS_FLAGS |= {"project": "--wandb-project"}
@@ -470,14 +281,8 @@ def load_yaml(path: Path) -> Any:
     """The content of a YAML or JSON file. UsageError."""
     import yaml
 
-    class Loader(yaml.SafeLoader):
-        """Reads 1e-4 as a number, where YAML 1.1 wants a point in it."""
-
-    digits = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
-    Loader.add_implicit_resolver("!exponent", digits, list("-+0123456789"))
-    Loader.add_constructor("!exponent", lambda loader, node: scalar(node.value))
     try:
-        return yaml.load(path.read_text(), Loader)
+        return yaml.safe_load(path.read_text())
     except Exception as error:  # PyYAML lets its own errors out
         raise UsageError(f"it cannot be read: {error}") from error
 
@@ -508,18 +313,18 @@ def read_config(config: Any, path: Path | None) -> tuple[list[str], list[str]]:
     metric = given.get("metric", {"name": "val_loss"})
     if not isinstance(metric, dict) or not {"name"} <= metric.keys() <= {"name", "goal", "target"}:
         raise UsageError("metric has a name and a goal, perhaps a target, and nothing else here")
-    name = str(metric["name"])
-    ours = re.fullmatch(r"(best.)?(epoch.)?val(idation)?[_/](loss|acc)(uracy)?", name)
-    words.append(f"--metric=val_{ours[4]}" if ours else f"--metric={name}")
-    words += [f"--{key}={metric[key]}" for key in ("goal", "target") if key in metric]
-    if "early_terminate" in given:
-        words += read_early_terminate(given["early_terminate"])
+    name = r"(best.)?(epoch.)?val(idation)?[_/](loss|acc)(uracy)?"
+    metric["name"] = re.sub(f"^{name}$", r"val_\4", str(metric["name"]))
+    words += [f"--{key.replace('name', 'metric')}={value}" for key, value in metric.items()]
+    words += read_early_terminate(given.get("early_terminate"))
     words += read_parameters(given.get("parameters"))
     return words, read_command(given.get("command", []))
 
 
 def read_early_terminate(rule: Any) -> list[str]:
     """`early_terminate` as flags: the epochs at which W&B would compare the trials. UsageError."""
+    if rule is None:
+        return []
     known = {"type", "min_iter", "max_iter", "s", "eta"}
     if not isinstance(rule, dict) or rule.get("type") != "hyperband":
         raise UsageError("early_terminate: the only type is hyperband")
@@ -542,19 +347,19 @@ def read_parameters(parameters: Any) -> list[str]:
         raise UsageError("parameters must have at least one entry")
     words = []
     for name, entry in parameters.items():
+        # YAML 1.1 takes 1e-4 for a word.
+        text = re.sub(r'"([-+]?\d+[eE][-+]?\d+)"', r"\1", json.dumps(entry, default=str))
+        text = f"{name}={text}"
         if not isinstance(entry, dict):
             raise UsageError(f"parameter {name}: expected value, values, or min and max")
         if "parameters" in entry:
             words += read_parameters(entry["parameters"])
         elif name == "seed":  # no parameter: each seed trains all configurations
-            _, seed = parse_parameter(f"seed={json.dumps(entry)}")
-            seeds = getattr(seed.distribution, "choices", None)
-            if not seeds:
+            seeds = parse_parameter(text)[1].values
+            if "min" in entry:
                 raise UsageError("parameter seed: expected a value, or a list of values")
             words.append(f"--seed{'s' * (len(seeds) > 1)}={','.join(map(str, seeds))}")
         else:
-            text = f"{name}={json.dumps(entry, default=str)}"
-            parse_parameter(text)
             words.append(f"--param={text}")
     return words
 
@@ -581,58 +386,35 @@ def read_command(command: Any) -> list[str]:
 
 
 # ------------------------ The space ------------------------
-# W&B's distributions as Optuna's, the keys of each, and how Optuna calls them.
+# W&B's distributions, with the keys of each; and how a range on the command line begins.
 DISTRIBUTIONS = {
-    "constant": ["value"],
-    "categorical": ["values"],
-    "int_uniform": ["min", "max"],
-    "uniform": ["min", "max"],
-    "log_uniform": ["min", "max"],
-    "log_uniform_values": ["min", "max"],
-    "q_uniform": ["min", "max", "q"],
-    "q_log_uniform_values": ["min", "max", "q"],
+    "constant": "value",
+    "categorical": "values",
+    "int_uniform": "min max",
+    "uniform": "min max",
+    "log_uniform": "min max",
+    "log_uniform_values": "min max",
+    "q_uniform": "min max q",
+    "q_log_uniform_values": "min max q",
 }
 RANGES = {None: "uniform", "int:": "int_uniform", "log:": "log_uniform_values"}
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """A flag to be searched: W&B's entry, Optuna's distribution, and the step of its values: on a
-    logarithmic scale Optuna has none."""
+class Parameter(NamedTuple):
+    """A flag to be searched."""
 
-    entry: dict
-    distribution: Any
-    step: float | None = None
+    entry: dict  # as W&B has it
+    distribution: Any  # as Optuna has it
+    values: Sequence  # all its values, in order; none where they are not to be counted
+    ends: list  # the bounds of a range, or all words: what a script refuses lies there
 
-    @functools.cached_property
-    def values(self) -> list:
-        """All its values, in order; [] where they are too many for a list."""
-        d = self.distribution
-        if isinstance(d, CategoricalDistribution):
-            return list(d.choices)
-        count = (d.high - d.low) / self.step if self.step else math.inf
-        return (
-            [self.tidy(d.low + n * self.step) for n in range(round(count) + 1)]
-            if count < 1e5
-            else []
-        )
-
-    @property
-    def ends(self) -> list:
-        """The bounds of a range, or all words: what a script refuses lies there."""
-        d = self.distribution
-        return self.values if isinstance(d, CategoricalDistribution) else [d.low, d.high]
-
-    def tidy(self, value: Any) -> Any:
-        """A value that was drawn, as it is used: six digits can be read and copied."""
-        d = self.distribution
-        if isinstance(d, CategoricalDistribution):
-            return value
-        if self.step:
-            value = round(value / self.step) * self.step
-        if isinstance(value, float):
-            value = float(f"{value:.{12 if self.step else 6}g}")
-        return min(max(value, d.low), d.high)
+    def tidy(self, drawn: Any) -> Any:
+        """The nearest value to one that was drawn; of six digits, which can be read and copied."""
+        if drawn in self.values:
+            return drawn
+        if self.values:
+            return min(self.values, key=lambda value: abs(value - drawn))
+        return min(max(float(f"{drawn:.6g}"), self.ends[0]), self.ends[1])
 
 
 def parse_parameter(text: str) -> tuple[str, Parameter]:
@@ -651,94 +433,262 @@ def parse_parameter(text: str) -> tuple[str, Parameter]:
 
 def as_entry(spec: str) -> dict:
     """What follows NAME= as an entry of W&B's schema. ValueError."""
-    kind, content = re.fullmatch(r"(int:|log:)?(.*)", spec, re.DOTALL).groups()
-    bounds = re.fullmatch(r"([^,/]+)\.\.([^,/]+)", content)
-    if bounds and "..." not in content:
-        low, high = map(scalar, bounds.groups())
-        return {"distribution": RANGES[kind], "min": low, "max": high}
-    if kind or bounds:
+    bounds = re.fullmatch(r"(int:|log:)?([^,/]+?)(?<!\.)\.\.(?!\.)([^,/]+)", spec)
+    if bounds:
+        kind, low, high = bounds.groups()
+        return {"distribution": RANGES[kind], "min": scalar(low), "max": scalar(high)}
+    if spec.startswith(("int:", "log:")):
         raise ValueError("expected two numbers, LOW..HIGH")
-    values = content.split(",")
-    if "" in values:
-        raise ValueError("a value is empty")
-    return {"values": [scalar(value) for value in values]}
+    return {"values": [scalar(value) for value in spec.split(",")]}
 
 
 def make_parameter(entry: dict) -> Parameter:
     """A parameter from an entry of W&B's schema. ValueError."""
     # The distribution, and whether it has its keys and no others.
     given, whole = dict(entry), all(type(value) is int for value in entry.values())
-    inferred = {"value": "constant", "values": "categorical"}
-    kinds = [inferred[key] for key in given if key in inferred]
-    kind = str(given.pop("distribution", [*kinds, "int_uniform" if whole else "uniform"][0]))
+    keys = {"value": "constant", "values": "categorical"}
+    kinds = [keys[key] for key in given if key in keys] or ["int_uniform" if whole else "uniform"]
+    kind = str(given.pop("distribution", kinds[0]))
     if kind not in DISTRIBUTIONS:
         known = ", ".join(DISTRIBUTIONS)
         raise ValueError(f"the distribution {kind} is not supported (only {known})")
     if kind.startswith("q_"):
         given.setdefault("q", 1)
-    if given.keys() != set(DISTRIBUTIONS[kind]):
-        wanted = " ".join(DISTRIBUTIONS[kind])
-        raise ValueError(f"{kind} has {wanted}, not {' '.join(given) or 'nothing'}")
-
-    # Words and numbers one by one, or a range.
+    if given.keys() != set(DISTRIBUTIONS[kind].split()):
+        raise ValueError(f"{kind} has {DISTRIBUTIONS[kind]}, not {' '.join(given) or 'nothing'}")
     if "min" in given:
-        return Parameter(entry, *make_range(kind, given))
+        return make_range(entry, kind, given)
+
+    # Words and numbers one by one.
     values = given.get("values", [given.get("value")])
-    scalars = bool, int, float, str, type(None)
-    if not (isinstance(values, list) and values and all(isinstance(v, scalars) for v in values)):
+    known = int | float | str | None
+    if not (isinstance(values, list) and values and all(isinstance(v, known) for v in values)):
         raise ValueError("values must be a list of numbers and words")
     for index, value in enumerate(values):
-        if value in values[:index]:
-            raise ValueError(f"{value!r} is there twice")
-    return Parameter(entry, CategoricalDistribution(values))
+        if value == "" or value in values[:index]:
+            raise ValueError(f"{value!r} is there twice" if value else "a value is empty")
+    return Parameter(entry, CategoricalDistribution(values), values, values)
 
 
-def exponentials(low: float, high: float) -> list[float]:
-    """The bounds of W&B's log_uniform, whose entry has exponents of e. ValueError."""
-    bounds = [math.exp(min(exponent, 300)) for exponent in (low, high)]
-    if 0 < low < 1:
-        means = f"log_uniform takes exponents, here of {bounds[0]:.4g} to {bounds[1]:.4g}"
-        raise ValueError(f"{means}; log_uniform_values takes the bounds themselves")
-    return bounds
-
-
-def make_range(kind: str, given: dict) -> tuple:
-    """Optuna's distribution of a range, and the step of its values. ValueError."""
+def make_range(entry: dict, kind: str, given: dict) -> Parameter:
+    """A range of numbers: all, whole ones, or the multiples of a step. ValueError."""
     # The bounds and the step.
-    numbers = [given["min"], given["max"], given.get("q", 1)]
-    low, high, step = (scalar(x) if isinstance(x, str) else x for x in numbers)
-    for number in (low, high, step):
-        if type(number) not in (int, float) or not abs(number) < 1e15:
-            raise ValueError("the bounds and the step must be finite numbers")
+    low, high, step = numbers = [scalar(str(given.get(key, 1))) for key in ("min", "max", "q")]
+    if not all(type(number) in (int, float) and abs(number) < 1e15 for number in numbers):
+        raise ValueError("the bounds and the step must be finite numbers")
     if kind == "log_uniform":
-        low, high = exponentials(low, high)
-    log, whole, steps = "log" in kind, kind == "int_uniform", "q" in given
+        low, high = math.exp(min(low, 99)), math.exp(min(high, 99))
+    whole, steps, log = kind == "int_uniform", "q" in given, "log" in kind
+    hint = "log_uniform takes exponents of e; log_uniform_values takes the bounds themselves"
     narrow = not (whole or steps) and high - low < 1e-3 * abs(high)
     for is_wrong, text in (
+        (kind == "log_uniform" and 1 < low < math.e, hint),
         (whole and not (type(low) is type(high) is int), "int needs whole numbers"),
         (low >= high, f"the lower bound {low} is not below the upper bound {high}"),
         (log and low <= 0, f"a logarithmic range needs a lower bound above 0, not {low}"),
         (narrow, "the range is too narrow for values of six digits"),
-        (step <= 0 or (high - low) / step > 1e9, f"a step of {step} does not fit these bounds"),
+        (step <= 0 or (steps and (high - low) / step > 1e5), f"a step of {step} does not fit"),
     ):
         if is_wrong:
             raise ValueError(text)
 
-    # The multiples of the step in the range; steps such as 0.1 have no exact sum.
-    if not (whole or steps):
-        return FloatDistribution(low, high, log), None
-    low, high = math.ceil(low / step - 1e-9) * step, math.floor(high / step + 1e-9) * step
-    if isinstance(step, float):
-        low, high = float(f"{low:.12g}"), float(f"{high:.12g}")
-    if low > high or (log and low <= 0):
-        raise ValueError(f"there is no multiple of {step} within the bounds")
-    if log:
-        return FloatDistribution(low, high, log), step
-    kind_of_steps = IntDistribution if isinstance(step, int) else FloatDistribution
-    return kind_of_steps(low, high, step=step), step
+    # Its values; multiples of a step such as 0.1 are not exact.
+    multiples = range(math.floor(low / step), math.ceil(high / step) + 1)
+    values: Sequence = multiples if whole else []
+    if steps:
+        rounded = [round(number * step, 12) for number in multiples]
+        values = [value for value in rounded if low <= value <= high]
+        if not values:
+            raise ValueError(f"there is no multiple of {step} within the bounds")
+        low, high = values[0], values[-1]
+    distribution = IntDistribution if values and type(low) is int else FloatDistribution
+    return Parameter(entry, distribution(low, high, log), values, [low, high])
 
 
-# ------------------------ The script ------------------------
+# ------------------------ The search ------------------------
+class Search(Namespace):
+    """The flags of a search, and what follows from them. The study keeps those in KEPT."""
+
+    SAME = ("script", "method", "param", "flags", "metric", "goal", "target", "seed", "seeds")
+    SAME += ("eta", "bands")
+    KEPT = (*SAME, "places", "epochs", "has_idle", "count", "threads", "sweep_id")
+    epochs = 0  # of a trial at most, if the script tells
+    has_idle = False  # whether a parameter has no effect in some trials
+
+    def __getstate__(self) -> dict:
+        """What a worker is given: it opens the study for itself."""
+        return {**vars(self), "study": None}
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, Parameter]:
+        """What is searched."""
+        return dict(map(parse_parameter, self.param))
+
+    @property
+    def distributions(self) -> dict:
+        """The same as Optuna knows it."""
+        return {name: parameter.distribution for name, parameter in self.parameters.items()}
+
+    @property
+    def size(self) -> float:
+        """How many configurations there are."""
+        return math.prod(len(p.values) or math.inf for p in self.parameters.values())
+
+    @property
+    def total(self) -> int:
+        """The number of trials."""
+        return self.count * len(self.seeds)
+
+    @property
+    def sign(self) -> int:
+        """1 where the lowest metric is the best, -1 where the highest is."""
+        return 1 if self.goal == "minimize" else -1
+
+    def best_of(self, lines: list[dict]) -> float | None:
+        """The best metric of the lines of trials.jsonl, None where no trial has finished."""
+        values = [line[self.metric] for line in lines if line["status"] == "finished"]
+        return min(values, key=lambda value: self.sign * value, default=None)
+
+    def corners(self) -> list[dict]:
+        """Configurations with each end of a range, and each word of a list."""
+        first = {name: parameter.ends[0] for name, parameter in self.parameters.items()}
+        return [{**first, name: end} for name, p in self.parameters.items() for end in p.ends]
+
+    def combinations(self) -> Iterator[dict]:
+        """All configurations, in order; the last parameter changes first."""
+        for values in itertools.product(*(p.values for p in self.parameters.values())):
+            yield dict(zip(self.parameters, values, strict=True))
+
+    def effective(self, params: dict) -> dict:
+        """The parameters without those that have no effect beside the others."""
+        return parse_trial(self, params)[1] if self.has_idle else params
+
+    def trial(self, number: int, params: dict) -> FrozenTrial:
+        """A trial that is to wait in the study."""
+        return optuna.create_trial(
+            state=TrialState.WAITING,
+            params=params,
+            distributions=self.distributions,
+            user_attrs={"trial": number, "params": self.effective(params)},
+        )
+
+    def words(self, params: dict, number: int) -> list[str]:
+        """The command line of a trial."""
+        words = [*self.flags, *self.places]
+        for name, value in params.items():
+            flag = common.as_flag(name)
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace("--", "--no-", 1))
+            elif value is not None:
+                words.append(f"{flag}={value}")
+        return [*words, "--seed", str(self.seeds[number % len(self.seeds)])]
+
+    def command(self, params: dict, number: int) -> str:
+        """The same, to be copied."""
+        return shlex.join(["python", shown(self.script), *self.words(params, number)])
+
+
+# ------------------------ Checks before the first trial ------------------------
+def complete(search: Search) -> None:
+    """Fill in what was not given, and refuse what makes no sense. UsageError."""
+    # The script, and what is searched.
+    if not search.method:
+        raise UsageError("--method grid, random or bayes is needed")
+    default, space, flags = DEFAULT_SEARCH[search.method]
+    search.script = str(find_script(search.script or default))
+    if not search.param:
+        if search.script != str(records.HERE / default):
+            needs = "needs its own search: --param NAME=SPEC or --config FILE"
+            raise UsageError(f"--script {search.script} {needs}")
+        search.param, search.flags = space, flags + search.flags
+    search.is_ours = Path(search.script).parent == records.HERE
+    for at, text in enumerate(search.param):
+        name, parameter = parse_parameter(text)
+        if common.as_flag(name) in PLACES:
+            values = [place(str(value)) for value in parameter.values]
+            search.param[at] = f"{name}={json.dumps({'values': values})}"
+        if search.is_ours and name == "learning_rate":
+            search.param[at] = f"lr={text.partition('=')[2]}"
+            say("learning_rate is read as lr", search.quiet)
+
+    # The seeds, and what is compared; then all flags together.
+    if not isinstance(search.seeds, list):
+        search.seeds = [*range(search.seed, search.seed + search.seeds)]
+    check_flags(search)
+    check_trials(search)
+
+    # How many trials there are.
+    grid = search.method == "grid"
+    search.count = int(min(search.count or (math.inf if grid else 20), search.size))
+    if grid and search.has_idle:
+        different = {str(search.effective(params)) for params in search.combinations()}
+        search.count = min(search.count, len(different))
+
+
+def check_flags(search: Search) -> None:
+    """UsageError where a flag contradicts another, or has no effect."""
+    searched = [common.as_flag(name) for name in search.parameters]
+    fixed = names_of([*search.flags, *search.places])
+    for word in searched + fixed:
+        if word in RESERVED:
+            hint = "--seed and --seeds of sweep.py choose seeds"
+            raise UsageError(f"{word} is set by the sweep for every trial; {hint}")
+        if word in fixed and word.replace("--no-", "--") in searched:
+            raise UsageError(f"{word} is searched: leave it out of the flags after --")
+    asked, prunes = search.goal, search.prune or search.bands
+    search.goal = METRICS.get(search.metric, None if search.is_ours else asked)
+    metric = f"--metric {search.metric}: "
+    known = "expected val_loss, val_acc, or that of a script of your own with its --goal"
+    sizes = [len(parameter.values) for parameter in search.parameters.values()]
+    is_listed = 0 < min(sizes) <= max(sizes) < 1e5
+    for is_wrong, text in (
+        (not search.goal, metric + known),
+        (asked not in (None, search.goal), f"{metric}not known with the goal {asked}"),
+        (len(searched) < len(search.param), "a parameter is there twice"),
+        ("--eta" in search.given and not prunes, "--eta has no effect without --prune"),
+        (prunes and len(search.seeds) > 1, "pruning and --seeds: one at a time"),
+        (search.storage and not search.name, "--storage needs --name NAME, to find the search by"),
+        (search.method == "grid" and not is_listed, "a grid needs a list of values"),
+    ):
+        if is_wrong:
+            raise UsageError(text)
+
+
+def check_trials(search: Search) -> None:
+    """Ask the script about the ends of each parameter, or each of its words. UsageError."""
+    # A parameter is left out where it has no effect; somewhere it needs to have one.
+    trials, kept = [], set()
+    for params in search.corners():
+        args, effective = parse_trial(search, params)
+        search.has_idle |= effective.keys() != params.keys()
+        trials.append(args)
+        kept |= effective.keys()
+    for name in search.parameters.keys() - kept:
+        raise UsageError(f"--{name} has no effect in any trial")
+    if search.has_idle:
+        say("a parameter is left out of the trials in which it has no effect", search.quiet)
+
+    # Losses are compared where the rule for the comparison of runs allows it. It reads run.json.
+    runs = []
+    for args in trials if search.is_ours and search.metric == "val_loss" else ():
+        known = {key: value for key, value in vars(args).items() if key not in records.NOT_RECORDED}
+        images = {"val_checksum": (args.dataset, args.val_size, args.fold)}
+        runs.append({"name": "", "threads": 1, "args": known, "data": images})
+        reason = common.why_not_comparable(runs[0], runs[-1], search.metric)
+        if reason:
+            raise UsageError(f"{reason}: they have no common val_loss; use --metric val_acc")
+
+    # The epochs at which trials are compared.
+    epochs = {args.epochs for args in trials}
+    search.epochs = max(epochs)
+    if search.prune:
+        if search.bands or len(epochs) > 1 or search.epochs < search.eta:
+            need = f"one number of epochs, at least --eta {search.eta}, and no early_terminate"
+            raise UsageError(f"--prune needs {need}")
+        bands = {search.epochs // search.eta**power for power in range(1, 13)}
+        search.bands = sorted(bands - {0})
+
+
 def find_script(script: str) -> Path:
     """The path of a training script, here or beside this file. UsageError where there is none."""
     for path in (Path(script), records.HERE / script):
@@ -759,10 +709,9 @@ def load_script(script: str) -> Any:
         module = sys.modules[script] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        if isinstance(error, SyntaxError):
-            at = error
-        text = f"{type(error).__name__}: {getattr(error, 'msg', error)}"
+        is_at = isinstance(error, SyntaxError)
+        at: Any = error if is_at else traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{type(error).__name__}: {error}"
         raise UsageError(f"--script {at.filename}, line {at.lineno}: {text}") from error
     if not hasattr(module, "main"):
         raise UsageError(f"--script {script}: it has no function main(argv, on_epoch=None)")
@@ -806,46 +755,35 @@ def parse_trial(search: Search, params: dict) -> tuple[Namespace, dict]:
     raise UsageError(message)
 
 
-def as_record(args: Namespace) -> dict:
-    """What run.json would say of a trial, as far as it decides what can be compared with it."""
-    known = {name: value for name, value in vars(args).items() if name not in records.NOT_RECORDED}
-    images = args.dataset, args.val_size, args.fold
-    return {"name": "", "threads": 1, "args": known, "data": {"val_checksum": images}}
-
-
 def check_data(search: Search) -> tuple[str, bytes | None]:
-    """Look at the data of all trials, before the first: their checksums, and of images from files
-    the content of the data.csv that all trials read. UsageError where something is missing."""
-    module, listing, checksums = load_script(search.script), None, []
-    if not hasattr(module, "synthetic"):
+    """Look at the data before the first trial: their checksum, and of images from files the content
+    of the data.csv that all trials read. UsageError where something is missing."""
+    module, known = load_script(search.script), search.directory / "data.csv"
+    args, _ = parse_trial(search, search.corners()[0])
+    is_searched = "dataset" in search.parameters  # then each trial looks at its own
+    if is_searched or not hasattr(module, "synthetic") or args.dataset == "synthetic":
         return "", None
-    trials = [parse_trial(search, params)[0] for params in search.corners()]
-    datasets = {args.dataset: args for args in trials}
-    directory = search.directory if len(datasets) == 1 else None
-    for args in datasets.values():
-        args.directory, args.quiet, args.device = search.directory, search.quiet, "cpu"
-        try:
-            if args.dataset in common.TORCHVISION:
-                data = common.load_data(args, module.synthetic, ("train", "val"))
-                checksums.append(data.train.checksum)
-            elif args.dataset not in common.DATASETS:
-                listing = read_listing(args, directory)
-                checksums.append(hashlib.sha256(listing).hexdigest())
-        except RunError as error:
-            raise UsageError(str(error)) from error
-    return " ".join(checksums), listing if directory else None
-
-
-def read_listing(args: Namespace, directory: Path | None) -> bytes:
-    """The data.csv of the search in `directory`, where it is there, else a new one. RunError."""
-    if directory and (directory / "data.csv").exists():
-        return (directory / "data.csv").read_bytes()
-    common.search_directory = directory  # where the pixels are kept for the trials
+    common.search_directory = search.directory
+    args.directory, args.quiet, args.device = search.directory, search.quiet, "cpu"
     try:
-        return common.listing_of_search(args)
+        if args.dataset in common.TORCHVISION:
+            return common.load_data(args, module.synthetic, ("train", "val")).train.checksum, None
+        listing = known.read_bytes() if known.exists() else common.listing_of_search(args)
+        return hashlib.sha256(listing).hexdigest(), listing
+    except RunError as error:
+        raise UsageError(str(error)) from error
     finally:
         common.search_directory = None
         common.images_read.clear()
+
+
+def keep_data(search: Search, checksums: str, listing: bytes | None) -> None:
+    """Keep the data.csv of a new search. RunError where a search that goes on has other data."""
+    if checksums != search.study.user_attrs.get("data", checksums):
+        raise RunError(f"{shown(search.directory)}: its data are not those that it began with")
+    if listing and not (search.directory / "data.csv").exists():
+        records.write_atomically(search.directory / "data.csv", listing)
+    search.study.set_user_attr("data", checksums)
 
 
 # ------------------------ The study ------------------------
@@ -853,22 +791,18 @@ class JournalLock:
     """The lock of study.journal. It ends with its process; Optuna's own would stay for 30 s."""
 
     def __init__(self, journal: Path):
-        self.journal, self.stack = journal, contextlib.ExitStack()
+        self.journal = journal
 
     def acquire(self) -> bool:
         """Wait for it, and cut off a last line that a kill has torn: Optuna would append to it."""
-        lock = self.journal.with_name(".study.lock")
-        self.stack.enter_context(records.locked(lock, wait=True))
-        with open(self.journal, "rb+") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
-            if file.read(1) not in (b"", b"\n"):
-                file.seek(0)
-                file.truncate(file.read().rfind(b"\n") + 1)
+        self.file = open(self.journal, "rb+")  # noqa: SIM115 (closed by release)
+        records.fcntl.flock(self.file, records.fcntl.LOCK_EX)
+        self.file.truncate(self.file.read().rfind(b"\n") + 1)
         return True
 
     def release(self) -> None:
         """Give it back."""
-        self.stack.close()
+        self.file.close()
 
 
 def open_storage(search: Search) -> Any:
@@ -906,8 +840,11 @@ def without_password(url: str) -> str:
     return re.sub(r"(//[^:/@]*:).*@", r"\1***@", url, flags=re.DOTALL)
 
 
-def check_directory(search: Search) -> None:
-    """UsageError where the sweep's folder is not one for this search."""
+def find_directory(search: Search) -> None:
+    """Where the search is kept. UsageError where that folder is not one for it."""
+    own_name = f"sweep-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+    search.directory = search.resume or search.runs_dir / (search.name or own_name)
+    search.machine = f"{socket.gethostname()}:{search.directory}" if search.storage else ""
     name = shown(search.directory)
     if search.resume and not search.resume.is_dir():
         raise UsageError(f"--resume {name}: there is no such directory")
@@ -919,36 +856,39 @@ def check_directory(search: Search) -> None:
             raise UsageError(f"--name {search.name}: {name} exists, and is no sweep")
 
 
-def open_study(search: Search) -> Study:
-    """The study of a search, made where it is new. What it keeps of the search becomes that of
+def open_study(search: Search) -> None:
+    """Open the study of a search, or make it. What it keeps of the search becomes that of
     `search`, or must be the same. UsageError, RunError."""
-    # Open it, or make it. A sweep that has moved keeps the name of its study.
-    name = shown(search.directory)
+    # A sweep that has moved keeps the name of its study.
+    name, held = shown(search.directory), {}
     try:
         storage = open_storage(search)
         names = optuna.get_all_study_names(storage)
     except (ValueError, LookupError, TypeError) as error:
         raise RunError(f"{name}/study.journal is damaged: {error}") from error
     search.study_name = names[0] if names and not search.storage else search.directory.name
-    attributes = {}
     if not search.resume or search.study_name in names:
-        study = optuna.create_study(
+        search.study = optuna.create_study(
             storage=storage,
             study_name=search.study_name,
             direction=search.goal,
             load_if_exists=True,
         )
-        attributes = study.user_attrs
-    if search.resume and not attributes.keys() & {"sweep", "search"}:
-        raise UsageError(f"--resume {name}: it was stopped before it began; start it again")
-    if "search" in attributes:
-        raise UsageError(f"{name} is a search of an earlier version, which alone can continue it")
+        held = search.study.user_attrs
+    if "sweep" in held:
+        take_over(search, held["sweep"])
+    elif search.resume or held:
+        reason = "it was stopped before it began, or is of an earlier version"
+        raise UsageError(f"{name} cannot go on: {reason}")
 
-    if "sweep" in attributes:
-        take_over(search, attributes["sweep"])
+    # W&B makes a sweep of its own. Then the study keeps what is searched, and how.
+    if search.engine == "wandb" and not search.sweep_id:
+        search.sweep_id = make_sweep(search)
+    if search.sweep_id:
+        hint = f"another machine joins with --sweep-id {search.sweep_id}"
+        say(f"W&B sweep {search.sweep_id}; {hint}", search.quiet)
     search.threads = search.threads or max(1, torch.get_num_threads() // search.jobs)
-    study.set_user_attr("sweep", {key: getattr(search, key) for key in search.KEPT})
-    return study
+    search.study.set_user_attr("sweep", {key: getattr(search, key) for key in search.KEPT})
 
 
 def take_over(search: Search, held: dict) -> None:
@@ -965,43 +905,190 @@ def take_over(search: Search, held: dict) -> None:
     search.count = max(held["count"], int(min(count, search.size)))
 
 
-def trials_of(study: Study) -> list[FrozenTrial]:
+def retry(search: Search) -> None:
+    """Have the failed trials run again, from nothing: what they left may be damaged."""
+    for trial in trials_of(search):
+        if trial.state == TrialState.FAIL:
+            number = trial.user_attrs["trial"]
+            shutil.rmtree(search.directory / f"trial-{number:04}", ignore_errors=True)
+            search.study.add_trial(search.trial(number, trial.params))
+
+
+def trials_of(search: Search) -> list[FrozenTrial]:
     """The trials of the search, by number. Of several with one number the first counts that has
     not failed: two machines may make the same at once, and one that failed may be run again."""
     found = {}
-    for trial in study.get_trials(deepcopy=False):
+    for trial in search.study.get_trials(deepcopy=False):
         number = trial.user_attrs["trial"]
         if number not in found or found[number].state == TrialState.FAIL:
             found[number] = trial
     return [found[number] for number in sorted(found)]
 
 
-def machine_of(trial: FrozenTrial) -> str:
-    """The machine that runs a trial, or has run it."""
-    return trial.user_attrs["starts"][-1][0] if "starts" in trial.user_attrs else ""
+def lines_of(search: Search, trials: list[FrozenTrial]) -> list[dict]:
+    """What the trials gave, in the order of their ends: the lines of trials.jsonl. `run` is a
+    directory beside that file, with the machine before it where that is another."""
+    ended = [trial for trial in trials if trial.state.is_finished()]
+    ended.sort(key=lambda trial: trial.datetime_complete)
+    lines, here = [trial.user_attrs["line"] for trial in ended], f"{search.machine}/"
+    return [{**line, "run": line["run"].removeprefix(here)} for line in lines]
 
 
-def write_lines(study: Study, search: Search) -> list[dict]:
-    """Write trials.jsonl, and return its lines: what the trials gave, in the order of their ends.
-    `run` is a directory beside that file, with the machine before it where that is another."""
-    ended = [trial for trial in trials_of(study) if trial.state.is_finished()]
-    lines = []
-    for trial in sorted(ended, key=lambda trial: trial.datetime_complete):
-        line, machine = trial.user_attrs["line"], machine_of(trial)
-        run = line["run"] if machine == search.machine else f"{machine}/{line['run']}"
-        lines.append({**line, "run": run})
-    content = "".join(f"{json.dumps(line)}\n" for line in lines).encode()
-    path = search.directory / "trials.jsonl"
-    if not path.exists() or path.read_bytes() != content:
-        records.write_atomically(path, content)
-    return lines
+# ------------------------ Keeping workers at work ------------------------
+PATIENCE = 120  # seconds that a database may be away
+AWAY = 3  # the exit code of a worker whose database does not answer, or that was told to stop
+
+
+def run_trials(search: Search, lines: list[dict]) -> str | None:
+    """Keep --jobs workers at work until the search is over.
+
+    Returns the name of the signal that stopped it, or None. RunError where nothing comes of it.
+    """
+    # Workers are forked from a process that has imported what they need, and that Ctrl-C does not
+    # reach: it is for this one, which stops them.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "torch._dynamo", "optuna"])
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    multiprocessing.forkserver.ensure_running()
+    signal.signal(signal.SIGINT, handler)
+    workers: dict = {}
+    told, codes, pause = {line["trial"] for line in lines}, set(), 1 if search.storage else 0.2
+    form, hidden = "{desc} |{bar}| {elapsed}<{remaining}", search.quiet or None
+    bar = tqdm(total=search.total, bar_format=form, leave=False, disable=hidden)
+    try:
+        with bar, records.interruptible():
+            while codes != {0} and not is_over(search, lines):
+                # Have as many at work as there are trials left.
+                start_workers(search, context, workers, search.total - len(lines))
+                alive = [each.sentinel for each in workers.values() if each.exitcode is None]
+                multiprocessing.connection.wait(alive, pause)
+
+                # Tell what has ended, here or elsewhere, and how far the others are.
+                codes = {worker.exitcode for worker in workers.values()}
+                trials = wait_for_trials(search)
+                lines = lines_of(search, trials)
+                for line in lines:
+                    if line["trial"] not in told:
+                        say(line_as_text(line, search), search.quiet)
+                        told.add(line["trial"])
+                        write_lines(search, lines)
+                show(bar, search, trials, lines)
+    except KeyboardInterrupt as interruption:
+        # A training that is told to stop writes that down; it has two seconds for it.
+        end = time.monotonic() + 2
+        for worker in workers.values():
+            worker.terminate()
+        for worker in workers.values():
+            worker.join(max(0, end - time.monotonic()))
+        return str(interruption) or "SIGINT"
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.join()
+    failed = failed_in_a_row(search, lines)
+    if failed:
+        text = f"{len(failed)} trials in a row failed, the last with: {failed[-1]['error']}"
+        raise RunError(f"{text}; {how_to_mend(search)}")
+    return None
+
+
+def start_workers(search: Search, context: Any, workers: dict, left: int) -> None:
+    """Have a worker for each of --jobs, also in place of those that have died, with its share of
+    the GPUs. RunError where one has failed by itself."""
+    every = ",".join(map(str, range(torch.cuda.device_count())))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
+    for slot in range(min(search.jobs, left)):
+        code = workers[slot].exitcode if slot in workers else AWAY
+        if code == 1:  # an error outside of a trial
+            raise RunError(f"a worker failed; {how_to_mend(search)}")
+        if code == AWAY:  # no trial is to blame
+            search.session = secrets.token_hex(4)
+        if code:
+            settings = search, gpus[slot % len(gpus)]
+            workers[slot] = context.Process(target=work, args=settings)
+            workers[slot].start()
+
+
+def wait_for_trials(search: Search) -> list[FrozenTrial]:
+    """The trials, as soon as the database answers. StorageInternalError where it does not."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return trials_of(search)
+        except StorageInternalError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(1)
+
+
+def is_over(search: Search, lines: list[dict]) -> bool:
+    """Whether no trial is to begin any more: all have ended, one has come to the --target, or the
+    last ones have failed."""
+    best, target = search.best_of(lines), search.target
+    is_good = None not in (best, target) and search.sign * best <= search.sign * target
+    return is_good or len(lines) >= search.total or bool(failed_in_a_row(search, lines))
+
+
+def failed_in_a_row(search: Search, lines: list[dict]) -> list[dict]:
+    """The last --max-failures trials that have ended in this call, if all of them have failed."""
+    last = lines[search.before :][-search.max_failures :]
+    failed = [line for line in last if line["status"] == "failed"]
+    return failed if len(failed) == search.max_failures else []
+
+
+def show(bar: tqdm, search: Search, trials: list[FrozenTrial], lines: list[dict]) -> None:
+    """Show how far the search is; the bar also moves while trials run."""
+    epochs = [trial.last_step or 0 for trial in trials if trial.state == TrialState.RUNNING]
+    bar.n = len(lines) + sum(epochs) / (search.epochs or math.inf)
+    text, best = f"{len(lines)} of {search.total} trials", search.best_of(lines)
+    if epochs:
+        text += f", epoch {' and '.join(map(str, epochs))} of {search.epochs or '?'}"
+    if best is not None:
+        text += f", best {as_text(best, search.metric)}"
+    bar.set_description_str(text)
+
+
+def how_to_go_on(search: Search) -> str:
+    """The command that continues a sweep."""
+    words = ["python", shown(__file__), "--resume", shown(search.directory)]
+    if search.storage:
+        words += ["--storage", without_password(search.storage)]
+    return shlex.join(words)
+
+
+def how_to_mend(search: Search) -> str:
+    """What to do about trials that fail."""
+    log = shown(search.directory / "workers.log")
+    go_on = f"{how_to_go_on(search)}, with --retry-failed for the failed ones"
+    return f"see {log}; when that is mended, go on with: {go_on}"
+
+
+def as_text(value: Any, name: str) -> str:
+    """A value for a person. A parameter, or a metric of one's own, is as it is."""
+    if value is None or value != value:
+        return "-"
+    if isinstance(value, float) and re.search("acc|loss|seconds", name):
+        return evaluate.as_text(value, name)
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def line_as_text(line: dict, search: Search) -> str:
+    """A line of trials.jsonl for the screen."""
+    params = " ".join(f"{name}={value}" for name, value in line["params"].items())
+    end = f"{line['status']} after {counted(line['epochs'], 'epoch')}"
+    value = f"{search.metric} {as_text(line[search.metric], search.metric)}"
+    return f"trial {line['trial']}  {end}  {value}  {params}  {line['error'] or ''}".rstrip()
+
+
+def counted(number: int, what: str) -> str:
+    """1 trial, 2 trials."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 # ------------------------ A worker ------------------------
 # It may die anywhere, and cleans nothing up: its claim on a trial is a lock that dies with it, and
 # the script has saved the epochs of the trial. Whoever takes the trial next goes on there.
 ENDED = ("finished", "stopped_early", "diverged", "pruned")
-AWAY = 3  # the exit code of a worker whose database does not answer
 
 
 def work(search: Search, gpu: str) -> None:
@@ -1020,13 +1107,14 @@ def work(search: Search, gpu: str) -> None:
 
     # Run whatever waits or was left; then what W&B gives out.
     try:
-        study = optuna.load_study(study_name=search.study_name, storage=open_storage(search))
+        storage = open_storage(search)
+        search.study = optuna.load_study(study_name=search.study_name, storage=storage)
         with open(search.directory / ".claims", "a") as search.claims:
-            while trial := take(study, search):
-                run(study, search, trial)
+            while trial := take(search):
+                run(search, trial)
             if search.sweep_id:
-                run_agent(study, search)
-    except (StorageInternalError, RunError):
+                run_agent(search)
+    except (OptunaError, RunError, KeyboardInterrupt):
         traceback.print_exc()
         os._exit(AWAY)
 
@@ -1037,38 +1125,73 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def take(study: Study, search: Search) -> FrozenTrial | None:
+def take(search: Search) -> FrozenTrial | None:
     """Take the next trial: one whose process has died, or one that waits, or a new one. Where
-    others run the last ones, wait: they may die. None where all have ended, or all fail."""
+    others run the last ones, wait: they may die. None where there is nothing more to do."""
     silent: dict[int, float] = {}
     while True:
         with records.locked(search.directory / ".queue.lock", wait=True):
             if search.storage:
-                release_silent(study, search, silent)
-            trials = trials_of(study)
-            if failed_in_a_row(search, trials):
-                return None
+                release_silent(search, silent)
+            trials = trials_of(search)
             left = [trial for trial in trials if not trial.state.is_finished()]
-            for trial in left:
-                if claim(study, search, trial):
-                    return trial
             missing = 0 if search.sweep_id else search.total - len(trials)
-            if not left and missing <= 0:
+            if is_over(search, lines_of(search, trials)) or not (left or missing > 0):
                 return None
+            for trial in left:
+                if claim(search, trial):
+                    return trial
 
             # Make a new one, unless as many are held as run at once, by processes about to die.
             here = [trial for trial in left if machine_of(trial) == search.machine]
             if missing > 0 and len(here) < search.jobs:
-                study.add_trial(search.trial(len(trials), search.propose(trials)))
+                search.study.add_trial(search.trial(len(trials), propose(search, trials)))
                 continue
         time.sleep(0.5)
 
 
-def release_silent(study: Study, search: Search, silent: dict[int, float]) -> None:
+def propose(search: Search, trials: list[FrozenTrial]) -> dict:
+    """The parameters of the trial after these: they follow from --seed and the results."""
+    # The same once more, with the next seed; or the next of a grid.
+    number = len(trials)
+    if number % len(search.seeds):
+        return trials[-1].params
+    known = [trial.user_attrs["params"] for trial in trials]
+    new = (params for params in search.combinations() if search.effective(params) not in known)
+    if search.method == "grid":
+        return next(new)
+
+    # A Gaussian process with few random trials before it finds better points sooner; its cost
+    # grows with the cube of the trials, and past 200 the tree-structured estimator takes over.
+    seed = common.random_seed(search.seed, "proposals", number) % 2**32
+    study = optuna.create_study(sampler=RandomSampler(seed=seed))
+    if search.method == "bayes":
+        gaussian = GPSampler(seed=seed, n_startup_trials=5 * len(search.seeds))
+        study.sampler = gaussian if number <= 200 else TPESampler(seed=seed)
+
+        # They learn from ranks: a loss that has exploded would hide the differences of all
+        # others.
+        losses = sorted(search.sign * t.value for t in trials if t.value is not None)
+        for trial in map(copy.copy, trials):
+            if trial.value is not None:
+                trial.value = losses.index(search.sign * trial.value)
+            if trial.state in (TrialState.COMPLETE, TrialState.RUNNING):
+                study.add_trial(trial)
+
+    # Nothing runs twice, not even in a small space.
+    for _ in range(10):
+        drawn = study.ask(search.distributions).params
+        params = {name: p.tidy(drawn[name]) for name, p in search.parameters.items()}
+        if search.effective(params) not in known:
+            return params
+    return next(new, params)
+
+
+def release_silent(search: Search, silent: dict[int, float]) -> None:
     """Let the trials wait again of machines that have died. After an outage of the database all
     hearts seem to have stopped: a living machine has a quarter of --grace to be heard."""
-    storage, now = study._storage, time.monotonic()
-    stale = storage._get_stale_trial_ids(study._study_id)
+    storage, now = search.study._storage, time.monotonic()
+    stale = storage._get_stale_trial_ids(search.study._study_id)
     for trial_id in silent.keys() - set(stale):
         del silent[trial_id]
     for trial_id in stale:
@@ -1076,16 +1199,21 @@ def release_silent(study: Study, search: Search, silent: dict[int, float]) -> No
             storage.set_trial_state_values(trial_id, TrialState.WAITING)
 
 
-def claim(study: Study, search: Search, trial: FrozenTrial) -> bool:
+def machine_of(trial: FrozenTrial) -> str:
+    """The machine that runs a trial, or has run it."""
+    return trial.user_attrs["starts"][-1][0] if "starts" in trial.user_attrs else ""
+
+
+def claim(search: Search, trial: FrozenTrial) -> bool:
     """Make a trial this process's own: by a lock on this machine, by its state for the others."""
-    storage, trial_id = study._storage, trial._trial_id
-    waits, exclusive = trial.state == TrialState.WAITING, records.fcntl.LOCK_EX
+    storage, trial_id = search.study._storage, trial._trial_id
+    waits = trial.state == TrialState.WAITING
     if not waits and machine_of(trial) != search.machine:
         return False
     try:
         # No child inherits such a lock. It would be lost if this file were opened and closed again.
-        byte = 1, trial.user_attrs["trial"]
-        records.fcntl.lockf(search.claims, exclusive | records.fcntl.LOCK_NB, *byte)
+        at_once = records.fcntl.LOCK_EX | records.fcntl.LOCK_NB
+        records.fcntl.lockf(search.claims, at_once, 1, trial.user_attrs["trial"])
     except OSError:
         return False
     if search.storage:  # without a heartbeat it would never be stale
@@ -1098,35 +1226,42 @@ def claim(study: Study, search: Search, trial: FrozenTrial) -> bool:
     return True
 
 
-def run(study: Study, search: Search, trial: FrozenTrial) -> None:
+def run(search: Search, trial: FrozenTrial) -> None:
     """Run a trial, from where it was left. Its line of trials.jsonl is kept with it."""
-    storage, trial_id, number = study._storage, trial._trial_id, trial.user_attrs["trial"]
-    directory, starts = search.directory / f"trial-{number:04}", trial.user_attrs["starts"]
+    storage, trial_id = search.study._storage, trial._trial_id
+    number, starts = trial.user_attrs["trial"], trial.user_attrs["starts"]
+    directory = search.directory / f"trial-{number:04}"
     try:
         if starts.count(starts[-1]) > 2:
             raise RunError("its process died twice, and came no further")
         with get_heartbeat_thread(trial_id, storage):
-            record = train(study, search, trial, directory)
+            record = train(search, trial, directory)
     except OptunaError:
         raise  # the database is away, or another machine has ended the trial
     except (Exception, SystemExit) as error:
+        traceback.print_exc()
         record = failure(search, directory, error)
 
-    # Optuna learns a value from a trial that was pruned or diverged, too.
+    # Its line. What a script of one's own returns may be numbers of numpy's, and the like.
     status, best = record["status"], record.get("best") or {}
-    values = {name: best.get(name) for name in (*METRICS, search.metric)}
     line = {
         "trial": number,
-        "run": directory.name,
+        "run": f"{search.machine}/{directory.name}".lstrip("/"),
         "status": "finished" if status == "stopped_early" else status,
-        **{name: None if value is None else float(value) for name, value in values.items()},
-        "epochs": int(record.get("epochs", 0)),
-        "seconds": float(record.get("seconds", 0)),
+        **{name: best.get(name) for name in (*METRICS, search.metric)},
+        "epochs": record.get("epochs", 0),
+        "seconds": record.get("seconds", 0.0),
         "seed": search.seeds[number % len(search.seeds)],
         "params": trial.user_attrs["params"],
-        "error": record.get("error") and str(record["error"]),
+        "error": record.get("error"),
     }
+    plain = json.dumps(
+        line, default=lambda each: each.item() if hasattr(each, "item") else f"{each}"
+    )
+    line = json.loads(plain)
     storage.set_trial_user_attr(trial_id, "line", line)
+
+    # Optuna's value: also of a trial that was pruned, and of one that diverged, which is the worst.
     value = search.sign * math.inf if status == "diverged" else line[search.metric]
     state = TrialState.FAIL if status == "failed" else TrialState.COMPLETE
     storage.set_trial_state_values(trial_id, state, None if status == "failed" else [value])
@@ -1141,15 +1276,12 @@ def failure(search: Search, directory: Path, error: BaseException) -> dict:
         text = str(error)
     elif isinstance(error, SystemExit):
         text = f"the script ended with exit status {error.code}"
-    else:
-        traceback.print_exception(error)
     return {"status": "failed", "error": text[:1000]}
 
 
-def train(study: Study, search: Search, trial: FrozenTrial, directory: Path) -> dict:
-    """The record of the run in `directory`, begun or continued. What the script raises, RunError,
-    KeyboardInterrupt."""
-    number, reported = trial.user_attrs["trial"], trial.last_step or 0
+def train(search: Search, trial: FrozenTrial, directory: Path) -> dict:
+    """The record of a run, begun or continued. What the script raises, RunError, KeyboardInterrupt
+    where it was told to stop."""
 
     def on_epoch(row):
         # What was reported before was judged before; but for the last, as a kill may come between.
@@ -1157,21 +1289,22 @@ def train(study: Study, search: Search, trial: FrozenTrial, directory: Path) -> 
         if epoch < reported:
             return False
         value = float(row[search.metric])
-        study._storage.set_trial_intermediate_value(trial._trial_id, epoch, value)
-        return not search.sweep_id and search.prunes(trials_of(study), number, epoch)
+        search.study._storage.set_trial_intermediate_value(trial._trial_id, epoch, value)
+        return not search.sweep_id and prunes(search, trials_of(search), number, epoch)
 
     # It may have ended before its end was written down.
-    record, argv = read_record(directory), []
+    number, reported = trial.user_attrs["trial"], trial.last_step or 0
+    record, rows = read_record(directory), []
     with contextlib.suppress(RunError):
         return checked(record, search.metric)
 
-    # Go on after the epochs that were saved, and perhaps not reported; or begin.
+    # Go on after the epochs that were saved, of which the last was perhaps not reported; or begin.
     if record and (directory / "last.pt").exists():
-        rows = saved_rows(directory)
-        for done, row in enumerate(rows, 1):
-            if on_epoch(row):
-                best = min(rows[:done], key=lambda row: row["val_loss"])
-                return {**record, "status": "pruned", "best": best, "epochs": done}
+        with contextlib.suppress(RunError):  # a script of one's own has another one
+            rows = records.load_checkpoint(directory / "last.pt")["history"]
+        if rows and on_epoch(rows[-1]):
+            best = min(rows, key=lambda row: row["val_loss"])
+            return {**record, "status": "pruned", "best": best, "epochs": len(rows)}
         argv = ["--resume", str(directory), "--quiet", *search.places]
     else:
         shutil.rmtree(directory, ignore_errors=True)
@@ -1181,8 +1314,23 @@ def train(study: Study, search: Search, trial: FrozenTrial, directory: Path) -> 
         argv += ["--wandb", "online", "--wandb-project", search.wandb_project]
     record = load_script(search.script).main(argv, on_epoch)
     if isinstance(record, dict) and record.get("status") == "interrupted":
-        raise KeyboardInterrupt(record.get("error"))
+        raise KeyboardInterrupt
     return checked(record, search.metric)
+
+
+def prunes(search: Search, trials: list[FrozenTrial], number: int, epoch: int) -> bool:
+    """Whether a trial is to end at this epoch: at a band it goes on if it is in the best 1/eta,
+    rounded up, of the trials that have reached that band, each by its best epoch until then."""
+    if epoch == search.epochs or epoch not in (search.bands or ()):
+        return False
+    best = {}
+    for trial in trials:
+        if epoch in trial.intermediate_values:
+            reports = trial.intermediate_values.items()
+            losses = [search.sign * value for at, value in reports if at <= epoch]
+            best[trial.user_attrs["trial"]] = min(losses)
+    better = sum(loss < best[number] for loss in best.values())
+    return better >= math.ceil(len(best) / search.eta)
 
 
 def read_record(directory: Path) -> dict:
@@ -1193,221 +1341,43 @@ def read_record(directory: Path) -> dict:
 
 def checked(record: Any, metric: str) -> dict:
     """The record of a trial that has ended. RunError where it is none."""
-    if not isinstance(record, dict) or record.get("status") not in ENDED:
-        wanted = f"a status of {', '.join(ENDED)}"
-        raise RunError(f"main(argv, on_epoch) returned no record with {wanted}")
-    try:
-        value = float(record["best"][metric])
-    except (KeyError, TypeError, ValueError):
-        value = math.nan
-    if record["status"] != "diverged" and not math.isfinite(value):
-        raise RunError(f"its record has no best {metric} that is a number")
-    return record
+    with contextlib.suppress(KeyError, TypeError):
+        status = record["status"]
+        if status == "diverged" or (status in ENDED and math.isfinite(record["best"][metric])):
+            return record
+    raise RunError(
+        "main(argv, on_epoch) returned no record of a trial that has ended: "
+        f"no status of {', '.join(ENDED)}, or no best {metric} that is a number"
+    )
 
 
-def saved_rows(directory: Path) -> list[dict]:
-    """The rows of the epochs that a run has saved. A kill may come between last.pt, which has them
-    first where it is one of ours, and log.jsonl. RunError."""
-    try:
-        return records.load_checkpoint(directory / "last.pt")["history"]
-    except RunError:
-        return records.read_log(directory) if (directory / "log.jsonl").exists() else []
-
-
-# ------------------------ Keeping workers at work ------------------------
-PATIENCE = 120  # seconds that a database may be away
-
-
-def run_trials(study: Study, search: Search) -> str | None:
-    """Keep --jobs workers at work until all trials have ended, on whatever machine.
-
-    Returns the name of the signal that stopped it, or None. RunError where nothing comes of it.
-    """
-    workers, stopped, answered = Workers(search), None, time.monotonic()
-    told = {line["trial"] for line in write_lines(study, search)}
-    progress, is_last = 0, False
-    form = "{desc} |{bar}| {elapsed}<{remaining}"
-    hidden = search.quiet or None
-    bar = tqdm(total=search.total, initial=len(told), bar_format=form, leave=False, disable=hidden)
-    with bar, contextlib.closing(workers), records.interruptible():
-        try:
-            while not is_last:
-                # Tell what has ended, here or elsewhere, and how far the others are.
-                have_left = workers.have_left()
-                try:
-                    trials, lines = trials_of(study), write_lines(study, search)
-                    answered = time.monotonic()
-                except StorageInternalError:
-                    if time.monotonic() > answered + PATIENCE:
-                        raise
-                    time.sleep(1)
-                    continue
-                for line in lines:
-                    if line["trial"] not in told:
-                        told.add(line["trial"])
-                        say(line_as_text(line, search), search.quiet)
-                show(bar, search, trials, lines)
-                reports = len(lines) + sum(trial.last_step or 0 for trial in trials)
-                if reports != progress:
-                    progress, workers.deaths = reports, 0
-
-                # Have others at work for those that have died, until all is done.
-                is_last = have_left or is_complete(search, lines)
-                check_failures(search, trials, workers.deaths)
-                if not is_last:
-                    workers.start(min(search.jobs, search.total - len(lines)))
-                    workers.wait()
-        except KeyboardInterrupt as interruption:
-            stopped = str(interruption) or "SIGINT"
-            workers.stop()
-    return stopped
-
-
-def is_complete(search: Search, lines: list[dict]) -> bool:
-    """Whether all trials have ended, or one has come to the --target."""
-    losses = [search.loss(line) for line in lines if line["status"] == "finished"]
-    if search.target is not None and min(losses, default=math.inf) <= search.sign * search.target:
-        return True
-    return len(lines) >= search.total
-
-
-def failed_in_a_row(search: Search, trials: list[FrozenTrial]) -> list[FrozenTrial]:
-    """The last --max-failures trials that have ended since the search was started, if all of them
-    have failed."""
-    ended = [trial for trial in trials if trial.state.is_finished()]
-    ended = [trial for trial in ended if trial.datetime_complete > search.began]
-    last = sorted(ended, key=lambda trial: trial.datetime_complete)[-search.max_failures :]
-    failed = [trial for trial in last if trial.state == TrialState.FAIL]
-    return failed if len(failed) == search.max_failures else []
-
-
-def check_failures(search: Search, trials: list[FrozenTrial], deaths: int) -> None:
-    """RunError where too many trials have failed in a row, or workers die and nothing follows."""
-    reason = "the workers die, and nothing comes of it" if deaths > 3 * search.jobs else ""
-    failed = failed_in_a_row(search, trials)
-    if failed:
-        error = failed[-1].user_attrs["line"]["error"]
-        reason = f"{len(failed)} trials in a row failed, the last with: {error}"
-    if reason:
-        log = shown(search.directory / "workers.log")
-        go_on = f"{how_to_go_on(search)}, with --retry-failed for the failed ones"
-        raise RunError(f"{reason}; see {log}; when that is mended, go on with: {go_on}")
-
-
-class Workers:
-    """The processes that run the trials, each with its share of the GPUs."""
-
-    def __init__(self, search: Search):
-        # They are forked from a process that has imported what they need, and that Ctrl-C does not
-        # reach: it is for this one, which stops them.
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["__main__", "torch._dynamo", "optuna"])
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        multiprocessing.forkserver.ensure_running()
-        signal.signal(signal.SIGINT, handler)
-        every = ",".join(map(str, range(torch.cuda.device_count())))
-        self.gpus = os.environ.get("CUDA_VISIBLE_DEVICES", every).split(",")
-        self.search, self.running, self.deaths = search, {}, 0
-
-    def start(self, count: int) -> None:
-        """Have so many at work."""
-        for slot in range(count):
-            code = self.running[slot].exitcode if slot in self.running else AWAY
-            if code == AWAY:  # no trial is to blame
-                self.search.session = secrets.token_hex(4)
-            if code:
-                self.deaths += code != AWAY
-                settings = self.search, self.gpus[slot % len(self.gpus)]
-                self.running[slot] = self.context.Process(target=work, args=settings)
-                self.running[slot].start()
-
-    def have_left(self) -> bool:
-        """Whether all have ended by themselves: there is nothing more to take."""
-        return {worker.exitcode for worker in self.running.values()} == {0}
-
-    def wait(self) -> None:
-        """Wait for one to end, but not for long."""
-        alive = [worker.sentinel for worker in self.running.values() if worker.exitcode is None]
-        multiprocessing.connection.wait(alive, 1 if self.search.storage else 0.2)
-
-    def stop(self) -> None:
-        """Ask them to stop, and give them two seconds for it."""
-        end = time.monotonic() + 2
-        for worker in self.running.values():
-            worker.terminate()
-        for worker in self.running.values():
-            worker.join(max(0, end - time.monotonic()))
-
-    def close(self) -> None:
-        """Kill those that are left."""
-        for worker in self.running.values():
-            worker.kill()
-            worker.join()
-
-
-def show(bar: tqdm, search: Search, trials: list[FrozenTrial], lines: list[dict]) -> None:
-    """Show how far the search is; the bar also moves while trials run."""
-    running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-    epochs = [trial.last_step or 0 for trial in running]
-    finished = [line for line in lines if line["status"] == "finished"]
-    bar.n = len(lines) + sum(epochs) / (search.epochs or math.inf)
-    text = f"{len(lines)} of {search.total} trials"
-    if epochs:
-        text += f", epoch {' and '.join(map(str, epochs))} of {search.epochs or '?'}"
-    if finished:
-        best = min(finished, key=search.loss)[search.metric]
-        text += f", best {as_text(search.metric, best)}"
-    bar.set_description_str(text)
-
-
-def how_to_go_on(search: Search) -> str:
-    """The command that continues a sweep."""
-    words = ["python", shown(__file__), "--resume", shown(search.directory)]
-    if search.storage:
-        words += ["--storage", without_password(search.storage)]
-    return shlex.join(words)
-
-
-def as_text(name: str, value: Any) -> str:
-    """A value for the screen, with accuracies as percentages."""
-    if isinstance(value, float):
-        forms = {"acc": ".2%", "loss": ".4f", "seconds": ".1f"}
-        return format(value, next((forms[word] for word in forms if word in name), ".4g"))
-    return "-" if value is None else str(value)
-
-
-def line_as_text(line: dict, search: Search) -> str:
-    """A line of trials.jsonl for the screen."""
-    params = " ".join(f"{name}={value}" for name, value in line["params"].items())
-    end = f"{line['status']} after {counted(line['epochs'], 'epoch')}"
-    value = f"{search.metric} {as_text(search.metric, line[search.metric])}"
-    return f"trial {line['trial']}  {end}  {value}  {params}  {line['error'] or ''}".rstrip()
-
-
-def counted(number: int, what: str) -> str:
-    """1 trial, 2 trials."""
-    return f"{number} {what}{'s' * (number != 1)}"
+def write_lines(search: Search, lines: list[dict]) -> None:
+    """Write trials.jsonl."""
+    content = "".join(f"{json.dumps(line)}\n" for line in lines)
+    records.write_atomically(search.directory / "trials.jsonl", content.encode())
 
 
 # ------------------------ Weights & Biases as the engine ------------------------
-def wandb_drives(search: Search) -> bool:
-    """Whether W&B drives the search, and not Optuna. UsageError, RunError."""
-    engine = "wandb" if search.sweep_id else search.engine
-    if engine == "auto" and search.method == "bayes" and not search.storage and search.is_ours:
+def choose_engine(search: Search) -> None:
+    """Settle whether W&B drives a new search, or Optuna. UsageError, RunError."""
+    if search.resume:
+        return
+    is_auto = search.engine == "auto"
+    if search.sweep_id:
+        search.engine = "wandb"
+    elif is_auto and search.method == "bayes" and not search.storage and search.is_ours:
         online = os.environ.get("WANDB_MODE", "online") == "online"
         key = online and importlib.util.find_spec("wandb") and records.has_wandb_key(quiet=True)
-        reason = f"{'an' if key else 'no'} API key is configured"
-        reason = reason if online else "WANDB_MODE is not online"
-        engine, name = ("wandb", "W&B") if key else ("local", "local, Optuna")
-        say(f"engine: {name} ({reason}; --engine chooses)", search.quiet)
-    if engine == "wandb":
+        search.engine = "wandb" if key else "local"
+        name = "W&B, with its API key" if key else "local, Optuna, without an API key of W&B"
+        say(f"engine: {name} (--engine chooses)", search.quiet)
+    if search.engine == "wandb":
         reach_wandb(search)
         if search.storage or len(search.seeds) > 1:
             raise UsageError("--storage and --seeds go with --engine local")
-    return engine == "wandb"
 
 
-def reach_wandb(search: Search) -> None:
+def reach_wandb(search: Namespace) -> None:
     """UsageError without a key, RunError where the server does not answer: W&B would try for
     minutes."""
     records.check_wandb("online", search.quiet)
@@ -1423,7 +1393,7 @@ def reach_wandb(search: Search) -> None:
         raise RunError(f"{text}; --engine local does without") from error
 
 
-def wandb_config(search: Search) -> Any:
+def wandb_config(search: Namespace) -> Any:
     """The configuration of the sweep --sweep-id. UsageError, RunError."""
     reach_wandb(search)
     import wandb
@@ -1441,6 +1411,7 @@ def make_sweep(search: Search) -> str:
     """Make a sweep at W&B: its name."""
     import wandb
 
+    command = ["${env}", "${interpreter}", "${program}", *search.flags, *search.places, "${args}"]
     config = {
         "program": search.script,
         "method": search.method,
@@ -1448,14 +1419,7 @@ def make_sweep(search: Search) -> str:
         "parameters": {name: parameter.entry for name, parameter in search.parameters.items()},
         # The best so far is what W&B is to compare: `fit` logs it.
         "metric": {"name": f"best_{search.metric}", "goal": search.goal},
-        "command": [
-            "${env}",
-            "${interpreter}",
-            "${program}",
-            *search.flags,
-            *search.places,
-            "${args}",
-        ],
+        "command": command,
     }
     if search.bands:
         rule = {"type": "hyperband", "min_iter": search.bands[0], "eta": search.eta}
@@ -1463,7 +1427,7 @@ def make_sweep(search: Search) -> str:
     return wandb.sweep(config, project=search.wandb_project)
 
 
-def run_agent(study: Study, search: Search) -> None:
+def run_agent(search: Search) -> None:
     """Run the trials that a W&B sweep gives out; each becomes a trial of the study as well."""
     import wandb
 
@@ -1472,86 +1436,91 @@ def run_agent(study: Study, search: Search) -> None:
         given = load_yaml(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]))
         params = {name: given[name]["value"] for name in search.parameters}
         with records.locked(search.directory / ".queue.lock", wait=True):
-            number = len(trials_of(study))
-            study.add_trial(search.trial(number, params))
-            trial = trials_of(study)[number]
-            claim(study, search, trial)
-        run(study, search, trial)
+            number = len(trials_of(search))
+            search.study.add_trial(search.trial(number, params))
+            trial = trials_of(search)[number]
+            claim(search, trial)
+        run(search, trial)
 
     os.environ.setdefault("WANDB_DIR", str(search.directory))
-    left = search.total - len(trials_of(study))
+    left = search.total - len(trials_of(search))
     if left > 0:
         count = math.ceil(left / search.jobs)
         wandb.agent(search.sweep_id, run_given, project=search.wandb_project, count=count)
 
 
 # ------------------------ The report ------------------------
-def leaderboard(search: Search, lines: list[dict]) -> list[dict]:
-    """A row for each configuration, the best first; then the pruned ones, by the epochs that they
-    survived; then those without a result. Of several seeds the mean decides."""
-    from scipy import stats
+def leaderboard(search: Search, lines: list[dict]) -> Any:
+    """A table with a row for each configuration, the best first; then the pruned ones, by the
+    epochs that they survived; then those without a result. Of several seeds the mean decides."""
+    from pandas import DataFrame
+    from scipy.stats import t
 
-    def place(row):
-        rank = {"finished": 0, "pruned": 1}.get(row["status"], 2)
-        return rank, -row["epochs"] * (rank == 1), search.loss(row)
+    # A row for each trial, with what the seeds of its configuration have together.
+    table = DataFrame(lines)
+    table["configuration"] = table.trial // len(search.seeds)
+    table["place"] = table.status.map({"finished": 0, "pruned": 1}).fillna(2)
+    table["loss"] = search.sign * table[search.metric].astype(float)
+    groups = table.groupby("configuration")
+    table["seconds"] = groups.seconds.transform("sum")
+    table["mean"] = search.sign * groups.loss.transform("mean")
+    half = t.ppf(0.975, groups.loss.transform("count") - 1) * groups.loss.transform("sem")
+    table["low"], table["high"] = table["mean"] - half, table["mean"] + half
 
-    configurations = {}
-    for line in lines:
-        configurations.setdefault(line["trial"] // len(search.seeds), []).append(line)
-    rows = []
-    for group in configurations.values():
-        # The best seed stands for all, unless one of them did not finish.
-        row = min(group, key=lambda line: (line["status"] == "finished", search.loss(line)))
-        row = dict(row)
-        row["seconds"] = sum(line["seconds"] for line in group)
-        if len(group) > 1 and row["status"] == "finished":
-            values = [line[search.metric] for line in group]
-            row["mean"] = statistics.fmean(values)
-            interval = stats.t.interval(0.95, len(values) - 1, row["mean"], stats.sem(values))
-            row["low"], row["high"] = map(float, interval)
-        rows.append(row)
-    return sorted(rows, key=place)
+    # The best seed stands for all, unless one of them did not finish.
+    table = table.sort_values(["place", "loss"], ascending=[False, True])
+    table = table.drop_duplicates("configuration")
+    table["loss"] = search.sign * table["mean"]
+    table["survived"] = -table.epochs * (table.place == 1)
+    return table.sort_values(["place", "survived", "loss"])
 
 
-def report(study: Study, search: Search, lines: list[dict], complete: bool) -> dict | None:
+def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
     """Print and write the leaderboard, the pictures and the best configuration; test the winner of
     a complete sweep. Returns its row, None where no trial has finished."""
     from pandas import DataFrame
 
-    # The table.
+    # How many trials have ended, and how.
+    trials, directory = counted(len(lines), "trial"), search.directory
+    remarks = [f"{shown(directory)}: {trials} have ended"]
+    failed = sum(line["status"] == "failed" for line in lines)
+    if failed:
+        remarks.append(f"{failed} failed; {how_to_go_on(search)} --retry-failed runs them again")
     if not lines:
+        say(remarks[0], search.quiet)
         return None
-    rows, directory = leaderboard(search, lines), search.directory
+
+    # The table.
+    board = leaderboard(search, lines)
     columns = ["trial", "run", "status", *dict.fromkeys((*METRICS, search.metric))]
     columns += ["mean", "low", "high"] * (len(search.seeds) > 1) + ["epochs", "seconds"]
-    table = []
-    for row in rows:
-        params = {name: row["params"].get(name) for name in search.parameters}
-        params = {f"--{name}" if name in columns else name: params[name] for name in params}
-        table.append({name: row.get(name) for name in columns} | params | {"error": row["error"]})
-    cells = DataFrame([{name: as_text(name, row[name]) for name in row} for row in table])
-    tables = {"Trials, best first": cells}
+    params = DataFrame([*board.params], board.index, search.parameters, dtype=object)
+    table = board[columns].join(params, rsuffix=" (searched)").join(board.error, rsuffix=" (said)")
+    texts = DataFrame()
+    for name in table:
+        kind = search.metric if name in ("mean", "low", "high") else name
+        texts[name] = [as_text(value, kind) for value in table[name]]
+    tables = {"Trials, best first": texts}
     say("\n".join(evaluate.as_lines(tables)).rstrip(), search.quiet)
 
     # The winner, and its test.
-    best, link, remarks = rows[0], directory / "best", []
+    best, link = evaluate.as_rows(board)[0], directory / "best"
     link.unlink(missing_ok=True)
     if best["status"] == "finished":
         command = search.command(best["params"], search.seeds.index(best["seed"]))
-        text = as_text(search.metric, best[search.metric])
-        remarks = [f"best: {best['run']}, {search.metric} {text}", f"  {command}"]
+        text = as_text(best[search.metric], search.metric)
+        remarks += [f"best: {best['run']}, {search.metric} {text}", f"  {command}"]
         if (directory / best["run"]).is_dir():
             link.symlink_to(best["run"])
             if complete and (link / "best.pt").exists():
                 remarks.append(f"  {test_winner(directory, best['run'])}")
-        say("\n".join(remarks), search.quiet)
+    say("\n".join(remarks), search.quiet)
 
     # The files.
     flags = [(key, str(getattr(search, key))) for key in search.KEPT]
     tables["The search"] = DataFrame(flags, columns=["flag", "value"])
-    pictures = draw_sweep(study, search, rows)
-    title = f"{directory.name}: {counted(len(lines), 'trial')}"
-    page = evaluate.as_page(title, remarks, tables, pictures)
+    pictures = draw_sweep(search, board)
+    page = evaluate.as_page(f"{directory.name}: {trials}", remarks, tables, pictures)
     files = {"leaderboard.csv": evaluate.as_csv(table).encode(), "report.html": page}
     files |= {f"{name}.png": picture for name, picture in pictures.items()}
     evaluate.write_files(directory, files)
@@ -1560,14 +1529,12 @@ def report(study: Study, search: Search, lines: list[dict], complete: bool) -> d
 
 def test_winner(directory: Path, run: str) -> str:
     """Test the weights of the winner's best epoch; say for which trials the test set was read."""
-    paths = sorted(directory.glob("trial-*/metrics.json"))
-    metrics = {path.parent.name: records.read_json(path) for path in paths}
-    before = [name for name, content in metrics.items() if content["split"] == "test"]
-    if run not in before:
-        try:
+    before = sorted(path.parent.name for path in directory.glob("trial-*/metrics.json"))
+    try:
+        if run not in before:
             evaluate.main([str(directory / run), "--quiet"])
-        except (UsageError, RunError) as error:
-            return f"not tested: {error}"
+    except (UsageError, RunError) as error:
+        return f"not tested: {error}"
     content = records.read_json(directory / run / "metrics.json")
     accuracy = (content.get("tta") or content)["accuracy"]
     others = ", ".join(name for name in before if name != run)
@@ -1576,14 +1543,13 @@ def test_winner(directory: Path, run: str) -> str:
 
 
 # ------------------------ Pictures ------------------------
-def cut_off(values: list[float]) -> float:
-    """Where values are cut off that would flatten all others: five times as far from the lowest,
+def limit_of(losses: Any) -> float:
+    """Where losses are cut off that would flatten all others: five times as far from the lowest,
     which is the best, as the median is."""
-    values = sorted(filter(math.isfinite, values))
-    return values[0] + 5 * (values[len(values) // 2] - values[0]) if values else math.inf
+    return losses.min() + 5 * (losses.median() - losses.min())
 
 
-def draw_sweep(study: Study, search: Search, rows: list[dict]) -> dict[str, bytes]:
+def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
     """The pictures of a sweep, {name: PNG}: curves, a grid of two, and Optuna's."""
     import matplotlib
 
@@ -1591,27 +1557,26 @@ def draw_sweep(study: Study, search: Search, rows: list[dict]) -> dict[str, byte
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as optunas
 
-    pictures = {"curves": evaluate.render(draw_curves(study, search, rows[0]))}
-    rows = [row for row in rows if row["status"] in ("finished", "pruned")]
-    limit = cut_off([search.loss(row) for row in rows])
-    if rows and search.method == "grid" and len(search.parameters) == 2:
-        pictures["grid"] = evaluate.render(draw_grid(search, rows, limit))
+    pictures = {"curves": evaluate.render(draw_curves(search, board))}
+    board = board[board.place < 2].sort_values("trial")
+    losses = board.loss.clip(upper=limit_of(board.loss))
+    if len(board) and search.method == "grid" and len(search.parameters) == 2:
+        pictures["grid"] = evaluate.render(draw_grid(search, board.params, losses))
 
-    # Optuna draws a study of what is to be seen: no trial so bad that it flattens the others.
+    # Optuna draws a study of what is to be seen.
     seen = optuna.create_study(direction=search.goal)
-    for row in sorted(rows, key=lambda row: row["trial"]):
-        params, value = row["params"], search.sign * min(search.loss(row), limit)
-        distributions = {name: search.distributions[name] for name in params}
-        seen.add_trial(optuna.create_trial(params=params, distributions=distributions, value=value))
+    for params, value in zip(board.params, search.sign * losses, strict=True):
+        known = {name: search.distributions[name] for name in params}
+        seen.add_trial(optuna.create_trial(params=params, distributions=known, value=value))
     drawings = {"slices": optunas.plot_slice, "parallel": optunas.plot_parallel_coordinate}
-    if len(rows) >= 8:
+    if len(board) >= 8:
         # PED-ANOVA (S. Watanabe et al., 2023) with the best quarter: a tenth is a trial or two.
         evaluator = optuna.importance.PedAnovaImportanceEvaluator(
             target_quantile=0.25, region_quantile=1.0
         )
         importance = functools.partial(optunas.plot_param_importances, evaluator=evaluator)
         drawings |= {"history": optunas.plot_optimization_history, "importance": importance}
-    for name, draw in drawings.items() if rows else ():
+    for name, draw in drawings.items() if len(board) else ():
         # They set a style, and write powers of ten; long words must not reach the next ones.
         with matplotlib.rc_context({"text.parse_math": True, "savefig.bbox": "tight"}):
             draw(seen, target_name=search.metric)
@@ -1622,35 +1587,38 @@ def draw_sweep(study: Study, search: Search, rows: list[dict]) -> dict[str, byte
     return pictures
 
 
-def draw_curves(study: Study, search: Search, best: dict) -> Any:
+def draw_curves(search: Search, board: Any) -> Any:
     """The metric of all trials, epoch by epoch, as they have reported it."""
-    trials = [trial for trial in trials_of(study) if trial.intermediate_values]
-    reports = [value for trial in trials for value in trial.intermediate_values.values()]
-    limit = cut_off([search.sign * value for value in reports])
-    title = f"all trials; {best['run']}, the best, in colour; x: it did not finish"
+    from pandas import DataFrame
+
+    trials, best = trials_of(search), board.iloc[0]
+    reports = {trial.user_attrs["trial"]: trial.intermediate_values for trial in trials}
+    losses = search.sign * DataFrame(reports).sort_index()
+    losses = losses.clip(upper=limit_of(losses.stack()))
+    lines = lines_of(search, trials)
+    finished = {line["trial"] for line in lines if line["status"] == "finished"}
+    title = f"all trials; {best.run}, the best, in colour; x: it did not finish"
     figure = evaluate.new_figure(8, 4.5, title)
     axis = figure.subplots()
     axis.set(xlabel="epoch", ylabel=search.metric)
     axis.grid(alpha=0.3)
-    for trial in trials:
-        epochs, values = zip(*sorted(trial.intermediate_values.items()), strict=True)
-        values = [search.sign * min(search.sign * value, limit) for value in values]
-        line = trial.user_attrs.get("line", {"status": "running"})
-        look = {"color": "silver", "linewidth": 1}
-        if line["status"] == "finished" and line["run"] == best["run"]:
-            look = {"color": evaluate.ORANGE, "linewidth": 2.5, "zorder": 3}
-        axis.plot(epochs, values, **look)
-        if line["status"] != "finished":
-            axis.plot(epochs[-1], values[-1], "x", color="black", markersize=5)
+    for number, curve in (search.sign * losses).items():
+        curve = curve.dropna()
+        if number == best.trial:
+            axis.plot(curve, color=evaluate.ORANGE, linewidth=2.5, zorder=3)
+        else:
+            axis.plot(curve, color="silver", linewidth=1)
+        if number not in finished:
+            axis.plot(curve[-1:], "x", color="black", markersize=5)
     return figure
 
 
-def draw_grid(search: Search, rows: list[dict], limit: float) -> Any:
+def draw_grid(search: Search, params: Any, losses: Any) -> Any:
     """A grid of two parameters as a heatmap, the best bright."""
     from pandas import DataFrame
 
     down, across = search.parameters
-    table = DataFrame([{**row["params"], "loss": min(search.loss(row), limit)} for row in rows])
+    table = DataFrame([*params]).assign(loss=[*losses])
     cells = table.pivot(index=down, columns=across, values="loss")
     height, width = cells.shape
     figure = evaluate.new_figure(2.5 + width, 2 + 0.7 * height, search.metric)
@@ -1660,121 +1628,10 @@ def draw_grid(search: Search, rows: list[dict], limit: float) -> Any:
     axis.set_yticks(range(height), cells.index)
     axis.set(xlabel=across, ylabel=down)
     for (row, column), loss in cells.stack().items():
-        text = as_text(search.metric, search.sign * loss)
+        text = as_text(search.sign * loss, search.metric)
         place = cells.columns.get_loc(column), cells.index.get_loc(row)
         axis.text(*place, text, ha="center", va="center", bbox={"facecolor": "white", "pad": 1.5})
     return figure
-
-
-# ------------------------ Main ------------------------
-def main(argv: list[str] | None = None) -> dict:
-    """Run or continue a search, and report. Returns its directory, the lines of trials.jsonl, and
-    the row of the best."""
-    # What is to be searched, and where.
-    if not records.fcntl:
-        raise UsageError(
-            "sweep.py needs the file locks of Linux or macOS: on Windows, run it in WSL"
-        )
-    search = parse_arguments(sys.argv[1:] if argv is None else list(argv))
-    if search.dry_run:
-        dry_run(search)
-        return {}
-    by_wandb = not search.resume and wandb_drives(search)
-    own_name = f"sweep-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-    search.directory = directory = search.resume or search.runs_dir / (search.name or own_name)
-    search.machine = f"{socket.gethostname()}:{directory}" if search.storage else ""
-    check_directory(search)
-    if search.storage:
-        open_storage(search)  # before anything is made
-    data = None if search.resume else check_data(search)
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        with records.locked(directory / ".lock"):
-            study = open_study(search)
-            search.sweep_id = find_sweep(study, search, by_wandb)
-            if search.retry_failed:
-                retry(study, search)
-
-            # Run the trials that are left, and say what came out.
-            search.began, stopped = datetime.now(), None
-            if not is_complete(search, write_lines(study, search)):
-                keep_data(study, search, *(data or check_data(search)))
-                stopped = run_trials(study, search)
-            if stopped and search.storage:
-                give_back(study, search)
-            lines = write_lines(study, search)
-            best = report(study, search, lines, complete=not stopped)
-    except StorageInternalError as error:
-        text = storage_problem(search, error)
-        raise RunError(f"{text}; go on with: {how_to_go_on(search)}") from error
-    for path in directory.glob(".pixels-*"):
-        path.unlink()
-    say_end(search, lines)
-    if not (best or stopped):
-        error = lines[-1]["error"] if lines else "W&B gave none out"
-        raise RunError(f"{shown(directory)}: no trial finished; the last with: {error}")
-    result = {"directory": str(directory), "trials": lines, "best": best, "error": stopped}
-    status = "interrupted" if stopped else "finished"
-    return {**result, "status": status, "go_on": how_to_go_on(search)}
-
-
-def find_sweep(study: Study, search: Search, by_wandb: bool) -> str | None:
-    """The W&B sweep that gives out the trials, made where there is none; None without W&B."""
-    sweep_id = search.sweep_id or study.user_attrs.get("sweep_id")
-    if by_wandb and not sweep_id:
-        sweep_id = make_sweep(search)
-    if sweep_id:
-        study.set_user_attr("sweep_id", sweep_id)
-        hint = f"another machine joins with --sweep-id {sweep_id}"
-        say(f"W&B sweep {sweep_id}; {hint}", search.quiet)
-    return sweep_id
-
-
-def keep_data(study: Study, search: Search, checksums: str, listing: bytes | None) -> None:
-    """Keep the data.csv of a new search. RunError where a search that goes on has other data."""
-    if checksums != study.user_attrs.get("data", checksums):
-        raise RunError(f"{shown(search.directory)}: its data are not those that it began with")
-    if listing and not (search.directory / "data.csv").exists():
-        records.write_atomically(search.directory / "data.csv", listing)
-    study.set_user_attr("data", checksums)
-
-
-def retry(study: Study, search: Search) -> None:
-    """Have the failed trials run again, from nothing: what they left may be damaged."""
-    for trial in trials_of(study):
-        if trial.state == TrialState.FAIL:
-            number = trial.user_attrs["trial"]
-            shutil.rmtree(search.directory / f"trial-{number:04}", ignore_errors=True)
-            study.add_trial(search.trial(number, trial.params))
-
-
-def give_back(study: Study, search: Search) -> None:
-    """Let the trials wait that were running here: so other machines need not wait for --grace."""
-    for trial in trials_of(study):
-        if trial.state == TrialState.RUNNING and machine_of(trial) == search.machine:
-            study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
-
-
-def say_end(search: Search, lines: list[dict]) -> None:
-    """Say how many trials have ended, and how many of them have failed."""
-    name = shown(search.directory)
-    say(f"{name}: {counted(len(lines), 'trial')} have ended", search.quiet)
-    failed = sum(line["status"] == "failed" for line in lines)
-    if failed:
-        say(f"{failed} failed; {how_to_go_on(search)} --retry-failed runs them again", search.quiet)
-
-
-def dry_run(search: Search) -> None:
-    """Print the command line of each trial; of a Bayesian search the space."""
-    if search.method == "bayes":
-        text = f"{counted(search.total, 'trial')} of {shown(search.script)}, proposed one by one"
-        say("\n  ".join([text, *search.param]), search.quiet)
-        return
-    trials = []
-    for number in range(search.total):
-        trials.append(search.trial(number, search.propose(trials)))
-        command = search.command(trials[-1].user_attrs["params"], number)
-        say(f"trial {number:4}  {command}", search.quiet)
 
 
 if __name__ == "__main__":

@@ -825,23 +825,23 @@ def test_three_machines_share_a_search_and_the_trial_of_a_dead_one_is_run_by_ano
 
 
 @pytest.mark.developers
-def test_a_machine_that_is_told_to_stop_gives_its_trial_up_and_may_join_again(toy, postgresql):
+def test_the_trial_of_a_machine_that_is_told_to_stop_is_run_by_another_and_it_may_join_again(
+    toy, postgresql
+):
     (held,) = hold("a", trial="trial-0001")
     process = machine("a", postgresql.url, "told", *GRID)
     until(Path("a/told/trial-0001/run.json").exists)
     os.kill(process.process.pid, signal.SIGINT)
     assert process.finish()[0] == 130 and list(lines("a", "told")) == [0]
     held.unlink()
-    # Nobody has to be taken for dead: that would take a week.
-    patient = ["--grace", "600000"]
-    other = machine("b", postgresql.url, "told", *GRID, more=patient)
+    other = machine("b", postgresql.url, "told", *GRID)
     assert other.finish()[0] == 0
     assert lines("b", "told")[0]["run"].endswith("/a/told/trial-0000") and list(
         lines("b", "told")
     ) == [*range(6)]
     with pytest.raises(records.UsageError, match="give its --storage again"):
         sweep.main(["--resume", "a/told"])
-    sweep.main(["--resume", "a/told", "--quiet", "--storage", postgresql.url, *patient])
+    sweep.main(["--resume", "a/told", "--quiet", "--storage", postgresql.url])
     rows = lines("a", "told")
     assert rows[0]["run"] == "trial-0000" and rows[5]["run"].endswith("/b/told/trial-0005")
 
