@@ -1004,9 +1004,9 @@ def start_workers(search: Search, context: Any, workers: dict, left: int) -> Non
         if code == AWAY:  # no trial is to blame
             search.session = secrets.token_hex(4)
         if code:
-            settings = search, gpus[slot % len(gpus)]
-            workers[slot] = context.Process(target=work, args=settings)
-            workers[slot].start()
+            worker = context.Process(target=work, args=(search, gpus[slot % len(gpus)]))
+            worker.start()
+            workers[slot] = worker  # not before: Ctrl-C may come while it starts
 
 
 def wait_for_trials(search: Search) -> list[FrozenTrial]:
