@@ -348,8 +348,8 @@ def read_parameters(parameters: Any) -> list[str]:
     words = []
     for name, entry in parameters.items():
         # YAML 1.1 takes 1e-4 for a word.
-        text = re.sub(r'"([-+]?\d+[eE][-+]?\d+)"', r"\1", json.dumps(entry, default=str))
-        text = f"{name}={text}"
+        text = f"{name}={json.dumps(entry, default=str)}"
+        text = re.sub(r'"(-?\d+[eE][-+]?\d+)"', lambda at: f"{scalar(at[1])}", text)
         if not isinstance(entry, dict):
             raise UsageError(f"parameter {name}: expected value, values, or min and max")
         if "parameters" in entry:
