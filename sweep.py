@@ -281,8 +281,14 @@ def load_yaml(path: Path) -> Any:
     """The content of a YAML or JSON file. UsageError."""
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Reads 1e-4 as a number, where YAML 1.1 wants a point in it."""
+
+    digits = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("!exponent", digits, list("-+0123456789"))
+    Loader.add_constructor("!exponent", lambda loader, node: scalar(node.value))
     try:
-        return yaml.safe_load(path.read_text())
+        return yaml.load(path.read_text(), Loader)
     except Exception as error:  # PyYAML lets its own errors out
         raise UsageError(f"it cannot be read: {error}") from error
 
@@ -313,8 +319,9 @@ def read_config(config: Any, path: Path | None) -> tuple[list[str], list[str]]:
     metric = given.get("metric", {"name": "val_loss"})
     if not isinstance(metric, dict) or not {"name"} <= metric.keys() <= {"name", "goal", "target"}:
         raise UsageError("metric has a name and a goal, perhaps a target, and nothing else here")
-    name = r"(best.)?(epoch.)?val(idation)?[_/](loss|acc)(uracy)?"
-    metric["name"] = re.sub(f"^{name}$", r"val_\4", str(metric["name"]))
+    name = r"(best.)?(epoch.)?val(idation)?[_/ ](loss|acc)(uracy)?"
+    ours = re.fullmatch(name, str(metric["name"]), re.IGNORECASE)
+    metric["name"] = f"val_{ours[4].lower()}" if ours else metric["name"]
     words += [f"--{key.replace('name', 'metric')}={value}" for key, value in metric.items()]
     words += read_early_terminate(given.get("early_terminate"))
     words += read_parameters(given.get("parameters"))
@@ -342,16 +349,18 @@ def read_early_terminate(rule: Any) -> list[str]:
 
 
 def read_parameters(parameters: Any) -> list[str]:
-    """`parameters` as flags. A group is flattened: a flag is known by its own name. UsageError."""
+    """`parameters` as flags. UsageError.
+
+    A flag is known by its own name: a group is flattened, and training.epochs is epochs.
+    """
     if not isinstance(parameters, dict) or not parameters:
         raise UsageError("parameters must have at least one entry")
     words = []
-    for name, entry in parameters.items():
-        # YAML 1.1 takes 1e-4 for a word.
+    for path, entry in parameters.items():
+        name = path.rpartition(".")[2]
         text = f"{name}={json.dumps(entry, default=str)}"
-        text = re.sub(r'"(-?\d+[eE][-+]?\d+)"', lambda at: f"{scalar(at[1])}", text)
         if not isinstance(entry, dict):
-            raise UsageError(f"parameter {name}: expected value, values, or min and max")
+            raise UsageError(f"parameter {path}: expected value, values, or min and max")
         if "parameters" in entry:
             words += read_parameters(entry["parameters"])
         elif name == "seed":  # no parameter: each seed trains all configurations
@@ -1495,7 +1504,9 @@ def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
     columns = ["trial", "run", "status", *dict.fromkeys((*METRICS, search.metric))]
     columns += ["mean", "low", "high"] * (len(search.seeds) > 1) + ["epochs", "seconds"]
     params = DataFrame([*board.params], board.index, search.parameters, dtype=object)
-    table = board[columns].join(params, rsuffix=" (searched)").join(board.error, rsuffix=" (said)")
+    taken = {*columns, "error"}
+    params.columns = [f"{name} (searched)" if name in taken else name for name in params]
+    table = board[columns].join(params).join(board.error)
     texts = DataFrame()
     for name in table:
         kind = search.metric if name in ("mean", "low", "high") else name
@@ -1544,9 +1555,22 @@ def test_winner(directory: Path, run: str) -> str:
 
 # ------------------------ Pictures ------------------------
 def limit_of(losses: Any) -> float:
-    """Where losses are cut off that would flatten all others: five times as far from the lowest,
+    """Where losses are cut off that would flatten all others: three times as far from the lowest,
     which is the best, as the median is."""
-    return losses.min() + 5 * (losses.median() - losses.min())
+    return losses.min() + 3 * (losses.median() - losses.min())
+
+
+def about_limit(search: Search, losses: Any) -> str:
+    """What a picture says where a loss is cut off, else nothing."""
+    limit = limit_of(losses)
+    text = as_text(search.sign * limit, search.metric)
+    return f"; worse than {text} is drawn there" if losses.max() > limit else ""
+
+
+def shorten(value: Any) -> Any:
+    """A value with which a word that is too long for an axis is shortened in its middle."""
+    is_long = isinstance(value, str) and len(value) > 14
+    return f"{value[:6]}…{value[-7:]}" if is_long else value
 
 
 def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
@@ -1559,14 +1583,19 @@ def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
 
     pictures = {"curves": evaluate.render(draw_curves(search, board))}
     board = board[board.place < 2].sort_values("trial")
-    losses = board.loss.clip(upper=limit_of(board.loss))
     if len(board) and search.method == "grid" and len(search.parameters) == 2:
-        pictures["grid"] = evaluate.render(draw_grid(search, board.params, losses))
+        pictures["grid"] = evaluate.render(draw_grid(search, board))
 
     # Optuna draws a study of what is to be seen.
-    seen = optuna.create_study(direction=search.goal)
+    seen, distributions = optuna.create_study(direction=search.goal), search.distributions
+    for name, parameter in search.parameters.items():
+        if isinstance(distributions[name], CategoricalDistribution):
+            words = dict.fromkeys(map(shorten, parameter.values))
+            distributions[name] = CategoricalDistribution([*words])
+    losses = board.loss.clip(upper=limit_of(board.loss))
     for params, value in zip(board.params, search.sign * losses, strict=True):
-        known = {name: search.distributions[name] for name in params}
+        known = {name: distributions[name] for name in params}
+        params = {name: shorten(params[name]) for name in params}
         seen.add_trial(optuna.create_trial(params=params, distributions=known, value=value))
     drawings = {"slices": optunas.plot_slice, "parallel": optunas.plot_parallel_coordinate}
     if len(board) >= 8:
@@ -1576,13 +1605,19 @@ def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
         )
         importance = functools.partial(optunas.plot_param_importances, evaluator=evaluator)
         drawings |= {"history": optunas.plot_optimization_history, "importance": importance}
-    for name, draw in drawings.items() if len(board) else ():
-        # They set a style, and write powers of ten; long words must not reach the next ones.
+    for name, draw in drawings.items() if len(board) > 1 else ():
+        # They set a style, and write powers of ten. What is narrow there gets room.
         with matplotlib.rc_context({"text.parse_math": True, "savefig.bbox": "tight"}):
             draw(seen, target_name=search.metric)
-            for axis in pyplot.gcf().axes:
-                axis.tick_params(axis="x", rotation=45)
-            pictures[name] = evaluate.render(pyplot.gcf())
+            figure = pyplot.gcf()
+            for axis in figure.axes:
+                axis.tick_params(axis="x", rotation=90 if name == "slices" else 45)
+            if name in ("slices", "parallel"):
+                figure.set_size_inches(4 + 2 * len(search.parameters), 5)
+            if name != "importance":
+                title = f"{name}{about_limit(search, board.loss)}"
+                figure.suptitle(title, y=1, va="bottom")
+            pictures[name] = evaluate.render(figure)
             pyplot.close()
     return pictures
 
@@ -1594,10 +1629,11 @@ def draw_curves(search: Search, board: Any) -> Any:
     trials, best = trials_of(search), board.iloc[0]
     reports = {trial.user_attrs["trial"]: trial.intermediate_values for trial in trials}
     losses = search.sign * DataFrame(reports).sort_index()
+    note = about_limit(search, losses.stack())
     losses = losses.clip(upper=limit_of(losses.stack()))
     lines = lines_of(search, trials)
     finished = {line["trial"] for line in lines if line["status"] == "finished"}
-    title = f"all trials; {best.run}, the best, in colour; x: it did not finish"
+    title = f"all trials; {best.run}, the best, in colour; x: it did not finish{note}"
     figure = evaluate.new_figure(8, 4.5, title)
     axis = figure.subplots()
     axis.set(xlabel="epoch", ylabel=search.metric)
@@ -1613,17 +1649,17 @@ def draw_curves(search: Search, board: Any) -> Any:
     return figure
 
 
-def draw_grid(search: Search, params: Any, losses: Any) -> Any:
+def draw_grid(search: Search, board: Any) -> Any:
     """A grid of two parameters as a heatmap, the best bright."""
     from pandas import DataFrame
 
     down, across = search.parameters
-    table = DataFrame([*params]).assign(loss=[*losses])
+    table = DataFrame([*board.params]).assign(loss=[*board.loss])
     cells = table.pivot(index=down, columns=across, values="loss")
     height, width = cells.shape
     figure = evaluate.new_figure(2.5 + width, 2 + 0.7 * height, search.metric)
     axis = figure.subplots()
-    axis.imshow(cells, cmap=evaluate.colormap("viridis_r"), aspect="auto")
+    axis.imshow(cells, evaluate.colormap("viridis_r"), aspect="auto", vmax=limit_of(board.loss))
     axis.set_xticks(range(width), cells.columns, rotation=45)
     axis.set_yticks(range(height), cells.index)
     axis.set(xlabel=across, ylabel=down)
