@@ -2286,7 +2286,7 @@ class AverageMeter:
         return self.correct.item() / self.images
 
 
-def train(args, model, loader, epoch, criterion, optimizers, scaler, began, bar) -> AverageMeter:
+def train(args, model, loader, epoch, criterion, optimizers, scaler, bar) -> AverageMeter:
     """Train `model` on every batch once; loss and accuracy are as seen in training.
 
     FloatingPointError where the loss is not finite.
@@ -2324,8 +2324,6 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, began, bar)
         # Take note of the batch. The loss is shown only when the bar has just been drawn anew, as
         # it has to be read from the device.
         meter.update(losses.detach(), weights, logits.detach(), labels)
-        if (epoch - 1) * len(loader) + step == 100:
-            say_if_cores_are_shared(args, began)
         was_drawn = bar.update()
         if was_drawn:
             bar.set_postfix(loss=f"{meter.loss:.4f}", refresh=False)
@@ -2342,29 +2340,6 @@ def side_in_epoch(args, epoch, side):
     sides = sides_in_training(args, side) or [side]
     changes_left = (args.epochs - epoch) * len(sides) // args.epochs
     return sides[len(sides) - 1 - changes_left]
-
-
-def say_if_cores_are_shared(args, began):
-    """Say when other work has had the cores for more than a quarter of the time since `began`.
-
-    Each parallel part of a step waits for its slowest thread, and so for the other work.
-    """
-    seconds, waited = time.perf_counter() - began[0], seconds_waited() - began[1]
-    if args.device == "cpu" and args.threads > 1 and waited > seconds * args.threads / 4:
-        say(
-            "other work runs beside this training, and they wait for one another: "
-            "--threads 1 would make both faster",
-            args.quiet,
-        )
-
-
-def seconds_waited():
-    """How long the threads of this process have waited for a core; 0 where no file tells."""
-    nanoseconds = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with contextlib.suppress(OSError):  # a thread that has just ended
-            nanoseconds += int(path.read_text().split()[1])
-    return nanoseconds / 1e9
 
 
 @torch.inference_mode()
@@ -2535,7 +2510,6 @@ def fit(
     torch.compiler.config.recompile_limit = 64  # each size of images has code of its own
 
     # Epoch after epoch, with a bar of the whole run and the time that is left of it.
-    began = time.perf_counter(), seconds_waited()
     with tqdm(
         total=last * len(loader),
         initial=done * len(loader),
@@ -2554,9 +2528,7 @@ def fit(
                 model.start_epoch(epoch, data.train, args.seed)
 
             # Train on every batch once, then validate.
-            training = train(
-                args, compiled, loader, epoch, criterion, optimizers, scaler, began, bar
-            )
+            training = train(args, compiled, loader, epoch, criterion, optimizers, scaler, bar)
             train_loss, train_seconds = training.loss, time.perf_counter() - epoch_began
             validation, _ = evaluate(compiled, val_loader, autocast, criterion)
             row = {

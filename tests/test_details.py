@@ -396,23 +396,6 @@ def test_images_too_small_for_what_is_done_to_them_are_one_line(flags, text):
     assert (status, error.count("\n")) == (2, 1) and text in error and not Path("runs").exists()
 
 
-@pytest.mark.parametrize(("threads", "is_said"), [(2, True), (1, False)])
-def test_other_work_on_the_same_cores_is_said_once(
-    few_images, monkeypatch, capsys, threads, is_said
-):
-    def read_text(path, *arguments, **options):
-        if path.name == "schedstat":  # run, waited, slices: it waits all the time
-            return f"0 {time.perf_counter_ns()} 0"
-        return original(path, *arguments, **options)
-
-    original = Path.read_text
-    monkeypatch.setattr(Path, "read_text", read_text)
-    argv = [*DENSE[:-1], "--batch-size", 4, "--epochs", 4, "--threads", threads, "--no-test"]
-    _, record, _ = run(train_mnist, *argv)
-    said = capsys.readouterr().out.count("--threads 1 would make both faster")
-    assert said == is_said and record["threads"] == record["args"]["threads"] == threads
-
-
 def test_a_run_goes_on_with_the_script_that_began_it(few_images, capsys):
     directory, *_ = run(train_mnist, *DENSE, "--epochs", 2, "--stop-after", 1)
     with pytest.raises(SystemExit, match="2"):
