@@ -87,8 +87,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: dict | list) -> None:
-    """Write JSON for people to read, atomically. RunError."""
-    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+    """Write JSON for people to read, atomically; paths become texts. RunError."""
+    write_atomically(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
 def read_json(path: Path, lines: bool = False) -> Any:
@@ -100,15 +100,18 @@ def read_json(path: Path, lines: bool = False) -> Any:
         raise RunError(f"{shown(path)} is damaged: {error}") from error
 
 
-def save_checkpoint(path: Path, state: dict) -> None:
-    """Save tensors and plain values, atomically, to be read with `load_checkpoint`. RunError."""
+def save_checkpoint(path: Path, state: dict) -> str:
+    """Save tensors and plain values, atomically, to be read with `load_checkpoint`. Returns the
+    SHA-256 of the file. RunError."""
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     write_atomically(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def load_checkpoint(path: Path) -> dict:
-    """What `save_checkpoint` wrote, on the CPU, without running code from it. RunError.
+def load_checkpoint(path: Path, sha256: str | None = None) -> dict:
+    """What `save_checkpoint` wrote, on the CPU, without running code from it. RunError, also where
+    the file has another `sha256`.
 
     torch does not check what it loads. But a checkpoint is a zip file, and that has a checksum of
     each of its parts.
@@ -128,19 +131,12 @@ def load_checkpoint(path: Path) -> dict:
     if damaged:
         raise RunError(f"{shown(path)} is damaged: the checksum of {damaged} is not right")
     check_format(path, state)
-    if "frozen" in state:  # the weights that a run has not changed lie beside those that it has
-        state["weights"] = (
-            load_frozen(path.with_name("frozen.pt"), state["frozen"]) | state["weights"]
-        )
-    return state
-
-
-def load_frozen(path: Path, checksum: str) -> dict:
-    """The weights that --freeze does not train, from the file with this SHA-256. RunError."""
-    weights = load_checkpoint(path)["weights"]
-    if hashlib.sha256(path.read_bytes()).hexdigest() != checksum:
+    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
         raise RunError(f"{shown(path)} is not that of this run")
-    return weights
+    if "frozen" in state:  # the weights that a run has not changed lie beside those that it has
+        frozen = load_checkpoint(path.with_name("frozen.pt"), state["frozen"])
+        state["weights"] = frozen["weights"] | state["weights"]
+    return state
 
 
 def check_format(path, content):
@@ -367,11 +363,7 @@ class Run:
 
 def new_record(args, model, data):
     """run.json of a run that begins."""
-    known = {
-        name: str(value) if isinstance(value, Path) else value
-        for name, value in vars(args).items()
-        if name not in NOT_RECORDED
-    }
+    known = {name: value for name, value in vars(args).items() if name not in NOT_RECORDED}
     return {
         "format": FORMAT,
         "name": args.directory.name,
@@ -401,7 +393,7 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
     A signal, and a loss that is not finite, end the `with` block early. They are no exceptions to
     the caller, but the `status` in run.json. UsageError, RunError.
     """
-    directory, frozen = args.directory, args.directory / "frozen.pt"
+    directory = args.directory
     directory.mkdir(parents=True, exist_ok=True)
     with locked(directory / ".lock"):
         # Write down what is begun, or look whether the images are those that it was begun with.
@@ -410,14 +402,15 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
             if data.files == "data.csv":
                 write_atomically(directory / "data.csv", data.listing)
             if args.freeze:
-                save_checkpoint(frozen, {"weights": model.state_dict()})
-                model.config["frozen"] = hashlib.sha256(frozen.read_bytes()).hexdigest()
+                weights = {"weights": model.state_dict()}
+                model.config["frozen"] = save_checkpoint(directory / "frozen.pt", weights)
             write_json(directory / "run.json", new_record(args, model, data))
         run = Run(directory)
         record = run.record
         if args.resume and args.freeze:
             model.config["frozen"] = record["frozen"]
-            model.load_state_dict(load_frozen(frozen, record["frozen"]))
+            frozen = load_checkpoint(directory / "frozen.pt", record["frozen"])
+            model.load_state_dict(frozen["weights"])
         if record["data"]["checksum"] != data.train.checksum:
             raise RunError(
                 f"{args.dataset} is not what {shown(directory)} was trained on: "
