@@ -18,10 +18,10 @@ import ctypes
 import difflib
 import functools
 import hashlib
-import importlib.util
 import inspect
 import io
 import math
+import mmap
 import os
 import re
 import secrets
@@ -29,17 +29,16 @@ import shlex
 import socket
 import statistics
 import sys
+import tempfile
+import textwrap
 import time
-import unicodedata
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import records
 from records import RunError, UsageError, say, shown
@@ -156,30 +155,30 @@ def sizes(text: str) -> list[float]:
 
 def fold(text: str) -> str:
     """An argparse `type`: K/N, the K-th of N parts."""
-    found = re.fullmatch(r"([1-9]\d{0,3})/([1-9]\d{0,3})", text)
-    if not found or int(found[2]) < max(2, int(found[1])):
-        raise argparse.ArgumentTypeError(f"expected K/N, K from 1 to N, as in 1/5, not {text!r}")
-    return text
+    with contextlib.suppress(ValueError):
+        part, parts = map(int, text.split("/"))
+        if 1 <= part <= parts > 1:
+            return text
+    raise argparse.ArgumentTypeError(f"expected K/N, K from 1 to N, as in 1/5, not {text!r}")
 
 
 COUNT, POSITIVE, PART = number(int, 1), number(float, above=0), number(float, 0, below=1)
 
-# The options of models, losses and optimisers: what they take, and their help. One that is not here
-# takes any number, and is shown without a help text.
+# The help texts of the options of models, losses and optimisers. One that is not here has none.
 OPTIONS = {
-    "c1": ("CHANNELS", COUNT, "channels of the first convolutions"),
-    "c2": ("CHANNELS", COUNT, "channels of the later convolutions"),
-    "c3": ("CHANNELS", COUNT, "channels of the third convolutions"),
-    "c4": ("CHANNELS", COUNT, "channels of the fourth convolutions"),
-    "l1": ("UNITS", COUNT, "units of the hidden dense layer"),
-    "d1": ("PROBABILITY", PART, "probability of dropout"),
-    "kernel_size": ("PIXELS", COUNT, "side of the filters"),
-    "norm_momentum": ("PART", PART, "part of batch norm's statistics that each batch replaces"),
-    "tutorial_layers": ("", bool, "layers in the order of the tutorials"),
-    "momentum": ("FACTOR", PART, "part of a step that the next step repeats"),
-    "weight_decay": ("FACTOR", number(float, 0), "shrinking of the weights in each step"),
-    "aux_lr": ("RATE", POSITIVE, "learning rate of all weights but convolution filters"),
-    "label_smoothing": ("PART", PART, "part of the target that is spread over all classes"),
+    "c1": "channels of the first convolutions",
+    "c2": "channels of the later convolutions",
+    "c3": "channels of the third convolutions",
+    "c4": "channels of the fourth convolutions",
+    "l1": "units of the hidden dense layer",
+    "d1": "probability of dropout",
+    "kernel_size": "side of the filters in pixels",
+    "norm_momentum": "part of batch norm's statistics that each batch replaces",
+    "tutorial_layers": "layers in the order of the tutorials",
+    "momentum": "part of a step that the next step repeats",
+    "weight_decay": "shrinking of the weights in each step",
+    "aux_lr": "learning rate of all weights but convolution filters",
+    "label_smoothing": "part of the target that is spread over all classes",
 }
 
 
@@ -288,14 +287,16 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     group.add_argument("-h", "--help", action="store_true", help="show this text")
     defaults |= {"mean": None, "std": None}  # of pretrained weights; no flags
 
-    # An option has the default of the model, loss or optimiser that it goes with.
+    # An option has the default of the model, loss or optimiser that it goes with. What it takes
+    # follows from that, too: a switch, a number from 1, a part, or a number from 0.
     group = parser.add_argument_group("options of some models, losses or optimisers")
     for name, owners in owners_of_options().items():
-        of_default = type(next(iter(owners.values())))
-        kind = bool if of_default is bool else number(of_default)
-        metavar, kind, text = OPTIONS.get(name, ("NUMBER", kind, ""))
+        default = next(iter(owners.values()))
+        kind = PART if default < 1 else number(float, 0)
+        if isinstance(default, int):
+            kind = bool if isinstance(default, bool) else COUNT
         chosen = ", ".join(f"{owner.split()[1]} {value}" for owner, value in owners.items())
-        flag(f"{as_flag(name)} {metavar}", kind, f"{text} ({chosen})")
+        flag(f"{as_flag(name)} NUMBER", kind, f"{OPTIONS.get(name, '')} ({chosen})")
     return parser, defaults
 
 
@@ -330,7 +331,7 @@ def build(table: dict, entry: str, values: dict) -> Callable:
 # What may differ when a run goes on: where it runs, how it reports, and how long. Never what it
 # computes.
 CHANGEABLE = {"resume", "epochs", "tolerance", "stop_after", "data_dir", "device", "quiet", "wandb"}
-CHANGEABLE |= {"wandb_project", "dataset"}
+CHANGEABLE |= {"wandb_project", "dataset", "listing"}
 
 
 def parse_arguments(
@@ -342,16 +343,21 @@ def parse_arguments(
     status 2 on a bad argument.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser, values = make_parser(Path(script).name, description, recipes)
+    name = Path(script).stem
+    parser, defaults = make_parser(f"{name}.py", description, recipes)
     typed = vars(parser.parse_args(argv))
     try:
         # What is not typed is as in the run that goes on, or else as in the recipe.
         record = records.read_record(typed["resume"]) if "resume" in typed else None
-        if record and record["script"] != Path(script).stem:
+        if record and record["script"] != name:
             raise UsageError(f"{shown(typed['resume'])} is a run of {record['script']}.py")
-        recipe = recipes["default"] if record else recipe_for(typed, recipes)
-        recorded = recorded_arguments(record) if record else {}
-        values = with_options(values | recipe | recorded | typed)
+        if record:
+            listing, before = listing_of(typed["resume"], record), recorded_arguments(record)
+        else:
+            listing = search_directory and search_directory / "data.csv"
+            listing = listing if listing and listing.exists() else None
+            before = defaults | recipe_for(typed, recipes, listing)
+        values = with_options(before | typed)
         if "help" in typed:
             parser.set_defaults(**values | {"help": None})
             parser.print_help()
@@ -362,24 +368,22 @@ def parse_arguments(
 
         # Where, and as what, it is computed.
         args = Namespace(**values)
-        args.data_dir, args.runs_dir = Path(args.data_dir), Path(args.runs_dir)
+        args.data_dir, args.listing = Path(args.data_dir), listing
         args.device, args.precision = choose_device(args.device, args.precision)
         args.threads = args.threads or torch.get_num_threads()
         records.check_wandb(args.wandb, args.quiet)
         if record:
-            check_resumed(args, typed, recorded, record)
-        args.listing = listing_of(args.resume, record) if record else None
+            check_resumed(args, before, record)
     except (UsageError, RunError) as error:
         parser.error(str(error))
-    now = f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}"
-    name = args.run_name or f"{Path(script).stem}-{now}-{secrets.token_hex(4)}"
-    args.directory = args.resume or args.runs_dir / name
-    args.script, args.argv, args.typed = Path(script).stem, argv, set(typed)
+    own_name = f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(4)}"
+    args.directory = args.resume or args.runs_dir / (args.run_name or own_name)
+    args.script, args.argv, args.typed = name, argv, {*typed}
 
     # Say what follows from a folder.
     if callable(recipes[args.recipe]) and not record:
-        values = {as_flag(name): getattr(args, name) for name in SAID_OF_A_FOLDER}
-        line = " ".join(f"{flag} {value}" for flag, value in values.items() if value is not None)
+        chosen = ((as_flag(name), getattr(args, name)) for name in SAID_OF_A_FOLDER)
+        line = " ".join(f"{flag} {value}" for flag, value in chosen if value is not None)
         say(f"--recipe {args.recipe} for this folder: {line}", args.quiet)
     return args
 
@@ -387,25 +391,25 @@ def parse_arguments(
 SAID_OF_A_FOLDER = ("model", "image_size", "epochs", "batch_size", "val_size", "class_weights")
 
 
-def recipe_for(typed: dict, recipes: dict) -> dict:
+def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
     """The defaults of a new run, from the recipe, the images and the weights to begin with.
 
     A recipe is a dict, or a function of what a folder of images holds. UsageError, RunError.
     """
     # The recipe that is named, or else that for images of files.
-    source = typed.get("dataset")
-    of_files = source and source not in DATASETS
+    source = typed.get("dataset", "synthetic")
+    of_files = source not in DATASETS
     name = typed.get("recipe", "photos" if of_files and "photos" in recipes else "default")
-    chosen, follows_from_folder = recipes[name], callable(recipes[name])
-    if follows_from_folder:
+    recipe = recipes[name]
+    if callable(recipe):
         if not of_files:
             raise UsageError(f"--recipe {name} is for a folder of images, or a CSV file")
-        chosen = chosen(**census(source))
-    recipe = recipes["default"] | {"recipe": name} | chosen
+        recipe = recipe(**census(source, listing))
+        if typed.get("model", recipe["model"]) != recipe["model"]:
+            recipe |= ANY_MODEL_DEFAULTS
+    recipe = recipes["default"] | {"recipe": name} | recipe
 
-    # What goes with a model, weights or an optimiser that the recipe is not for.
-    if follows_from_folder and typed.get("model", recipe["model"]) != recipe["model"]:
-        recipe |= ANY_MODEL_DEFAULTS
+    # What goes with weights or an optimiser that the recipe is not for.
     if "weights" in typed:
         recipe |= ANY_MODEL_DEFAULTS | (FREEZE_DEFAULTS if typed.get("freeze") else {})
         recipe |= preprocessing_of(typed["weights"], typed.get("model", IMAGENET_MODEL))
@@ -449,9 +453,8 @@ def why_not_comparable(one: dict, other: dict, figure: str) -> str:
     reasons = [as_flag(name) for name in sorted(names) if args[0].get(name) != args[1].get(name)]
 
     # An older run has no checksum of the images that validate; they follow from the others.
-    keys = [f"{part}_checksum"]
-    if not (one["data"].get(keys[0]) and other["data"].get(keys[0])):
-        keys = ["checksum", part]
+    is_known = all(run["data"].get(f"{part}_checksum") for run in (one, other))
+    keys = [f"{part}_checksum"] if is_known else ["checksum", part]
     if any(one["data"].get(key) != other["data"].get(key) for key in keys):
         reasons.append(f"{part} images")
     return f"the runs differ in {', '.join(reasons)}" if reasons else ""
@@ -485,10 +488,10 @@ def refuse_what_has_no_effect(values, typed):
         )
 
 
-def check_resumed(args, typed, recorded, record):
+def check_resumed(args, recorded, record):
     """UsageError where `args` would change what the run of a run.json computes."""
-    for name in [*sorted(typed), *vars(args)]:
-        if name not in CHANGEABLE and str(getattr(args, name)) != str(recorded.get(name)):
+    for name, value in vars(args).items():
+        if name not in CHANGEABLE and str(value) != str(recorded.get(name)):
             raise UsageError(f"{as_flag(name)} cannot change when a run is resumed")
     if args.dataset != recorded["dataset"] and {args.dataset, recorded["dataset"]} & {*DATASETS}:
         raise UsageError("--dataset cannot change when a run is resumed, but for files that moved")
@@ -520,7 +523,7 @@ def choose_device(device: str, precision: str) -> tuple[str, str]:
         "cpu": True,
     }
     if device == "auto":
-        device = next(name for name in available if available[name])
+        device = next(filter(available.get, available))
     if not available[device]:
         raise UsageError(
             f"--device {device}: this machine or this build of torch has none; "
@@ -548,10 +551,9 @@ def keep_freed_memory(device):
     To get them from the system anew took a third of ConfigNet's step.
     """
     if device == "cpu" and sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        if hasattr(library, "mallopt"):
-            library.mallopt(-4, 0)  # M_MMAP_MAX
-            library.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+        glibc = ctypes.CDLL("libc.so.6")
+        glibc.mallopt(-4, 0)  # M_MMAP_MAX
+        glibc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def autocast_to(device: str, precision: str) -> Callable:
@@ -580,10 +582,8 @@ def command_line(main: Callable[[list[str]], dict]) -> int:
         record = main(sys.argv[1:])
     except UsageError as error:
         return fail(2, error)
-    except (RunError, OSError, MemoryError) as error:
-        return fail(1, error or "out of memory; try a smaller --batch-size or model")
-    except ModuleNotFoundError as error:
-        return fail(1, f"the package {error.name} is missing: pip install {error.name}")
+    except (RunError, OSError, MemoryError, ModuleNotFoundError) as error:
+        return fail(1, str(error) or "out of memory")
     except RuntimeError as error:
         # What each backend says when it has no more memory has no type in common.
         no_memory = "out of memory|can't allocate memory|not enough memory"
@@ -631,12 +631,16 @@ def generator_for(*parts, device: str | torch.device = "cpu") -> torch.Generator
 
 
 # ------------------------ Data ------------------------
-class File(NamedTuple):
-    """Where an image is: its path, that as seen from the folder, and the SHA-256 of its bytes."""
+@dataclass
+class File:
+    """A row of data.csv: an image's `name` as seen from the folder, its class, its part, and the
+    SHA-256 of its bytes. `path` is where it is."""
 
     path: Path
     name: str
-    sha256: str
+    label: str
+    part: str
+    sha256: str = ""
 
 
 @dataclass
@@ -768,27 +772,23 @@ def load_data(
     too little, UsageError what does not go together.
     """
     # Read each part that has images of its own. A fold leaves the test images alone.
+    if not search_directory:
+        images_read.clear()
     of_files = args.dataset not in DATASETS
-    known = known_listing(args.listing) if of_files else None
-    parts = read_files(args, wanted, known) if of_files else read_named(args, synthetic, wanted)
+    parts = read_files(args, wanted) if of_files else read_named(args, synthetic, wanted)
 
     # Cut the training images in two.
     if "train" in parts:
-        whole = parts["train"]
-        train, val = divide(whole, args, draw="val" not in parts)
-        parts["train"] = whole.select(train)
-        if val.any():
-            parts["val"] = whole.select(val)
-        parts["unused"] = whole.select(~(train | val))
+        parts |= divide(parts["train"], args, draw="val" not in parts)
 
-    # Put the parts together.
+    # Put the parts together. Of a test set that is not to be read, the files were looked at.
     files, listing = None, b""
     if of_files:
-        files = "../data.csv" if known else "data.csv"
-        listing = known.read_bytes() if known else as_csv(parts)
+        files = "../data.csv" if args.listing else "data.csv"
+        listing = args.listing.read_bytes() if args.listing else as_csv(parts)
         say_twins(parts, args.quiet)
     val = parts.get("val", None if args.val_size else parts.get("test"))
-    test = parts.get("test") if args.test else None  # its files were looked at, and nothing else
+    test = parts.get("test") if args.test else None
     data = Data(parts.get("train"), val, test, files, listing)
     if wanted == PARTS:
         say_census(data, args)
@@ -797,16 +797,13 @@ def load_data(
 
 def say_census(data: Data, args: Namespace) -> None:
     """Say what a training is to know of its images. RunError where they are too few."""
-    if not data.val:
-        raise RunError(f"{args.dataset}: there are no images to validate with")
+    if not data.val or len(data.train) < 2:
+        raise RunError(f"{args.dataset}: too few images to train and to validate with")
     classes, counts = data.train.classes, data.train.labels.bincount()
-    smallest, largest = (
-        f"{counts[label]:,} ({classes[label]})" for label in (counts.argmin(), counts.argmax())
-    )
-    count = len(data.train)
+    rarest, count = counts.argmin(), len(data.train)
     say(
         f"{args.dataset}: {count:,} training and {len(data.val):,} validation images; "
-        f"{len(classes)} classes, the smallest {smallest}, the largest {largest}",
+        f"{len(classes)} classes, the smallest {counts[rarest]:,} ({classes[rarest]})",
         args.quiet,
     )
     if data.val is data.test:
@@ -815,8 +812,6 @@ def say_census(data: Data, args: Namespace) -> None:
             "its accuracy is flattered",
             args.quiet,
         )
-    if count < 2:
-        raise RunError(f"{args.dataset}: {count} training images are too few")
     if args.batch_size >= count:
         say(
             f"--batch-size {args.batch_size}: the {count} training images are one step an epoch, "
@@ -827,38 +822,36 @@ def say_census(data: Data, args: Namespace) -> None:
 
 def read_named(args, synthetic, wanted):
     """The training and the test images of one of DATASETS, on --device. A fold has no test."""
-    parts, cache = {}, images_read if search_directory else {}
+    parts = {}
     for part in {*wanted} - {"val", "test" if args.fold else None}:
         key = args.script, args.dataset, args.data_dir, args.device, part
-        if key not in cache:
+        if key not in images_read:
             draws, train = args.dataset == "synthetic", part == "train"
             images = synthetic(train) if draws else read_torchvision(args, train)
-            cache[key] = images.to(args.device)
-        parts[part] = cache[key]
+            images_read[key] = images.to(args.device)
+        parts[part] = images_read[key]
     return parts
 
 
-def divide(images: ImageSet, args: Namespace, draw: bool) -> tuple[Tensor, Tensor]:
-    """Which of the `images` [N] train, and which validate: two masks [N]. RunError.
+def divide(images: ImageSet, args: Namespace, draw: bool) -> dict[str, ImageSet]:
+    """Those of the `images` that train, that validate, and that are unused, as far as there are
+    such. RunError.
 
     A fold follows from the names of the images. Without `draw`, none of them validates.
     """
     count, labels = len(images), images.labels.cpu()
     val = torch.zeros(count, dtype=torch.bool)
-    if draw and (args.fold or args.val_size):
-        cause = f"--val-size {args.val_size}"
-        if args.fold:
-            # Every n-th of the images validates, with those of a class one after the other.
-            cause = f"--fold {args.fold}"
-            part, parts = map(int, args.fold.split("/"))
-            names = [file.name for file in images.files or ()] or map(str, range(count))
-            keys = list(zip(labels.tolist(), map(hash_of, names), strict=True))
-            val[sorted(range(count), key=keys.__getitem__)[part - 1 :: parts]] = True
-        else:
-            size = round(count * args.val_size)
-            val = stratified_sample(labels, size, generator_for(args.seed, "validation"))
-        if not val.any():
-            raise RunError(f"{cause} of {count} images leaves none for validation")
+    if draw and args.fold:
+        # Every n-th of the images validates, with those of a class one after the other.
+        part, parts = map(int, args.fold.split("/"))
+        names = [file.name for file in images.files or ()] or map(str, range(count))
+        keys = zip(labels.tolist(), map(hash_of, names), range(count), strict=True)
+        val[[index for _, _, index in sorted(keys)][part - 1 :: parts]] = True
+    elif draw:
+        size = round(count * args.val_size)
+        val = stratified_sample(labels, size, generator_for(args.seed, "validation"))
+    if draw and args.val_size and not val.any():
+        raise RunError(f"--val-size or --fold of {count} images leaves none for validation")
 
     # Of the others, train with as many as --limit-train says.
     train = ~val
@@ -870,7 +863,8 @@ def divide(images: ImageSet, args: Namespace, draw: bool) -> tuple[Tensor, Tenso
             )
         random = generator_for(args.seed, "limit")
         train[places[~stratified_sample(labels[places], args.limit_train, random)]] = False
-    return train, val
+    masks = {"train": train, "val": val, "unused": ~(train | val)}
+    return {part: images.select(mask) for part, mask in masks.items() if mask.any()}
 
 
 def hash_of(name):
@@ -942,8 +936,6 @@ def downloading(args):
 
 
 # ------------------------ Images from files ------------------------
-# A row of data.csv: the path as seen from the folder, the class, the part, and the SHA-256 of the
-# file's bytes.
 COLUMNS = ("file", "class", "part", "sha256")
 PART_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 PART_NAMES |= {"val": "val", "valid": "val", "validation": "val"}
@@ -951,50 +943,33 @@ PART_NAMES["unused"] = "unused"  # by --limit-train
 HEIF = {".heic", ".heif"}  # the endings of photos from a phone
 
 
-def read_files(args: Namespace, wanted: tuple, known: Path | None) -> dict[str, ImageSet]:
+def read_files(args: Namespace, wanted: tuple) -> dict[str, ImageSet]:
     """The parts of a folder of images, or of a CSV file, that have images of their own.
 
-    A run that goes on, and a trial of a search, read the files of a data.csv that is `known`.
+    A run that goes on, and a trial of a search, read the files of the data.csv `args.listing`.
+    RunError, UsageError.
     """
     root = folder_of(args.dataset)
     if not root.is_dir():
         raise RunError(f"{shown(root)} is not there; say where the images are with --dataset")
 
-    # Which files: those that are known, whatever has come since, or those that are there.
-    rows = list_source(known, args.fold, quiet=True) if known else find_rows(args)
-    if args.listing and root == Path(args.dataset):
-        there = {row["file"] for row in list_source(root, args.fold, quiet=True)}
-        new = len(there - {row["file"] for row in rows})
-        if new:
-            say(f"{new:,} new files in {shown(root)} are not part of this run", args.quiet)
-    has_val = any(row["part"] == "val" for row in rows)
-    if has_val and not args.listing and (args.fold or "val_size" in args.typed):
-        flag = "--fold" if args.fold else "--val-size"
-        raise UsageError(f"{flag} has no effect where images of their own validate")
+    # Which files: those that are written down, whatever has come since, or those that are there.
+    files = list_files(args.listing or Path(args.dataset), root, args.quiet)
+    if args.fold:
+        files = [file for file in files if file.part != "test"]
+    if not args.listing:
+        complete_parts(files, args)
 
-    # Look at all that are needed; the parts share the pixels.
-    classes = classes_of(rows, args.dataset)
-    rows = [row for part in PARTS for row in rows if row["part"] == part and part in wanted]
-    key = args.dataset, args.image_size, args.grey, args.resize, args.device, wanted, len(rows)
-    cache = images_read if search_directory else {}
-    if key not in cache:
-        pixels = read_pixels(rows, root, args)
-        labels = torch.tensor([classes.index(row["class"]) for row in rows], dtype=torch.long)
-        files = [File(root / row["file"], row["file"], row["sha256"]) for row in rows]
-        cache[key] = ImageSet(pixels, labels, classes, files).to(args.device)
-
-    # Give each part its own of them.
-    parts = {}
-    for part in dict.fromkeys(row["part"] for row in rows):
-        chosen = torch.tensor([row["part"] == part for row in rows])
-        parts[part] = cache[key].select(chosen)
-    return parts
-
-
-def known_listing(of_run: Path | None) -> Path | None:
-    """The data.csv that says which files to read: a search's, or that of a run that goes on."""
-    shared = search_directory and search_directory / "data.csv"
-    return shared if shared and shared.exists() else of_run
+    # Look at all that are needed, part by part; they share the pixels.
+    classes = classes_of(files, args.dataset)
+    files = [file for part in PARTS for file in files if file.part == part and part in wanted]
+    key = args.dataset, args.image_size, args.grey, args.resize, args.device, wanted, len(files)
+    if key not in images_read:
+        pixels = read_pixels(files, args)
+        labels = torch.tensor([classes.index(file.label) for file in files], dtype=torch.long)
+        images_read[key] = ImageSet(pixels, labels, classes, files).to(args.device)
+    masks = {part: torch.tensor([file.part == part for file in files]) for part in PARTS}
+    return {part: images_read[key].select(mask) for part, mask in masks.items() if mask.any()}
 
 
 def is_csv(path):
@@ -1023,78 +998,88 @@ def listing_of(directory: Path, record: dict) -> Path | None:
     about = record["data"]
     if record["args"]["dataset"] in DATASETS:
         return None
-    if "files" not in about:
-        raise RunError(
-            f"{shown(directory)} is of an earlier version, "
-            "which did not write down its images: train anew"
-        )
-    path = directory / about["files"]
+    path = directory / about.get("files", "data.csv")
     if not path.is_file():
-        raise RunError(f"{shown(path)} is missing: it says which images are those of the run")
+        raise RunError(
+            f"{shown(path)} is missing: it says which images are those of the run "
+            "(an earlier version did not write down its images: train anew)"
+        )
     if hashlib.sha256(path.read_bytes()).hexdigest() != about["files_checksum"]:
         raise RunError(f"{shown(path)} has changed since the run began")
     return path
 
 
-def listing_of_search(args):
+def listing_of_search(args: Namespace) -> bytes:
     """The content of a search's data.csv. Each trial cuts the training images in two. RunError."""
-    return as_csv(read_files(args, PARTS, None))
+    return as_csv(read_files(args, PARTS))
 
 
-def census(source: str) -> dict:
+def census(source: str, listing: Path | None) -> dict:
     """What a folder or a CSV file holds to train on: how many `images` of how many `classes`, how
     many of the `rarest`, and how many pixels their `side` has: the shorter one, the median of a
-    hundred images. RunError.
+    hundred images. The data.csv `listing` says which, if there is one. RunError.
     """
     from PIL import Image
 
-    # Which images; those of a search are written down.
-    rows = list_source(known_listing(None) or Path(source), fold=None, quiet=True)
-    rows = [row for row in rows if row["part"] == "train"]
-    counts = Counter(row["class"] for row in rows)
-
-    # Of some of them, the size.
-    sides = []
-    for row in rows[:: math.ceil(len(rows) / 100) or 1]:
-        with contextlib.suppress(Exception), Image.open(folder_of(source) / row["file"]) as image:
+    files = list_files(listing or Path(source), folder_of(source))
+    files = [file for file in files if file.part == "train"]
+    counts, sides = Counter(file.label for file in files), [0]
+    for file in files[:: math.ceil(len(files) / 100) or 1]:
+        with contextlib.suppress(Exception), Image.open(file.path) as image:
             sides.append(min(image.size))  # what cannot be read is told when all are read
     return {
-        "images": len(rows),
+        "images": len(files),
         "classes": len(counts),
         "rarest": min(counts.values(), default=0),
-        "side": statistics.median(sides or [0]),
+        "side": statistics.median(sides[1:] or sides),
     }
 
 
-def list_source(path: Path, fold: str | None, quiet: bool) -> list[dict]:
-    """The rows of a folder or a CSV file; a fold leaves the test images alone. RunError."""
-    rows = read_rows(path) if is_csv(path) else list_folder(path, quiet)
-    return [row for row in rows if not (fold and row["part"] == "test")]
+def list_files(source: Path, root: Path, quiet: bool = True) -> list[File]:
+    """The files of a folder, or of a CSV file whose paths are seen from `root`. RunError."""
+    return read_csv(source, root) if is_csv(source) else list_folder(root, quiet)
 
 
-def find_rows(args: Namespace) -> list[dict]:
-    """The rows of a new data.csv; where no images test or validate, a tenth of each class tests.
+def complete_parts(files: list[File], args: Namespace) -> None:
+    """Where no images test or validate, have a tenth of each class test, and look at the classes.
 
     These are the files whose paths have the lowest hashes. So a new file changes one at most.
-    RunError.
+    RunError where the classes do not agree, UsageError where a flag has no effect.
     """
-    rows = list_source(Path(args.dataset), args.fold, args.quiet)
-    check_classes(rows, args)
-    if {row["part"] for row in rows} == {"train"} and not args.fold:
-        if len(rows) < 10:
-            raise RunError(
-                f"{shown(args.dataset)}: {len(rows)} images are too few "
-                "to set a tenth aside as the test set"
-            )
-        for name in classes_of(rows, args.dataset):
-            group = [row for row in rows if row["class"] == name]
-            count = max(1, round(len(group) / 10)) if len(group) > 2 else 0
-            for row in sorted(group, key=lambda row: hash_of(row["file"]))[:count]:
-                row["part"] = "test"
-    return rows
+    # What is validated and tested is what was trained.
+    classes = classes_of([file for file in files if file.part == "train"], args.dataset)
+    for part in ("val", "test"):
+        found = {file.label for file in files if file.part == part}
+        lacking = ", ".join(sorted(found.difference(classes)))
+        if lacking:
+            raise RunError(f"{args.dataset}: {part} has classes that train has not: {lacking}")
+        absent = ", ".join(name for name in classes if name not in found)
+        if found and absent:
+            say(f"{part} has no images of {absent}; its figures are over the others", args.quiet)
+
+    # Does anything validate? Does anything test?
+    parts, drawn = {file.part for file in files}, args.typed & {"fold", "val_size"}
+    if "val" in parts and drawn:
+        flag = as_flag(min(drawn))
+        raise UsageError(f"{flag} has no effect where images of their own validate")
+    for name in classes if parts == {"train"} and not args.fold else ():
+        group = [file for file in files if file.label == name]
+        count = max(1, round(len(group) / 10)) if len(group) > 2 else 0
+        for file in sorted(group, key=lambda file: hash_of(file.name))[:count]:
+            file.part = "test"
 
 
-def read_rows(path: Path) -> list[dict]:
+def classes_of(files, source):
+    """The classes of the images, in natural order. RunError where there are not two."""
+    names = {file.label for file in files}
+    if len(names) < 2:
+        raise RunError(
+            f"{shown(source)}: expected at least two classes, PATH/<class>/*, with images in each"
+        )
+    return sorted(names, key=in_natural_order)
+
+
+def read_csv(path: Path, root: Path) -> list[File]:
     """The rows of a data.csv, or of a CSV file as a spreadsheet writes it. RunError."""
     # A spreadsheet may begin the file with a mark of its encoding, and separate with semicolons.
     # Spaces after the commas of the first line are no parts of names, and so in all lines.
@@ -1104,34 +1089,28 @@ def read_rows(path: Path) -> list[dict]:
     spaced = f"{delimiter} " in header
     source = io.StringIO(text, newline="")
     lines = csv.DictReader(source, delimiter=delimiter, skipinitialspace=spaced)
-    rows = {}
-    try:
-        for column in ("file", "class"):
-            if column not in (lines.fieldnames or ()):
-                raise RunError(
-                    f"{shown(path)} has no column {column}; its first line names the columns "
-                    f"{', '.join(lines.fieldnames or ())}"
-                )
 
-        # Take the lines one by one, with one spelling of each part and path.
+    # Take the lines one by one, with one spelling of each part and path.
+    files = {}
+    try:
         for line in lines:
-            row = {column: line.get(column) or "" for column in COLUMNS}
-            if not any(row.values()):
+            name, label, part, checksum = row = [line.get(column) or "" for column in COLUMNS]
+            if not any(row):
                 continue  # a spreadsheet's empty line
-            part = PART_NAMES.get(row["part"].strip().lower() or "train")
+            part = PART_NAMES.get(part.strip().lower() or "train")
             where = f"{shown(path)}, line {lines.line_num}"
-            if not (row["file"] and row["class"] and part):
+            if not (name and label and part):
                 raise RunError(
-                    f"{where}: expected a file, its class, and as part train, val or test"
+                    f"{where}: expected a file and its class in columns of these names, "
+                    "and train, val or test in the column part, if there is one"
                 )
-            file = os.path.normpath(row["file"])
-            if file in rows:
-                raise RunError(f"{where}: {file} is there twice")
-            checksum = row["sha256"].strip().lower()
-            rows[file] = {**row, "file": file, "part": part, "sha256": checksum}
+            name = os.path.normpath(name)
+            if name in files:
+                raise RunError(f"{where}: {name} is there twice")
+            files[name] = File(root / name, name, label, part, checksum.strip().lower())
     except csv.Error as error:
         raise RunError(f"{shown(path)} is no CSV file: {error}") from error
-    return list(rows.values())
+    return list(files.values())
 
 
 def as_csv(parts: dict[str, ImageSet]) -> bytes:
@@ -1139,25 +1118,34 @@ def as_csv(parts: dict[str, ImageSet]) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for part in (*PARTS, "unused"):
-        if part in parts:
-            images = parts[part]
-            for file, label in zip(images.files, images.labels.tolist(), strict=True):
-                writer.writerow([file.name, images.classes[label], part, file.sha256])
+    for part, images in parts.items():
+        writer.writerows([file.name, file.label, part, file.sha256] for file in images.files)
     return text.getvalue().encode(errors="surrogateescape")
 
 
-def list_folder(root: Path, quiet: bool) -> list[dict]:
-    """The rows of PATH/<class>/*, or of PATH/train/<class>/*, PATH/val and PATH/test. RunError."""
-    rows, skipped = [], Counter()
-    for part, folder in part_folders(root).items():
-        for class_folder in folders(folder):
-            for path in image_files(class_folder, skipped):
-                file = path.relative_to(root).as_posix()
-                rows.append({"file": file, "class": class_folder.name, "part": part, "sha256": ""})
+def list_folder(root: Path, quiet: bool) -> list[File]:
+    """The files of PATH/<class>/*, or of PATH/train/<class>/*, PATH/val and PATH/test. RunError."""
+    # The folders in it that hold images. They are parts if all have such names, or several.
+    skipped = Counter()
+    paths = {path.relative_to(root).parts: path for path in image_files(root, skipped)}
+    tops = sorted({top for top, *below in paths if below})
+    parts = {top: PART_NAMES[top.lower()] for top in tops if top.lower() in PART_NAMES}
+    if len({*parts.values()}) < len(parts):
+        raise RunError(f"{shown(root)} has two folders for one part: {', '.join(parts)}")
+    level = 1 if len(parts) > 1 or (parts and len(parts) == len(tops)) else 0  # of the classes
+
+    # What is in no class is left out.
+    files = []
+    for name, path in paths.items():
+        part = parts.get(name[0]) if level else "train"
+        if part and len(name) > level + 1:
+            files.append(File(path, "/".join(name), name[level], part))
+    for part in {"train", *parts.values()} if level else ():
+        if not any(file.part == part for file in files):
+            raise RunError(f"{shown(root)} has no folder {part} with class folders in it")
     if skipped:
         say(as_skipped(skipped), quiet)
-    return rows
+    return files
 
 
 def as_skipped(skipped: Counter) -> str:
@@ -1171,32 +1159,6 @@ def by_ending(counts: Counter) -> str:
     return ", ".join(f"{n} {kind}{hints.get(kind, '')}" for kind, n in counts.most_common())
 
 
-def part_folders(root: Path) -> dict[str, Path]:
-    """The folders of the parts; where all folders are classes, {"train": root}. RunError."""
-    # The folders with the names of parts that have images in them.
-    parts = {}
-    for path in folders(root):
-        part = PART_NAMES.get(path.name.lower())
-        if part in parts:
-            raise RunError(
-                f"{shown(root)} has two folders for one part: {parts[part].name} and {path.name}"
-            )
-        if part and image_files(path):
-            parts[part] = path
-
-    # They are parts where class folders are in them, and classes where other classes are beside.
-    others = [path for path in folders(root) if path.name.lower() not in PART_NAMES]
-    if "train" in parts and folders(parts["train"]) and (len(parts) > 1 or not others):
-        for path in parts.values():
-            if not folders(path):
-                raise RunError(f"{shown(path)} has no class folders: make them, or move it away")
-    elif parts and not others:
-        raise RunError(f"{shown(root)} has no folder train with class folders in it")
-    else:
-        parts = {"train": root}
-    return parts
-
-
 def is_visible(name):
     """Whether a file or folder is one of the user's, and not of some program's."""
     return name[0] != "." and name != "__MACOSX"
@@ -1208,25 +1170,15 @@ def in_natural_order(name):
     return [int(word) if place % 2 else word for place, word in enumerate(words)], name
 
 
-def folders(path: Path) -> list[Path]:
-    """The folders in `path`, in natural order."""
-    found = [below for below in path.iterdir() if below.is_dir() and is_visible(below.name)]
-    return sorted(found, key=lambda below: in_natural_order(below.name))
-
-
 def image_files(folder: Path, skipped: Counter | None = None) -> list[Path]:
-    """The image files in and below `folder`. `skipped` counts the endings of the other files."""
+    """The image files in and below `folder`, in natural order. `skipped` counts the endings of the
+    other files. OSError."""
 
     def fail(error):
         raise error
 
-    found, seen, endings = [], set(), image_endings()
+    found, endings = [], image_endings()
     for here, names, files in os.walk(folder, onerror=fail, followlinks=True):
-        place = os.path.realpath(here)
-        if place in seen:  # links may go round in a circle
-            names.clear()
-            continue
-        seen.add(place)
         names[:] = filter(is_visible, names)
         for name in filter(is_visible, files):
             ending = Path(name).suffix.lower()
@@ -1234,75 +1186,35 @@ def image_files(folder: Path, skipped: Counter | None = None) -> list[Path]:
                 found.append(Path(here, name))
             elif skipped is not None:
                 skipped[ending or "without ending"] += 1
-    return sorted(found, key=lambda path: in_natural_order(str(path)))
+    return sorted(found, key=lambda path: [in_natural_order(part) for part in path.parts])
 
 
 @functools.cache
 def image_endings() -> set[str]:
     """The endings of the files that Pillow can read here."""
-    endings = {".jpg", ".jpeg", ".jfif", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
-    endings |= {".gif", ".avif", ".jp2"}
-    if importlib.util.find_spec("pillow_heif"):
+    from PIL import Image
+
+    with contextlib.suppress(ImportError):
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-        endings |= HEIF
-    return endings
-
-
-def classes_of(rows, source):
-    """The classes of the images, in natural order. RunError where there are not two."""
-    names = {row["class"] for row in rows}
-    if len(names) < 2:
-        raise RunError(
-            f"{shown(source)}: expected at least two classes, PATH/<class>/*, with images in each"
-        )
-    return sorted(names, key=in_natural_order)
-
-
-def check_classes(rows, args):
-    """RunError where the classes of the parts do not agree; a warning where one is not tested."""
-    # Names that look the same, but are spelt with other bytes.
-    alike = {}
-    for name in sorted({row["class"] for row in rows}):
-        other = alike.setdefault(unicodedata.normalize("NFC", name), name)
-        if other != name:
-            raise RunError(
-                f"{args.dataset}: the classes {other!a} and {name!a} look the same; "
-                "give them one name"
-            )
-
-    # What is validated and tested is what was trained.
-    classes = classes_of([row for row in rows if row["part"] == "train"], args.dataset)
-    for part in sorted({row["part"] for row in rows} & {"val", "test"}):
-        found = {row["class"] for row in rows if row["part"] == part}
-        lacking = ", ".join(sorted(found.difference(classes)))
-        if lacking:
-            raise RunError(f"{args.dataset}: {part} has classes that train has not: {lacking}")
-        absent = [name for name in classes if name not in found]
-        if absent:
-            say(
-                f"{part} has no images of {', '.join(absent)}; its figures are over the others",
-                args.quiet,
-            )
+    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 
 
 def say_twins(parts, quiet):
-    """Say where the same picture is in two parts."""
+    """Say where the same file is in two parts."""
     seen, twins = {}, []
-    for part, images in ((part, parts[part]) for part in PARTS if part in parts):
-        pictures = (images.pixels[row].cpu().permute(1, 2, 0) for row in images.rows.tolist())
-        for file, picture in zip(images.files, pictures, strict=True):
-            digest = hashlib.sha256(picture.numpy().tobytes()).digest()
-            other_part, other = seen.setdefault(digest, (part, file.name))
+    for part, images in parts.items():
+        for file in images.files if part in PARTS else ():
+            other_part, other = seen.setdefault(file.sha256, (part, file.name))
             if other_part != part:
                 twins.append(f"{other} ({other_part}) and {file.name} ({part})")
     if twins:
         say(f"the same picture is in two parts, {len(twins)} times: {', '.join(twins[:10])}", quiet)
 
 
-def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
-    """The images of `rows`, uint8 [N, C, side, side]; each row gets the SHA-256 of its file.
+def read_pixels(files: list[File], args: Namespace) -> Tensor:
+    """The images of `files`, uint8 [N, C, side, side]; each file gets the SHA-256 of its bytes.
 
     Where they do not fit the memory, they are decoded into a file that is mapped. RunError names
     the files that are missing, have changed or cannot be read.
@@ -1310,27 +1222,24 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
     channels, side, problems = 1 if args.grey else 3, args.image_size, {}
 
     def read(index):  # each into its place: images that wait for it would take as much memory again
-        row = rows[index]
+        file = files[index]
         try:
-            content = (root / row["file"]).read_bytes()
+            content = file.path.read_bytes()
             checksum = hashlib.sha256(content).hexdigest()
-            if row["sha256"] not in ("", checksum):
+            if file.sha256 not in ("", checksum):
                 raise ValueError("the file has changed")
             if not decoded:
                 pixels[index] = decode(content, side, args.grey, args.resize)
-            row["sha256"] = checksum
+            file.sha256 = checksum
         except Exception as error:  # Pillow's decoders raise whatever they stumble over
-            problems[row["file"]] = reason_of(error)
+            problems[file.name] = reason_of(error)
 
-    with room_for((len(rows), side, side, channels), rows, args) as (room, decoded):
+    with room_for((len(files), side, side, channels), files, args) as (room, decoded):
         # Read the files, as many at a time as there are cores.
         pixels = room.permute(0, 3, 1, 2)
-        pool = ThreadPoolExecutor(os.cpu_count())
-        try:
-            done = pool.map(read, range(len(rows)))
-            list(tqdm(done, "reading images", len(rows), leave=False, disable=args.quiet or None))
-        finally:
-            pool.shutdown(cancel_futures=True)  # do not read on what nobody will see
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            done = pool.map(read, range(len(files)))
+            list(tqdm(done, "reading images", len(files), leave=False, disable=args.quiet or None))
 
         # Name the first ten of those that cannot be used.
         if problems:
@@ -1339,29 +1248,25 @@ def read_pixels(rows: list[dict], root: Path, args: Namespace) -> Tensor:
             more = f", and {len(texts) - 10} more" if len(texts) > 10 else ""
             advice = "put them back" if args.listing else "remove or replace them"
             raise RunError(
-                f"{shown(root)}: {len(texts)} of {len(rows)} files cannot be used: "
-                f"{', '.join(texts[:10])}{more}; {advice}"
+                f"{shown(folder_of(args.dataset))}: {len(texts)} of {len(files)} files cannot be "
+                f"used: {', '.join(texts[:10])}{more}; {advice}"
             )
     return pixels
 
 
 @contextlib.contextmanager
-def room_for(shape, rows, args):
-    """An uint8 tensor of this shape, and whether the images of `rows` are in it already.
+def room_for(shape, files, args):
+    """An uint8 tensor of this shape, and whether the images of `files` are in it already.
 
-    It lies in memory, or where that is too little in a file of the run's directory. The trials of
-    a search share one in the search's: it is decoded once.
+    It lies in memory, or where that is too little in a file without a name, which goes with the
+    process. The trials of a search share a file in the search's directory: it is decoded once.
     """
-    # In memory, where there is enough of it, or where no file tells.
-    size, meminfo = math.prod(shape), Path("/proc/meminfo")
-    free = math.inf
-    if meminfo.exists():
+    size, meminfo, free = math.prod(shape), Path("/proc/meminfo"), math.inf
+    if meminfo.exists():  # else no file tells
         free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
     if size <= free and not search_directory:
         yield torch.empty(shape, dtype=torch.uint8), False
         return
-
-    # Else in a file, one for each choice of images, size and way to the square.
     directory = search_directory or args.directory
     directory.mkdir(parents=True, exist_ok=True)
     say(
@@ -1369,26 +1274,28 @@ def room_for(shape, rows, args):
         f"they lie in {shown(directory)} meanwhile",
         args.quiet or size <= free,
     )
-    with records.locked(directory / ".pixels.lock", wait=True):
-        key = random_seed([row["file"] for row in rows], shape, args.resize)
-        path = directory / f".pixels-{key:x}"
-        decoded = path.exists()
-        for leftover in directory.glob(".pixels-*"):  # of a process that was killed
-            if leftover != path:
-                leftover.unlink()
+    if not search_directory:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            yield mapped(file, shape), False
+        return
 
-        # Its name is the final one when all are in it; that of a single run goes at once.
-        temporary = path if decoded else path.with_suffix(".tmp")
-        try:
-            with open(temporary, "ab") as file:
-                os.posix_fallocate(file.fileno(), 0, size)  # fails here, and not in the middle
-            pixels = torch.from_file(str(temporary), shared=True, size=size, dtype=torch.uint8)
-            yield pixels.view(shape), decoded
-            if search_directory:
-                temporary.rename(path)
-        finally:  # the map stays, and ends with the process
-            if not path.exists():
-                temporary.unlink()
+    # For a search: a file for each choice of images, size and way to the square. Its name is the
+    # final one when all are in it.
+    with records.locked(directory / ".pixels.lock", wait=True):
+        key = random_seed([file.name for file in files], shape, args.resize)
+        path = directory / f".pixels-{key:x}"
+        decoded, temporary = path.exists(), path.with_suffix(".tmp")
+        with open(path if decoded else temporary, "ab+") as file:
+            yield mapped(file, shape), decoded
+        if not decoded:
+            temporary.rename(path)
+
+
+def mapped(file, shape):
+    """An uint8 tensor of this shape whose memory is the open `file`. OSError where it is full."""
+    size = math.prod(shape)
+    os.posix_fallocate(file.fileno(), 0, size)
+    return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8).view(shape)
 
 
 def reason_of(error):
@@ -1890,7 +1797,7 @@ def build_model(config: dict) -> nn.Module:
 def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     """The model of --model with the random weights of --seed, on --device.
 
-    UsageError where it, the augmentation or the averaged views do not take such images.
+    UsageError where it does not take such images.
     """
     # What best.pt holds beside the weights: the model and its preprocessing.
     channels, *size = train_set.pixels.shape[1:]
@@ -1902,29 +1809,29 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     for name in ("model", "batch_size", *options_of(MODELS[args.model])):
         config[name] = getattr(args, name)
 
-    # Try all sizes of the images, without memory or arithmetic.
-    sides = sides_in_training(args, size[1])
-    for height, width in (size, *([side, side] for side in sides)):
-        images = torch.zeros(min(2, args.batch_size), channels, height, width, device="meta")
-        text = (
-            f"--model {args.model} with these options does not take images of {height}x{width} "
-            f"pixels, {args.batch_size} in a batch"
-        )
-        with refused_as(text), torch.device("meta"):
+    # Try it on the smallest images, without memory or arithmetic.
+    smallest = size
+    if args.sizes:
+        epochs = range(1, args.epochs + 1)
+        smallest = [min(side_in_epoch(args, epoch, size[1]) for epoch in epochs)] * 2
+    try:
+        with torch.device("meta"):
+            images = torch.zeros(min(2, args.batch_size), channels, *smallest)
             if not isinstance(build_model(config)(images), Tensor):
                 raise ValueError("it has more than one output")
-    images, random = torch.zeros(1, channels, *size), torch.Generator()
-    for name, (*_, change) in AUGMENTATIONS.items() if args.augment else ():
-        with refused_as(f"{as_flag(name)} {getattr(args, name)}: the images are too small"):
-            change(images, getattr(args, name), random)
-    with refused_as(f"--tta {args.tta}: the images are too small"):
-        views(images, args.tta or "")
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
+        shape, reason = "x".join(map(str, smallest)), str(error).splitlines()[0]
+        raise UsageError(
+            f"--model {args.model} with these options does not take images of {shape} pixels, "
+            f"{args.batch_size} in a batch ({reason})"
+        ) from error
+    if args.augment and args.shift >= min(size):
+        raise UsageError(f"--shift {args.shift}: the images are too small")
 
     # Draw the weights, or take them from --weights. A run that goes on has its own.
     torch.manual_seed(random_seed(args.seed, "weights"))
     model = build_model(config).to(args.device)
-    saved = [args.directory / name for name in ("last.pt", "frozen.pt")]
-    if args.weights and not any(path.exists() for path in saved):
+    if args.weights and not (args.directory / "last.pt").exists():
         take_weights(model, args)
     has_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
     if args.optimizer == "muon" and not has_norm:
@@ -1932,15 +1839,6 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
             "--optimizer muon is for convolutions with batch norm: --model cnn, fastnet or patchnet"
         )
     return model
-
-
-@contextlib.contextmanager
-def refused_as(text):
-    """UsageError with this text where torch refuses to compute something."""
-    try:
-        yield
-    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
-        raise UsageError(f"{text} ({str(error).splitlines()[0]})") from error
 
 
 # ------------------------ Pretrained nets ------------------------
@@ -2004,36 +1902,28 @@ def take_weights(model: nn.Module, args: Namespace) -> None:
         weights, classes = best["weights"], best["classes"]
     else:
         try:
-            weights = torch.load(source, map_location="cpu", weights_only=True)
+            found = torch.load(source, map_location="cpu", weights_only=True)
             for key in ("state_dict", "model", "weights"):
-                weights = weights.get(key, weights)
+                found = found.get(key, found)
+            tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
+            weights = {name.removeprefix("module."): value for name, value in tensors.items()}
         except Exception as error:  # torch.load raises whatever it stumbles over
             reason = type(error).__name__
             raise RunError(f"{shown(source)} is no file of weights ({reason})") from error
-        weights = {
-            name.removeprefix("module."): value
-            for name, value in weights.items()
-            if isinstance(value, Tensor)
-        }
 
-    # Take all but the head; a tensor that does not fit is named.
-    head = f"{head_of(model)[0]}."
-    own = model.state_dict()
+    # Take all but the head; torch names the tensors that do not fit.
     if classes != model.config["classes"]:
-        own, weights = (
-            {name: tensor for name, tensor in state.items() if not name.startswith(head)}
-            for state in (own, weights)
-        )
-    for name in [*own, *weights]:
-        theirs, ours = (
-            list(state[name].shape) if name in state else "missing" for state in (weights, own)
-        )
-        if theirs != ours:
-            raise RunError(
-                f"--weights {shown(source)} does not fit --model {args.model}: {name} is "
-                f"{theirs} there, and {ours} in the model"
-            )
-    model.load_state_dict(weights, strict=False)
+        head = f"{head_of(model)[0]}."
+        weights = {name: value for name, value in weights.items() if not name.startswith(head)}
+        own = model.state_dict().items()
+        weights |= {name: value for name, value in own if name.startswith(head)}
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        reason = textwrap.shorten(str(error), 300)
+        raise RunError(
+            f"--weights {shown(source)} does not fit --model {args.model}: {reason}"
+        ) from error
 
 
 def imagenet_weights(args):
@@ -2330,14 +2220,12 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, bar) -> Ave
     return meter
 
 
-def sides_in_training(args, side):
-    """--sizes in pixels, for images with this side. An older run has pixels in its record."""
-    return [round(size * side) if size <= 1 else size for size in args.sizes or ()]
-
-
 def side_in_epoch(args, epoch, side):
-    """The side of the training images in an epoch; the last epoch has the last of --sizes."""
-    sides = sides_in_training(args, side) or [side]
+    """The side in pixels of the training images in an epoch; the last one has the last of --sizes.
+
+    An older run has pixels in its record.
+    """
+    sides = [round(size * side) if size <= 1 else size for size in args.sizes or [1]]
     changes_left = (args.epochs - epoch) * len(sides) // args.epochs
     return sides[len(sides) - 1 - changes_left]
 
@@ -2589,6 +2477,6 @@ def final_test(args: Namespace, model: nn.Module, test_set: ImageSet, run: recor
     result = {"loss": plain.loss, "acc": plain.accuracy}
     if args.tta:
         averaged, _ = evaluate(model, loader, autocast, plain_loss, args.tta)
+        result = {"loss": averaged.loss, "acc": averaged.accuracy}
         result |= {"plain_loss": plain.loss, "plain_acc": plain.accuracy}
-        result |= {"loss": averaged.loss, "acc": averaged.accuracy}
     run.record["test"] = result

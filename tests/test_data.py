@@ -289,12 +289,10 @@ def test_the_parts_of_a_folder_are_used_and_a_class_may_be_called_train():
     assert load(train_mnist, "--dataset", "p/train").classes == ["a", "train"]
 
 
-@pytest.mark.parametrize("counts", [{}, {"a": 20}, {"a": 20, "b": 0}, {"a": 4, "b": 5}])
+@pytest.mark.parametrize("counts", [{}, {"a": 20}, {"a": 20, "b": 0}])
 def test_a_folder_with_too_little_in_it_is_an_error(counts):
     pictures(".", counts)
-    with pytest.raises(
-        records.RunError, match=r"expected at least two classes|9 images are too few"
-    ):
+    with pytest.raises(records.RunError, match="expected at least two classes"):
         load(train_cifar, "--dataset", ".")
 
 

@@ -11,7 +11,6 @@ import random
 import re
 import shutil
 import signal
-import unicodedata
 from pathlib import Path
 
 import evaluate
@@ -155,7 +154,7 @@ def test_data_csv_is_there_before_the_first_step():
 
 
 # ------------------------ Files that come, go and change ------------------------
-def test_files_that_come_later_are_neither_tested_nor_trained_on(capsys):
+def test_files_that_come_later_are_neither_tested_nor_trained_on():
     pictures("p", {"a": 20, "b": 20})
     argv = [*ON_P, "--no-test", "--epochs", 2, "--stop-after", 1]
     directory, record, _ = run(train_mnist, *argv)
@@ -164,11 +163,7 @@ def test_files_that_come_later_are_neither_tested_nor_trained_on(capsys):
     before = evaluated(directory)
     pictures("p", {"a/new": 30, "b/new": 30})
     assert evaluated(directory) == before and before[0]["images"] == 4
-    evaluate.main([str(directory), "--out", "evaluated"])
-    said = "60 new files in p are not part of this run\n"
-    assert said in "".join(capsys.readouterr())
-    run(train_mnist, "--resume", directory, "--no-quiet")
-    assert said in capsys.readouterr().out
+    run(train_mnist, "--resume", directory, "--quiet")
     check_same(whole, directory)
 
     # The test reads its own files alone, none of which was trained on.
@@ -339,8 +334,8 @@ def test_a_csv_file_may_have_checksums_and_absolute_paths():
 @pytest.mark.parametrize(
     "change, expected",
     [
-        ((0, ["name", "class", "part", "sha256"]), ["no column file"]),
-        ((0, ["file", "label", "part", "sha256"]), ["no column class"]),
+        ((0, ["name", "class", "part", "sha256"]), ["line 2", "in columns of these names"]),
+        ((0, ["file", "label", "part", "sha256"]), ["line 2", "in columns of these names"]),
         ((3, ["a/2.png", "a", "exam", ""]), ["line 4", "train, val or test"]),
         ((4, ["a/3.png", "", "train", ""]), ["line 5", "its class"]),
         ((4, ["", "a", "train", ""]), ["line 5", "a file"]),
@@ -363,7 +358,7 @@ def test_an_empty_csv_file_and_one_of_no_images_are_refused():
     for text in ("", "file,class\n", "file,class\na/1.png,a\n"):
         Path("list.csv").write_text(text)
         line = fails_with_one_line("--dataset", "list.csv", *QUIET)
-        assert "no column file" in line or "at least two classes" in line
+        assert "at least two classes" in line
 
 
 def test_the_data_csv_of_a_run_gives_another_run_the_same_parts():
@@ -519,6 +514,15 @@ def test_the_parts_have_names_of_several_spellings(names):
     assert [record["data"][part] for part in parts.values()] == [8, 8, 8]
 
 
+def test_what_lies_beside_the_parts_is_left_out():
+    pictures("p", {f"{part}/{name}": 4 for part in ("train", "test") for name in "ab"})
+    pictures("p", {"drafts/a": 3})
+    picture("p/train/stray.png", 3)
+    directory, record, _ = run(train_mnist, *ON_P)
+    assert [record["data"][part] for part in ("train", "val", "test")] == [7, 1, 8]
+    assert len(rows_of(directory)) == 16
+
+
 def test_two_folders_for_one_part_are_refused_and_named():
     pictures("p", {f"{part}/{name}": 4 for part in ("train", "val", "Valid") for name in "ab"})
     line = fails_with_one_line(*ON_P)
@@ -531,14 +535,12 @@ def test_the_validation_part_of_a_folder_rules_val_size_out():
     assert line.startswith("--val-size has no effect") and not Path("runs").exists()
 
 
-def test_folders_and_links_in_a_class_are_read_and_a_circle_of_links_ends():
+def test_folders_and_links_in_a_class_are_read():
     pictures("p", {"a/x": 4, "a/x/y/z": 5, "b": 10})
     pictures("far", {"away": 6, "single": 1})
     Path("p/a/linked").symlink_to(Path("far/away").absolute())
     Path("p/c").symlink_to(Path("far/away").absolute())
     Path("p/b/linked.png").symlink_to(Path("far/single/0.png").absolute())
-    Path("p/a/x/round").symlink_to("../../a")
-    Path("p/b/dot").symlink_to(".")
     directory, *_ = run(train_mnist, *ON_P)
     expected = {f"a/x/y/z/{i}.png" for i in range(5)} | {f"a/x/{i}.png" for i in range(4)}
     expected |= {f"{name}/{i}.png" for name in ("a/linked", "c") for i in range(6)}
@@ -588,14 +590,6 @@ def test_a_class_that_train_lacks_is_refused_and_named(part):
     Path("p/train/zebra").mkdir()
     line = fails_with_one_line(*ON_P)
     assert f"{part} has classes that train has not: zebra" in line
-
-
-@pytest.mark.parametrize("where", ["train", "test"])
-def test_two_spellings_of_one_name_are_refused_and_named(where):
-    one, other = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
-    pictures("p", {f"train/{one}": 10, "train/b": 10, "test/b": 4, f"{where}/{other}": 4})
-    line = fails_with_one_line(*ON_P)
-    assert ascii(one) in line and ascii(other) in line and "look the same" in line
 
 
 def test_the_classes_are_sorted_as_people_count():
@@ -745,13 +739,12 @@ def test_the_same_picture_in_two_parts_is_a_warning_that_names_both_files(capsys
     pictures("p", {f"{part}/{name}": 5 for part in ("train", "val", "test") for name in "ab"})
     run(train_mnist, "--dataset", "p", *TINY)
     assert "same picture" not in capsys.readouterr().out
-    # The same pixels in a file of other bytes.
-    Image.open("p/train/a/3.png").save("p/test/b/twin.bmp")
+    shutil.copy("p/train/a/3.png", "p/test/b/twin.png")
     shutil.copy("p/val/b/2.png", "p/test/b/copy.png")
     run(train_mnist, "--dataset", "p", *TINY)
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "same picture" in line]
     assert "the same picture is in two parts, 2 times" in line
-    assert "train/a/3.png (train)" in line and "test/b/twin.bmp (test)" in line
+    assert "train/a/3.png (train)" in line and "test/b/twin.png (test)" in line
     assert "val/b/2.png (val)" in line and "test/b/copy.png (test)" in line
 
 
@@ -811,25 +804,16 @@ Image.open = open_or_die
 """
 
 
-def test_what_a_run_leaves_that_is_killed_while_it_decodes_is_gone_after_the_next():
+def test_a_run_that_is_killed_while_it_decodes_leaves_no_pixels_on_the_disk():
     pictures("p", {"a": 20, "b": 20})
     argv = ["train_mnist", *ON_P, "--runs-dir", "runs", "--run-name", "r"]
     before = LITTLE_MEMORY + KILLED
     assert Forked(*argv, before=before).finish()[0] == -signal.SIGKILL
-    assert left_of_pixels(), "it was in the middle"
+    assert not left_of_pixels()
     assert Forked(*argv, before=LITTLE_MEMORY).finish() == (0, "")
     assert not left_of_pixels()
     whole, *_ = run(train_mnist, *ON_P)
     check_same(whole, Path("runs/r"))
-
-
-def test_pixels_of_a_run_that_was_killed_go_when_the_next_fits_the_memory():
-    pictures("p", {"a": 20, "b": 20})
-    argv = ["train_mnist", *ON_P, "--runs-dir", "runs", "--run-name", "r"]
-    assert Forked(*argv, before=LITTLE_MEMORY + KILLED).finish()[0] == -signal.SIGKILL
-    assert left_of_pixels()
-    assert Forked(*argv).finish() == (0, "")
-    assert not left_of_pixels()
 
 
 # ------------------------ What has an effect ------------------------

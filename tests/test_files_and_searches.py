@@ -213,37 +213,15 @@ def test_a_class_that_limit_train_leaves_out_is_still_one_of_the_classes():
     check_same(whole, directory)
 
 
-def test_only_files_that_came_after_the_run_began_are_called_new(capsys):
-    pictures("p", {f"{part}/{name}": 10 for part in ("train", "test") for name in "ab"})
-    pictures("q", {"a": 20, "b": 20})
-    picture("q/overview.png", 3)
-    Path("q/list.csv").write_text(
-        "file,class\n" + "".join(f"{n}/{i}.png,{n}\n" for n in "ab" for i in range(10))
-    )
-    for argv in (
-        ["--dataset", "p", *QUIET, "--fold", "1/3"],
-        ["--dataset", "q", *QUIET],
-        ["--dataset", "q/list.csv", *QUIET],
-        ["--dataset", "p", *QUIET, "--limit-train", 12],
-    ):
-        directory, *_ = run(train_mnist, *argv, "--epochs", 2, "--stop-after", 1)
-        run(train_mnist, "--resume", directory, "--no-quiet")
-        said = [line for line in "".join(capsys.readouterr()).splitlines() if "new files" in line]
-        assert said == [], argv
-
-
 @pytest.mark.parametrize("form", ["--json", "--csv"])
 def test_what_evaluate_prints_for_programs_has_no_remarks_in_it(form, capsys):
-    pictures("p", {"a": 20, "b": 20})
-    directory, *_ = run(train_mnist, *ON_P)
+    pictures("p", {f"{part}/{name}": 10 for part in ("train", "val") for name in "ab"})
+    shutil.copy("p/train/a/0.png", "p/val/a/0.png")
+    directory, *_ = run(train_mnist, "--dataset", "p", *QUIET)
     capsys.readouterr()
-    evaluate.main([str(directory), form])
-    plain = capsys.readouterr().out
-    picture("p/a/new.png", 7)
-    evaluate.main([str(directory), form])
+    evaluate.main([str(directory), "--split", "val", form])
     out, err = capsys.readouterr()
-    assert out == plain
-    assert "1 new file" in err
+    assert "same picture" in err and out and "same picture" not in out
 
 
 def test_names_with_spaces_at_their_ends_are_kept():

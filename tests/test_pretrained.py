@@ -171,12 +171,16 @@ def test_the_last_layer_is_new_even_where_the_number_of_classes_agrees():
 
 def test_a_tensor_that_does_not_fit_is_named():
     changes = {
-        "layer1.0.conv1.weight is [2] there, and [64, 64, 3, 3]": lambda s: (
+        "size mismatch for layer1.0.conv1.weight": lambda s: (
             s | {"layer1.0.conv1.weight": torch.ones(2)}
         ),
-        "layer9.weight is [2] there, and missing": lambda s: s | {"layer9.weight": torch.ones(2)},
-        "bn1.bias is missing there": lambda s: {k: s[k] for k in s if k != "bn1.bias"},
-        "conv1.weight is missing there": lambda s: {"epoch": 3, "net": s},
+        'Unexpected key(s) in state_dict: "layer9.weight"': lambda s: (
+            s | {"layer9.weight": torch.ones(2)}
+        ),
+        'Missing key(s) in state_dict: "bn1.bias"': lambda s: {
+            k: s[k] for k in s if k != "bn1.bias"
+        },
+        'Missing key(s) in state_dict: "conv1.weight"': lambda s: {"epoch": 3, "net": s},
     }
     for text, change in changes.items():
         weights_file("resnet18", wrap=change)
