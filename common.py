@@ -60,6 +60,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return (action.help or "") + ("" if unset else " (%(default)s)")
 
 
+# What others call our flags.
+SYNONYMS = {"--bs": "--batch-size", "--learning-rate": "--lr", "--num-epochs": "--epochs"}
+SYNONYMS |= {"--dropout": "--d1", "--dropout-rate": "--d1", "--hidden-size": "--l1"}
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with one line per error, a suggestion for a mistyped flag, and no abbreviations."""
 
@@ -68,9 +73,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         """Exit with status 2."""
-        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
-        close = unknown and difflib.get_close_matches(unknown[1], self._option_string_actions, n=1)
-        message += f" (did you mean {close[0]}?)" if close else ""
+        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
+        for word in unknown:
+            flag = SYNONYMS.get(word.replace("_", "-"), word)
+            for close in difflib.get_close_matches(flag, self._option_string_actions, 1, 0.75):
+                message += f" ({word}: did you mean {close}?)"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
@@ -582,8 +589,10 @@ def command_line(main: Callable[[list[str]], dict]) -> int:
         record = main(sys.argv[1:])
     except UsageError as error:
         return fail(2, error)
-    except (RunError, OSError, MemoryError, ModuleNotFoundError) as error:
-        return fail(1, str(error) or "out of memory")
+    except ModuleNotFoundError as error:
+        return fail(1, f"{error}; pip install {error.name}")
+    except (RunError, OSError, MemoryError) as error:
+        return fail(1, str(error) or "out of memory; try a smaller --batch-size or model")
     except RuntimeError as error:
         # What each backend says when it has no more memory has no type in common.
         no_memory = "out of memory|can't allocate memory|not enough memory"

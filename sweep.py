@@ -727,10 +727,6 @@ def load_script(script: str) -> Any:
     return module
 
 
-# What others call our flags.
-SYNONYMS = {"bs": "batch-size", "learning-rate": "lr", "dropout": "d1", "num-epochs": "epochs"}
-
-
 def parse_trial(search: Search, params: dict) -> tuple[Namespace, dict]:
     """What the script makes of a trial's command line, and the parameters that have an effect.
 
@@ -758,9 +754,6 @@ def parse_trial(search: Search, params: dict) -> tuple[Namespace, dict]:
     name = idle and idle[1].replace("-", "_")
     if name in params:
         return parse_trial(search, {key: params[key] for key in params if key != name})
-    for word in re.findall(r"--([\w-]+)", message):
-        if word in SYNONYMS:
-            message += f" (--{word}: did you mean --{SYNONYMS[word]}?)"
     raise UsageError(message)
 
 

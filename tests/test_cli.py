@@ -51,7 +51,7 @@ NAMED = [
 ]
 BAD = {argv: argv.split()[0] for argv in NAMED} | {
     "--epochs ten": "--epochs: expected a whole number at least 1, not 'ten'",
-    "--epoch 3": "unrecognized arguments: --epoch 3 (did you mean --epochs?)",
+    "--epoch 3": "unrecognized arguments: --epoch 3 (--epoch: did you mean --epochs?)",
     "--sizes 24,x": "--sizes: expected parts of the images' side, as in 5/8,3/4,1, not '24,x'",
     "--recipe quick": "--recipe: invalid choice: 'quick'",
     "--resume nowhere": "nowhere is not a run directory",

@@ -467,7 +467,7 @@ def test_names_and_numbers_are_read_as_they_are_meant(capsys):
     )
     assert commands[0][:2] == ["--lr=0.001", "--batch-size=100"] and len(commands) == 2
     assert said == ["learning_rate is read as lr"]
-    quoted = "parameters: {model: {values: ['dense']}, l1: {values: [null, 8]}}"
+    quoted = "parameters: {model: {values: ['dense']}, net.l1: {values: [null, 8]}}"
     commands, _ = from_file(capsys, f"{BASE}name:\nproject: p\n{quoted}")
     assert [command[:-2] for command in commands] == [
         ["--model=dense"],
@@ -479,6 +479,7 @@ def test_names_and_numbers_are_read_as_they_are_meant(capsys):
     ("written", "meant"),
     [
         ("val/acc", "val_acc"),
+        ("Validation_Accuracy", "val_acc"),
         ("val_accuracy", "val_acc"),
         ("epoch/val_accuracy", "val_acc"),
         ("validation_loss", "val_loss"),
