@@ -574,3 +574,4 @@ def test_one_exploded_trial_flattens_no_picture(method, monkeypatch):
         texts = {text.get_position(): text.get_text() for text in axis.texts}
         best = lines()[4]
         assert best["params"] == {"x": 0.3, "k": 1} and texts[0, 2] == f"{best['val_loss']:.4f}"
+        assert float(texts[0, 1]) > 1e8  # its colour is cut off, and not its number
