@@ -39,6 +39,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import records
 from records import RunError, UsageError, say, shown
@@ -97,6 +98,19 @@ def number(
         raise argparse.ArgumentTypeError(f"expected {wanted} {' and '.join(limits)}, not {text!r}")
 
     return parse
+
+
+def add_flag(group, usage: str, kind: Any, text: str, **more: Any) -> str:
+    """Add a flag to a parser or a group of it, and return the argument's name.
+
+    `usage` is the flag and what it takes. `kind` is an argparse `type`, or the choices, or bool for
+    a switch.
+    """
+    name, _, metavar = usage.partition(" ")
+    takes = {"type": kind, "metavar": metavar} if callable(kind) else {"choices": kind}
+    if kind is bool:
+        takes = {"action": argparse.BooleanOptionalAction}
+    return group.add_argument(name, help=text, **takes, **more).dest
 
 
 def run_name(text: str) -> str:
@@ -206,11 +220,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     defaults = {}
 
     def flag(usage, kind, text, default=None):
-        name, _, metavar = usage.partition(" ")
-        takes = {"type": kind, "metavar": metavar} if callable(kind) else {"choices": kind}
-        if kind is bool:
-            takes = {"action": argparse.BooleanOptionalAction}
-        defaults[group.add_argument(name, help=text, **takes).dest] = default
+        defaults[add_flag(group, usage, kind, text)] = default
 
     group = parser.add_argument_group("used most")
     flag(
@@ -751,6 +761,16 @@ class Data:
             about[key] = images and images.checksum
         checksum = self.files and hashlib.sha256(self.listing).hexdigest()
         return {**about, "files": self.files, "files_checksum": checksum}
+
+    def check(self, known: dict, source: Path | str, directory: Path) -> None:
+        """RunError where the images from `source` are not those of which the run.json in
+        `directory` has `known`."""
+        for name, checksum in self.about().items():
+            if "checksum" in name and checksum and known.get(name) not in (None, checksum):
+                use = "tested" if name == "test_checksum" else "trained"
+                raise RunError(
+                    f"{source} is not what {shown(directory)} was {use} on: the checksums differ"
+                )
 
 
 # The names of --dataset, and torchvision's for them.

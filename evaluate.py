@@ -11,15 +11,16 @@ A run directory is all it needs: best.pt holds the model and its preprocessing. 
 run did, in the same precision, batches and number of threads. So on the same machine its figures
 are those of run.json.
 
-There are three steps. `measure` computes everything once, `draw` makes pictures from it, and
-`write` puts it into files, on one page and on the screen. A figure that is added to `measure` is
-shown in all three.
+There are three steps, for one run as for a comparison: measure, draw, and write. A figure that is
+added to `measure` is in the files, on the page and on the screen. A figure that is missing is NaN
+or None until it is written: then it is nothing in CSV, null in JSON, and a dash for people.
 """
 
 from __future__ import annotations
 
 import base64
 import contextlib
+import functools
 import importlib.util
 import io
 import json
@@ -56,87 +57,43 @@ if TYPE_CHECKING:  # pandas takes a second to import, so it waits until it is ne
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
     """The flags of this script. Exits with status 2 on a bad one."""
     parser = common.ArgumentParser(prog="evaluate.py", description=__doc__)
-    index, count = common.number(int, 0), common.number(int, 1)
-    flag = parser.add_argument
-    flag(
-        "runs",
-        nargs="+",
-        type=common.given_path,
-        metavar="RUN",
-        help="run directory; several: compare",
+    path, index, count = common.given_path, common.number(int, 0), common.number(int, 1)
+    parser.add_argument(
+        "runs", nargs="+", type=path, metavar="RUN", help="run directory; several: compare"
     )
-    flag("--quiet", action="store_true", help="print only errors")
 
-    flag = parser.add_argument_group("what is evaluated").add_argument
-    flag(
-        "--split",
-        choices=("test", "val", "train"),
-        default="test",
-        help="which images; of several runs, which predictions",
-    )
-    flag(
-        "--data-dir",
-        type=common.absolute_path,
-        metavar="DIR",
-        help="where the data are now (as in training)",
-    )
-    flag(
-        "--tta",
-        choices=common.TTA,
-        help="test-time augmentation, beside the plain figures (the run's own)",
-    )
-    flag(
-        "--device",
-        choices=("auto", "cpu", "cuda", "mps"),
-        default="auto",
-        help="auto: a GPU where there is one",
-    )
+    def flag(*usage_kind_and_text, **more):
+        common.add_flag(group, *usage_kind_and_text, **more)
+
+    group = parser.add_argument_group("what is evaluated")
+    text = "which images; of several runs, which predictions"
+    flag("--split", ("test", "val", "train"), text, default="test")
+    flag("--data-dir DIR", common.absolute_path, "where the data are now (as in training)")
+    flag("--tta", common.TTA, "test-time augmentation, beside the plain figures (the run's own)")
+    text = "auto: a GPU where there is one"
+    flag("--device", ("auto", "cpu", "cuda", "mps"), text, default="auto")
 
     group = parser.add_argument_group("what comes out")
-    group.add_argument(
-        "--out",
-        type=common.given_path,
-        metavar="DIR",
-        help="directory for the files (the run's; of several runs the one above)",
-    )
-    flag = group.add_mutually_exclusive_group().add_argument
-    flag("--csv", action="store_true", help="print CSV: classes, runs or predictions")
-    flag("--json", action="store_true", help="print JSON: metrics, runs or predictions")
+    flag("--out DIR", path, "directory for the files (the run's; of several runs the one above)")
+    flag("--quiet", bool, "print only errors")
+    group = group.add_mutually_exclusive_group()
+    flag("--csv", bool, "print CSV: classes, runs or predictions")
+    flag("--json", bool, "print JSON: metrics, runs or predictions")
 
     group = parser.add_argument_group("pictures")
-    flag = group.add_argument
-    flag("--sample", type=count, default=40, metavar="N", help="images in predictions.png")
-    flag("--layer", metavar="NAME", help="convolution of filters and feature maps (the first)")
-    flag("--image", type=index, default=0, metavar="K", help="image of the feature maps")
-    flag = group.add_mutually_exclusive_group().add_argument
-    flag(
-        "--channel",
-        type=index,
-        metavar="K",
-        help="input channel of the filters (0; RGB in colour)",
-    )
-    flag("--all-kernels", action="store_true", help="filters of every input channel")
+    flag("--sample N", count, "images in predictions.png", default=40)
+    flag("--layer NAME", str, "convolution of filters and feature maps (the first)")
+    flag("--image K", index, "image of the feature maps", default=0)
+    group = group.add_mutually_exclusive_group()
+    flag("--channel K", index, "input channel of the filters (0; RGB in colour)")
+    flag("--all-kernels", bool, "filters of every input channel")
 
     group = parser.add_argument_group("instead of evaluating")
-    group.add_argument(
-        "--top",
-        type=count,
-        metavar="K",
-        help="with --predict: the K likeliest classes of each image (1)",
-    )
-    flag = group.add_mutually_exclusive_group().add_argument
-    flag(
-        "--predict",
-        type=common.given_path,
-        nargs="+",
-        metavar="PATH",
-        help="classify image files, and those in folders",
-    )
-    flag(
-        "--export",
-        choices=tuple(EXPORTS),
-        help="write the model, preprocessing included, as model.onnx or model.pt2",
-    )
+    flag("--top K", count, "with --predict: the K likeliest classes of each image (1)")
+    group = group.add_mutually_exclusive_group()
+    flag("--predict PATH", path, "classify image files, and those in folders", nargs="+")
+    text = "write the model, preprocessing included, as model.onnx or model.pt2"
+    flag("--export", tuple(EXPORTS), text)
 
     args = parser.parse_args(argv)
     if args.top and not args.predict:
@@ -190,9 +147,9 @@ def read_run(directory: Path) -> dict:
     RunError where run.json is damaged.
     """
     record = records.read_record(directory)
-    lacking = {"name", "selection", "train", "val", "checksum"}.difference(record["data"])
-    for name in sorted(lacking):
-        raise RunError(f"{shown(directory / 'run.json')} is damaged: data has no {name}")
+    for name in ("name", "selection", "train", "val", "checksum"):
+        if name not in record["data"]:
+            raise RunError(f"{shown(directory / 'run.json')} is damaged: data has no {name}")
     record["args"] = common.recorded_arguments(record)
     if record["status"] == "running" and not records.is_locked(directory / ".lock"):
         record["status"] = "killed"
@@ -245,41 +202,37 @@ def load_images(trained: Trained, split: str, asked: Namespace) -> ImageSet:
     args.directory, args.listing = directory, common.listing_of(directory, record)
     args.test, args.device = True, trained.device
     args.data_dir = asked.data_dir or Path(args.data_dir)
+    if asked.data_dir and args.dataset not in common.DATASETS:
+        args.dataset = str(asked.data_dir)
     if split == "val" and not args.val_size:
         raise RunError(f"{where} was trained with --val-size 0, without a validation split")
 
-    # Where they are: drawn by a script, in torchvision's files, or in a folder.
-    synthetic = None
-    if args.dataset == "synthetic":
-        if not importlib.util.find_spec(args.script):
-            text = f"are drawn by {args.script}.py, which does not lie beside evaluate.py"
-            raise RunError(f"the images of {where} {text}")
-        synthetic = importlib.import_module(args.script).synthetic
-    elif args.dataset not in common.TORCHVISION:
-        args.dataset = str(asked.data_dir or args.dataset)
-    place = common.place_of_images(args)
+    # Are they there? Those of a dataset with a name would be downloaded.
+    synthetic, place = None, common.place_of_images(args)
     if place and not place.is_dir():
         raise RunError(f"the images of {where} are not in {place}; say where with --data-dir DIR")
+    if args.dataset == "synthetic":
+        if not importlib.util.find_spec(args.script):
+            raise RunError(
+                f"the images of {where} are drawn by {args.script}.py, which does not lie beside "
+                "evaluate.py"
+            )
+        synthetic = importlib.import_module(args.script).synthetic
 
     # Read them. They must be those that the run had.
     wanted = ("test",) if split == "test" else ("train", "val")
     with contextlib.redirect_stdout(sys.stderr):  # remarks do not get into tables for programs
         data = common.load_data(args, synthetic, wanted)
-    images, known = getattr(data, split), record["data"]
+    images = getattr(data, split)
     if not images:
         raise RunError(f"{where} has no {split} images")
-    is_other = images.classes != trained.config["classes"]
-    for name, found in data.about().items():
-        is_other |= bool("checksum" in name and found and known.get(name) not in (None, found))
-    if is_other:
-        use = "tested" if split == "test" else "trained"
-        text = f"is not what {where} was {use} on: the checksums differ"
-        raise RunError(f"{place or args.dataset} {text}")
+    data.check(record["data"], place or args.dataset, directory)
     return images.to("cpu")
 
 
 def find_convolution(model: nn.Module, args: Namespace) -> tuple[str | None, nn.Conv2d | None]:
-    """Name and layer of --layer, or of the first convolution, if there is one. UsageError."""
+    """Name and layer of --layer, or of the first convolution; None, None if there is none.
+    UsageError."""
     layers = model.named_modules()
     convolutions = {name: layer for name, layer in layers if isinstance(layer, nn.Conv2d)}
     name = args.layer or next(iter(convolutions), None)
@@ -294,7 +247,6 @@ def find_convolution(model: nn.Module, args: Namespace) -> tuple[str | None, nn.
 
 
 # ------------------------ Measure ------------------------
-Z = 1.959963984540054  # 95% of a normal distribution lie within so many standard deviations
 CALIBRATION_BINS = 15
 SHOWN_IMAGES = 40
 
@@ -327,16 +279,18 @@ class Evaluation:
 
 def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     """Compute everything that is shown of a run."""
+    from pandas import crosstab
+
     # What the model answers, image by image.
     meter, logits = trained.test(images)
-    probabilities, labels = trained.probabilities(logits), images.labels
-    confidence, predicted = probabilities.max(1)
-    answers = answer_table(images, probabilities)
+    answers = answer_table(trained, images, logits)
+    confidence, correct = answers.predicted_probability, answers["class"] == answers.predicted
 
     # The figures. Each number gets a line in the table of results.
-    correct, size = predicted == labels, len(images.classes)
-    confusion = torch.bincount(labels * size + predicted, minlength=size**2).view(size, size)
-    classes = class_metrics(confusion.numpy(), images.classes)
+    names = images.classes
+    confusion = crosstab(answers["class"], answers.predicted)
+    confusion = confusion.reindex(index=names, columns=names, fill_value=0)
+    classes = class_metrics(confusion)
     metrics = {
         "run": trained.record["name"],
         "dataset": trained.record["data"]["name"],
@@ -351,10 +305,10 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         **calibration(confidence, correct),
         **calibration(logits.double().softmax(1).amax(1), correct, "_before"),
         "classes": classes,
-        "confusion_matrix": confusion.tolist(),
+        "confusion_matrix": confusion.to_numpy().tolist(),
     }
-    if size > 10:
-        among_five = (logits.topk(5).indices == labels[:, None]).any(1)
+    if len(names) > 10:
+        among_five = (logits.topk(5).indices == images.labels[:, None]).any(1)
         metrics["top5_accuracy"] = among_five.double().mean().item()
 
     # With averaged views, if the run or the user wants it.
@@ -364,7 +318,7 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
 
     # The images that are shown, and where the model looked when it was wrong.
     sample = answers.sample(min(args.sample, len(answers)), random_state=0)
-    wrong = answers[answers["class"] != answers.predicted]
+    wrong = answers[~correct]
     worst = wrong.nlargest(SHOWN_IMAGES, "predicted_probability")
     title = f"All {len(wrong)} mistakes, the most confident first"
     if len(wrong) > len(worst):
@@ -374,7 +328,7 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         "predictions": gallery("A random sample: class and confidence", images, sample),
         "mistakes": mistakes,
     }
-    seen = grad_cam(trained, mistakes.pixels, predicted[list(worst.index)])
+    seen = grad_cam(trained, mistakes.pixels, logits.argmax(1)[list(worst.index)])
     if seen is not None:
         title = "Grad-CAM: where the model saw what it took them for"
         galleries["gradcam"] = mistakes._replace(title=title, pixels=seen)
@@ -384,23 +338,24 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
             verdict += "; the model was trained on these labels"
         galleries["suspects"] = find_suspects(answers, images, verdict)
     dataset = shorten(Path(metrics["dataset"]).name, 30)
-    about = f"{len(images):,} {in_words(args.split)} images of {dataset}"
-    title = f"{shorten(metrics['run'], 60)}, epoch {metrics['epoch']}:\n{about}"
+    title = (
+        f"{shorten(metrics['run'], 60)}, epoch {metrics['epoch']}:\n"
+        f"{len(images):,} {in_words(args.split)} images of {dataset}"
+    )
     return Evaluation(trained, images, title, metrics, answers, galleries)
 
 
-def answer_table(images: ImageSet, probabilities: Tensor) -> DataFrame:
+def answer_table(trained: Trained, images: ImageSet, logits: Tensor) -> DataFrame:
     """A row for each image: its `file` as in data.csv, or its index, its `class` and the
-    `probability` of that, the `predicted` class and its probability, from `probabilities` [N, K].
-    """
+    `probability` of that, the `predicted` class and its probability."""
     from pandas import DataFrame
 
     names, labels = np.array(images.classes), images.labels
+    probabilities = trained.probabilities(logits)
     confidence, predicted = probabilities.max(1)
-    files = [file.name for file in images.files or ()]
     return DataFrame(
         {
-            "file": files or range(len(images)),
+            "file": [file.name for file in images.files or ()] or range(len(images)),
             "class": names[labels],
             "probability": probabilities[range(len(labels)), labels],
             "predicted": names[predicted],
@@ -421,32 +376,36 @@ def meter_metrics(meter: common.AverageMeter) -> dict:
 def wilson_interval(correct: int, count: int) -> list[float]:
     """The 95% interval [low, high] of a share, E. B. Wilson's: sound near 0 and 1, and for few
     images. Without images, the share may be anything."""
+    from scipy.stats import binomtest
+
     if not count:
         return [0.0, 1.0]
-    middle, total = correct + Z**2 / 2, count + Z**2
-    half = Z * math.sqrt(correct * (count - correct) / count + Z**2 / 4)
-    return [max(0.0, (middle - half) / total), min(1.0, (middle + half) / total)]
+    return list(map(float, binomtest(correct, count).proportion_ci(method="wilson")))
 
 
-def class_metrics(confusion: np.ndarray, names: list[str]) -> DataFrame:
-    """A row for each class, from counts [K, K] with a row for each actual class, a column for each
+def class_metrics(confusion: DataFrame) -> DataFrame:
+    """A row for each class, from counts with a row for each actual class, a column for each
     predicted one.
 
     What would divide by zero is NaN; so a class without images counts in no mean.
     """
     from pandas import DataFrame
 
-    correct, support, predicted = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    classes = DataFrame({"name": names, "support": support, "predicted": predicted})
-    images = classes.support.replace(0, np.nan)
-    classes["accuracy"] = classes["recall"] = correct / images
-    classes["accuracy_interval"] = list(map(wilson_interval, correct.tolist(), support.tolist()))
-    classes["precision"] = correct / classes.predicted.replace(0, np.nan)
-    classes["f1"] = 2 * correct / (images + predicted)
-    return classes
+    correct, support, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum()
+    recall = correct / support
+    classes = {
+        "support": support,
+        "predicted": predicted,
+        "accuracy": recall,
+        "recall": recall,
+        "accuracy_interval": list(map(wilson_interval, correct, support)),
+        "precision": correct / predicted,
+        "f1": (2 * correct / (support + predicted)).where(support > 0),
+    }
+    return DataFrame(classes).reset_index(names="name")
 
 
-def calibration(confidence: Tensor, correct: Tensor, when: str = "") -> dict:
+def calibration(confidence: Any, correct: Series, when: str = "") -> dict:
     """Images, mean confidence and accuracy in each of 15 bins of equal width, from `confidence` and
     `correct` [N]; and the expected calibration error. Their names end in `when`.
 
@@ -455,12 +414,11 @@ def calibration(confidence: Tensor, correct: Tensor, when: str = "") -> dict:
     from pandas import DataFrame, cut
 
     edges = np.arange(CALIBRATION_BINS + 1) / CALIBRATION_BINS
-    answers = DataFrame({"confidence": confidence, "accuracy": correct.double()})
+    answers = DataFrame({"confidence": confidence, "accuracy": correct})
     groups = answers.groupby(cut(answers.confidence, edges), observed=False)
     bins = groups.mean().assign(low=edges[:-1], high=edges[1:], images=groups.size())
-    gaps = (bins.confidence - bins.accuracy).abs()
-    error = float((gaps * bins["images"]).sum() / len(answers))
-    return {f"expected_calibration_error{when}": error, f"calibration{when}": bins}
+    gaps = (bins.confidence - bins.accuracy).abs() * bins["images"] / len(answers)
+    return {f"expected_calibration_error{when}": gaps.sum(), f"calibration{when}": bins}
 
 
 def find_suspects(answers: DataFrame, images: ImageSet, verdict: str) -> Gallery:
@@ -479,24 +437,24 @@ def find_suspects(answers: DataFrame, images: ImageSet, verdict: str) -> Gallery
     return shown_ones._replace(answers=suspects)
 
 
-def caption(answer: dict, is_suspect: bool) -> str:
-    """Lines about an image: its class, and what is predicted how surely; of a suspect also how
-    likely its class is, and the file."""
-    name, other = shorten(answer["class"], 20), shorten(answer["predicted"], 20)
-    confidence = f"({answer['predicted_probability']:.0%})"
-    if is_suspect:
-        likelihood, file = f"({answer['probability']:.1%})", Path(answer["file"]).name
-        return f"{name} {likelihood}\n{other}? {confidence}\n{file}"
-    if answer["class"] == answer["predicted"]:
-        return f"{name}\n{confidence}"
-    return f"{name}, taken for\n{other} {confidence}"
-
-
 def gallery(title: str, images: ImageSet, answers: DataFrame, is_suspect: bool = False) -> Gallery:
     """The images of some answers."""
     chosen = images.select(torch.tensor(answers.index, dtype=torch.long))
     captions = [caption(answer, is_suspect) for answer in answers.to_dict("records")]
     return Gallery(title, chosen.images, answers, captions)
+
+
+def caption(answer: dict, is_suspect: bool) -> str:
+    """Lines about an image: its class, and what is predicted how surely; of a suspect also how
+    likely its class is, and the file."""
+    name, other = shorten(answer["class"], 16), shorten(answer["predicted"], 16)
+    confidence = f"({answer['predicted_probability']:.0%})"
+    if is_suspect:
+        file = Path(answer["file"]).name
+        return f"{name} ({answer['probability']:.1%})\n{other}? {confidence}\n{file}"
+    if answer["class"] == answer["predicted"]:
+        return f"{name}\n{confidence}"
+    return f"{name}, taken for\n{other} {confidence}"
 
 
 def grad_cam(trained: Trained, images: Tensor, classes: Tensor) -> Tensor | None:
@@ -544,19 +502,21 @@ BLUE, ORANGE = "#0072B2", "#D55E00"
 BEFORE = "before the temperature"
 
 
-def draw(found: Evaluation, args: Namespace) -> dict[str, Figure]:
-    """The pictures of an evaluation by the names of their files, but for its galleries."""
-    trained, metrics, title = found.trained, found.metrics, found.title
+def draw(
+    found: Evaluation, name: str | None, layer: nn.Conv2d | None, args: Namespace
+) -> dict[str, Figure]:
+    """The pictures of an evaluation by the names of their files, but for its galleries; the
+    convolution `layer` is shown where there is one."""
+    metrics, title = found.metrics, found.title
     figures = {
-        "curves": draw_history(trained),
+        "curves": draw_history(found.trained),
         "per_class": draw_classes(metrics, title),
         "confusion": draw_confusion(metrics, title),
         "calibration": draw_calibration(metrics, title),
     }
-    name, layer = find_convolution(trained.model, args)
     if layer:
         figures["filters"] = draw_filters(name, layer, args)
-        figures["activations"] = draw_activations(trained, name, layer, found.images, args.image)
+        figures["activations"] = draw_activations(found, name, layer, args.image)
     return figures
 
 
@@ -569,7 +529,8 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     # A class may be called $x$, or have a name whose characters matplotlib's own font lacks.
     wider = re.compile("Noto Sans (CJK|Arabic)|WenQuanYi|Arial Unicode|Microsoft YaHei|PingFang")
     fonts = ["DejaVu Sans", *filter(wider.match, sorted(get_font_names()))]
-    matplotlib.rcParams.update({"text.parse_math": False, "font.family": fonts})
+    look = {"image.cmap": "gray", "image.interpolation": "nearest"}
+    matplotlib.rcParams.update({"text.parse_math": False, "font.family": fonts, **look})
     figure = Figure((width, height), dpi=100, layout="constrained")
     figure.suptitle(title)
     return figure
@@ -580,18 +541,18 @@ def render(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")
-        figure.savefig(buffer, format="png", metadata={"Software": None})
+        figure.savefig(buffer)
     return buffer.getvalue()
 
 
-def colormap(name: str, missing: str = "lightgrey"):
-    """A colour map with the colour `missing` for NaN."""
+def colormap(name: str):
+    """A colour map that shows NaN in grey."""
     import matplotlib
 
-    return matplotlib.colormaps[name].with_extremes(bad=missing)
+    return matplotlib.colormaps[name].with_extremes(bad="lightgrey")
 
 
-def shorten(name: str, length: int) -> str:
+def shorten(name: str, length: int = 24) -> str:
     """A name for a picture: cut to `length`, and without bytes that are no characters, at which
     matplotlib fails."""
     name = name.encode(errors="replace").decode()
@@ -600,14 +561,12 @@ def shorten(name: str, length: int) -> str:
 
 def curves_axes(figure):
     """Two axes, of loss and of accuracy, over epochs."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
     axes = figure.subplots(1, 2)
     for axis, label in zip(axes, ("loss per image", "accuracy"), strict=True):
         axis.set(xlabel="epoch", ylabel=label)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
         axis.grid(alpha=0.3)
-    axes[1].yaxis.set_major_formatter(PercentFormatter(1))
+    axes[1].yaxis.set_major_formatter("{x:.1%}")
     return axes
 
 
@@ -615,9 +574,8 @@ def plot_history(axes, directory: Path, part: str, **look) -> None:
     """Draw loss and accuracy of the `part` train or val of a run."""
     rows = records.read_log(directory) if (directory / "log.jsonl").exists() else []
     epochs = [row["epoch"] for row in rows]
-    look["marker"] = "." if len(rows) < 40 else None
     for axis, name in zip(axes, ("loss", "acc"), strict=True):
-        (line,) = axis.plot(epochs, [row[f"{part}_{name}"] for row in rows], **look)
+        (line,) = axis.plot(epochs, [row[f"{part}_{name}"] for row in rows], marker=".", **look)
     line.sticky_edges.y.append(1)  # the axis of accuracies ends at 100%
 
 
@@ -626,12 +584,12 @@ def draw_history(trained: Trained) -> Figure:
     record, best, directory = trained.record, trained.config, trained.directory
     about = f"{record['args']['model']} on {shorten(Path(record['data']['name']).name, 30)}"
     figure = new_figure(11, 4.2, f"{shorten(record['name'], 60)}: {about}")
-    axes, selection = curves_axes(figure), record["data"]["selection"]
+    axes = curves_axes(figure)
     plot_history(axes, directory, "train", color=ORANGE, linestyle="--", label="training")
-    plot_history(axes, directory, "val", color=BLUE, label=selection)
+    plot_history(axes, directory, "val", color=BLUE, label=record["data"]["selection"])
     for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
         # best.pt's figures, not run.json's: they are of these weights, also after a kill.
-        label = f"{record['args'].get('keep', 'best')}: {best['epoch']}"
+        label = f"{record['args']['keep']}: {best['epoch']}"
         axis.plot(best["epoch"], best[name], "k*", markersize=13, label=label)
         if record["status"] == "stopped_early":
             last = record["epochs"]
@@ -642,8 +600,8 @@ def draw_history(trained: Trained) -> Figure:
 
 def draw_classes(metrics: dict, title: str) -> Figure:
     """Accuracy of each class that has images, highest first, with its 95% interval."""
-    classes = metrics["classes"].query("support > 0").sort_values("accuracy", kind="stable")
     # A bar for each class with its interval, and a line for all of them.
+    classes = metrics["classes"].query("support > 0").sort_values("accuracy", kind="stable")
     places = range(len(classes))
     figure = new_figure(8, 2 + 0.2 * len(classes), title)
     axis = figure.subplots()
@@ -654,10 +612,9 @@ def draw_classes(metrics: dict, title: str) -> Figure:
 
     # Names and percentages.
     rows = zip(classes["name"], classes.accuracy, strict=True)
-    labels = [f"{shorten(name, 24)}  {accuracy:.1%}" for name, accuracy in rows]
+    labels = [f"{shorten(name)}  {accuracy:.1%}" for name, accuracy in rows]
     axis.set_yticks(places, labels, fontsize=8)
     axis.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1))
-    axis.margins(y=0.01)
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
@@ -679,33 +636,31 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
     }
 
     # Inches for names and numbers. The more classes there are, the smaller are their names.
-    names = [shorten(name, 24) for name in metrics["classes"]["name"]]
-    few, places = len(names) <= 20, range(len(names))
-    side = min(max(2.6, len(names) * (0.46 if few else 0.13)), 20)
+    names, places = metrics["classes"]["name"].map(shorten), range(len(counts))
+    side = min(2 + 0.25 * len(names), 20)
     look = {"labels": names, "fontsize": min(10, 60 * side / len(names))}
     figure = new_figure(3 * side + 7, side + 3, title)
 
     # Draw each. The square root shows the errors beside a diagonal that is many times larger.
     for axis, (heading, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        top = max(1, counts.to_numpy().max()) if values is counts else 100
-        image = axis.imshow(values, cmap=colormap("Blues"), norm=PowerNorm(0.5, 0, top))
-        whole = MaxNLocator(6, integer=True)
-        figure.colorbar(image, ax=axis, fraction=0.046, format="{x:,.0f}", ticks=whole)
+        norm = PowerNorm(0.5, 0, None if values is counts else 100)
+        image = axis.imshow(values, cmap=colormap("Blues"), norm=norm)
+        bar = figure.colorbar(image, ax=axis, fraction=0.046, format="{x:,.0f}")
+        bar.locator = MaxNLocator(6, integer=True)
         axis.set_xticks(places, rotation=90, **look)
         axis.set_yticks(places, **look)
         axis.set(title=heading, xlabel="predicted class", ylabel="actual class")
-        for (row, column), value in np.ndenumerate(values) if few else ():
-            if not np.isnan(value):
-                text = f"{value:.1f}".removesuffix(".0")
-                colour = "white" if value / top > 0.35 else "black" if value else "silver"
-                axis.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+        for (row, column), value in values.stack().dropna().items() if len(names) <= 20 else ():
+            text = f"{value:.1f}".removesuffix(".0")
+            colour = "white" if norm(value) > 0.6 else "black" if value else "silver"
+            axis.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     return figure
 
 
 def draw_gallery(images: Gallery, title: str) -> Figure:
     """Images as they were before normalisation, framed where the model is wrong."""
     columns, height = 8, 1.3  # of a cell of width 1
-    rows = max(1, math.ceil(len(images.captions) / columns))
+    rows = math.ceil(len(images.captions) / columns) or 1
     figure = new_figure(11.6, 1.9 * rows + 0.9, f"{title}\n{images.title}")
     axis = figure.subplots()  # one for all: forty take seconds
     are_wrong = images.answers["class"] != images.answers.predicted
@@ -714,23 +669,21 @@ def draw_gallery(images: Gallery, title: str) -> Figure:
         # The image, and a frame around it.
         left, top = place % columns + 0.05, place // columns * height + 0.35
         draw_image(axis, pixels, extent=(left, left + 0.9, top + 0.9, top))
-        colour = "black"
+        colour = ORANGE if is_wrong else "black"
         if is_wrong:
-            colour = ORANGE
             axis.bar(left, 0.9, 0.9, top, align="edge", fill=False, edgecolor=colour, linewidth=3)
 
         # The words above it.
-        lines = "\n".join(shorten(line, 24) for line in words.splitlines())
+        lines = "\n".join(shorten(line) for line in words.splitlines())
         axis.text(left + 0.45, top - 0.04, lines, ha="center", fontsize=8, color=colour)
     axis.set(xlim=(0, columns), ylim=(rows * height, 0))
-    axis.set_axis_off()
     return figure
 
 
-def draw_image(axis, pixels: Tensor, **options):
-    """An image [1 or 3, H, W] on an axis, pixel by pixel."""
-    look = {"cmap": "gray", "interpolation": "nearest", "vmin": 0, "vmax": 255, **options}
-    return axis.imshow(pixels.permute(1, 2, 0).squeeze(2).numpy(), **look)
+def draw_image(axis, pixels: Tensor, vmin: float = 0, vmax: float = 255, **options):
+    """An image [1 or 3, H, W] on an axis, pixel by pixel; NaN is white."""
+    axis.set_axis_off()
+    return axis.imshow(pixels.permute(1, 2, 0).numpy(), vmin=vmin, vmax=vmax, **options)
 
 
 def draw_calibration(metrics: dict, title: str) -> Figure:
@@ -748,6 +701,7 @@ def draw_calibration(metrics: dict, title: str) -> Figure:
         above.plot(before.confidence, before.accuracy, "kD", mfc="white", label=BEFORE)
     above.plot([0, 1], [0, 1], "--", color=ORANGE, label="perfectly calibrated")
     above.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy", title=heading)
+    above.yaxis.set_major_formatter("{x:.0%}")
     above.legend()
 
     # How many images there are.
@@ -755,8 +709,7 @@ def draw_calibration(metrics: dict, title: str) -> Figure:
     below.set(xlabel="confidence: probability of the predicted class", ylabel="images")
     below.set(yscale="log", ylim=(0.5, None))
     below.yaxis.set_major_formatter("{x:,.0f}")
-    for axis in (above.yaxis, below.xaxis):
-        axis.set_major_formatter("{x:.0%}")
+    below.xaxis.set_major_formatter("{x:.0%}")
     return figure
 
 
@@ -769,7 +722,6 @@ def draw_tiles(axis, tiles: Tensor, columns: int, label: str, **scale) -> None:
     image = draw_image(axis, sheet[:channels], **scale)
     if channels == 1:
         axis.figure.colorbar(image, ax=axis, label=label, fraction=0.04)
-    axis.set_axis_off()
 
 
 def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
@@ -791,32 +743,30 @@ def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
     rows = math.ceil(len(tiles) / columns) * height / width
     title = f"layer {name}: {filters} filters of {channels}x{height}x{width}\n{about}"
     figure = new_figure(max(6.5, columns * inches + 1.5), rows * inches + 1, title)
-    scale = {"cmap": colormap("gray", "white"), "vmin": -extreme, "vmax": extreme}
-    draw_tiles(figure.subplots(), tiles, columns, "weight", **scale)
+    draw_tiles(figure.subplots(), tiles, columns, "weight", vmin=-extreme, vmax=extreme)
     return figure
 
 
-def draw_activations(
-    trained: Trained, name: str, layer: nn.Conv2d, images: ImageSet, index: int
-) -> Figure:
+def draw_activations(found: Evaluation, name: str, layer: nn.Conv2d, index: int) -> Figure:
     """The feature maps of a convolution for the image `index`, before what follows it."""
     # A ReLU in place would otherwise change what was caught.
     maps: list[Tensor] = []
-    one = images.select(torch.tensor([index]))
+    one = found.images.select(torch.tensor([index]))
     with layer.register_forward_hook(lambda *call: maps.append(call[2].clone())):
-        _, logits = trained.test(one)
+        found.trained.test(one)
     tiles = maps[0][0][:, None].float().cpu()
 
     # The image, and the maps beside it.
-    actual, answer = (shorten(one.classes[k], 24) for k in (one.labels[0], logits.argmax()))
-    about = f"feature maps of image {index}: {actual}, classified as {answer}"
-    height = max(3.5, math.ceil(len(tiles) / 8) * 0.95 + 1)
-    figure = new_figure(11, height, f"layer {name}, {len(tiles)} {about}")
+    answer = found.answers.loc[index]
+    title = (
+        f"layer {name}, {len(tiles)} feature maps of image {index}: {shorten(answer['class'])}, "
+        f"classified as {shorten(answer.predicted)}"
+    )
+    figure = new_figure(11, max(3.5, math.ceil(len(tiles) / 8) * 0.95 + 1), title)
     left, right = figure.subplots(1, 2, width_ratios=(1, 4))
     draw_image(left, one.images[0])
-    left.set_axis_off()
-    scale = {"cmap": colormap("cividis", "white"), "vmin": None, "vmax": None}
-    draw_tiles(right, tiles, 8, "output of the convolution", **scale)
+    look = {"cmap": "cividis", "vmin": None, "vmax": None}
+    draw_tiles(right, tiles, 8, "output of the convolution", **look)
     return figure
 
 
@@ -825,7 +775,7 @@ CLASS = ["name", "support", "accuracy", "precision", "f1"]  # the columns of the
 # How a number is written, by the first of these patterns that is found in its name.
 FORMATS = {
     "mid_p": ".3g",
-    "difference|pair_low": "+.2%",
+    "difference|pair_low|pair_high": "+.2%",
     "loss|f1|temperature": ".4f",
     "seconds": ".0f",
     "share": ".1%",
@@ -846,12 +796,8 @@ WORDS = {
 
 def as_text(value: Any, name: str) -> str:
     """A value for a person, by the name that it has in a table or in a file."""
-    if isinstance(value, list):
-        return "-" if None in value else " to ".join(as_text(each, name) for each in value)
     if isinstance(value, float):
         return format(value, next(FORMATS[words] for words in FORMATS if re.search(words, name)))
-    if value is None:
-        return "-"
     return f"{value:,}" if type(value) is int else str(value)
 
 
@@ -861,27 +807,24 @@ def in_words(name: str) -> str:
     return " ".join(WORDS.get(word, word) for word in words)
 
 
-def for_people(table: DataFrame, *names: str) -> DataFrame:
-    """A table of texts with these columns, or all, and headings in plain words. The two ends of an
-    interval, NAME_low and NAME_high, are one column."""
+def for_people(table: DataFrame) -> DataFrame:
+    """A table as texts, with headings in plain words, and a dash for what is missing. The two ends
+    of an interval, NAME_low and NAME_high, are one column."""
     from pandas import DataFrame
 
-    rows = []
-    for row in as_rows(table):
-        texts = {}
-        for name in names or row:
-            if name.endswith("_low"):
-                row[name] = [row[name], row[name.replace("_low", "_high")]]
-            if not name.endswith("_high"):
-                texts[in_words(name)] = as_text(row[name], name)
-        rows.append(texts)
-    return DataFrame(rows)
+    texts = DataFrame()
+    for name, values in table.items():
+        write = functools.partial(as_text, name=name)
+        texts[name] = values.map(write, na_action="ignore").astype(object)
+        if name.endswith("_high"):
+            texts[name.replace("_high", "_low")] += " to " + texts.pop(name)
+    return texts.fillna("-").rename(columns=in_words)
 
 
 def as_lines(tables: dict[str, DataFrame]) -> list[str]:
     """Tables of texts for the screen: the first column to the left, the others to the right."""
     lines = []
-    for table in tables.values():
+    for table in filter(len, tables.values()):
         first = table.columns[0]
         table = table.set_index(first).rename_axis(index=None, columns=first)
         lines += [*table.to_string().splitlines(), ""]
@@ -921,9 +864,9 @@ def as_page(title: str, remarks: list[str], tables: dict, pictures: dict, **more
 
     source = (records.HERE / "report.html.jinja").read_text()
     page = jinja2.Template(source, autoescape=True, trim_blocks=True)
-    content = {"title": title, "remarks": remarks, "tables": tables, "pictures": pictures, **more}
-    html = page.render(content, as_png=as_png, as_text=as_text, b64encode=base64.b64encode)
-    return html.encode(errors="replace")
+    content = {"title": title, "remarks": remarks, "tables": tables, "pictures": pictures}
+    functions = {"as_png": as_png, "as_text": as_text, "b64encode": base64.b64encode}
+    return page.render(content, **functions, **more).encode(errors="replace")
 
 
 def write_files(out: Path, files: dict[str, bytes]) -> None:
@@ -933,21 +876,10 @@ def write_files(out: Path, files: dict[str, bytes]) -> None:
         records.write_atomically(out / name, content)
 
 
-def publish(
-    args: Namespace,
-    page: str,
-    out: Path,
-    figures: dict[str, Figure],
-    files: dict[str, str],
-    result: Any,
-    table: DataFrame,
-    tables: dict[str, DataFrame],
-    **content,
-) -> None:
-    """Write the figures, the galleries, the page, which has the `content` of as_page, and the other
-    files. Print the `result` as JSON or the `table` as CSV for a program, or what is on the page
-    for a person."""
-    # The pictures.
+def publish(args: Namespace, page: Path, figures: dict, files: dict, content: dict) -> None:
+    """Write the page, with the `content` of as_page, and into its directory the figures, the
+    galleries and the other files. Print for a person what is on the page."""
+    # The pictures, and what may have a wrong label.
     title, remarks, galleries = content["title"], content["remarks"], content["galleries"]
     figures |= {name: draw_gallery(images, title) for name, images in galleries.items()}
     pictures = {name: render(figure) for name, figure in figures.items()}
@@ -955,23 +887,17 @@ def publish(
         files = {"suspects.csv": as_csv(galleries["suspects"].answers), **files}
         remarks.append(galleries["suspects"].title)
 
-    # The page, without empty tables, and the other files; a name in these may have bytes that are
-    # no characters.
-    tables = {heading: texts for heading, texts in tables.items() if len(texts)}
+    # The files; a name in them may have bytes that are no characters.
     written = {f"{name}.png": png for name, png in pictures.items()}
-    written[page] = as_page(tables=tables, pictures=pictures, **content)
+    written[page.name] = as_page(pictures=pictures, **content)
     for name, text in files.items():
         written[name] = text.encode(errors="surrogateescape")
-    write_files(out, written)
+    write_files(page.parent, written)
 
     # The screen.
-    if args.json:
-        say(as_json(result))
-    elif args.csv:
-        say(as_csv(table).rstrip("\n"))
-    else:
-        last = [title, *remarks, f"{shown(out)}: {', '.join(written)}"]
-        say("\n".join([*as_lines(tables), *last]), args.quiet)
+    lines = [*as_lines(content["tables"]), title, *remarks]
+    lines.append(f"{shown(page.parent)}: {', '.join(written)}")
+    say("\n".join(lines), args.quiet or args.csv or args.json)
 
 
 def place_of(run: Path, split: str) -> Path:
@@ -982,24 +908,22 @@ def place_of(run: Path, split: str) -> Path:
 def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> None:
     """Put an evaluation into files, on one page and on the screen."""
     trained, metrics, record = found.trained, found.metrics, found.trained.record
-    tables = {
-        "Results": results_of(metrics),
-        "Classes": for_people(metrics["classes"], *CLASS),
-        "Most confused": for_people(most_confused(found.answers)),
-    }
-    # The headline is of averaged views, as the test's accuracy in run.json.
     content = {
         "title": found.title,
-        "headline": metrics.get("tta", metrics),
-        "remarks": remarks_on(trained, args),
+        "remarks": remarks_on(trained, args, figures),
+        "tables": {
+            "Results": results_of(metrics),
+            "Classes": for_people(metrics["classes"][CLASS]),
+            "Most confused": for_people(most_confused(found.answers)),
+        },
         "galleries": found.galleries,
         "record": record,
         "command": shlex.join(["python", f"{record['script']}.py", *record.get("argv", [])]),
     }
     # Last comes metrics.json, which says of what the other files are.
     files = {"predictions.csv": as_csv(found.answers), "metrics.json": f"{as_json(metrics)}\n"}
-    out, table = args.out or place_of(trained.directory, args.split), metrics["classes"]
-    publish(args, "report.html", out, figures, files, metrics, table, tables, **content)
+    out = args.out or place_of(trained.directory, args.split)
+    publish(args, out / "report.html", figures, files, content)
 
 
 def results_of(metrics: dict) -> DataFrame:
@@ -1009,80 +933,67 @@ def results_of(metrics: dict) -> DataFrame:
 
     rows, averaged = [], metrics.get("tta", {})
     views = f" with test-time augmentation, {averaged.get('views')}"
-    is_fitted = metrics["temperature"] != 1  # else all is as before the temperature
+    unfitted = "temperature|before" if metrics["temperature"] == 1 else "^$"
     for figures, more in ((averaged, views), (metrics, "")):
         for name, value in figures.items():
-            if isinstance(value, float) and (
-                is_fitted or not re.search("temperature|before", name)
-            ):
-                interval = as_text(figures.get(f"{name}_interval", ""), name)
-                rows.append([in_words(name) + more, as_text(value, name), interval])
+            if isinstance(value, float) and not re.search(unfitted, name):
+                ends = [as_text(end, name) for end in figures.get(f"{name}_interval", [])]
+                rows.append([in_words(name) + more, as_text(value, name), " to ".join(ends)])
     return DataFrame(rows, columns=["result", "value", "95% interval"])
 
 
 def most_confused(answers: DataFrame) -> DataFrame:
     """The ten most frequent mistakes."""
-    wrong = answers[answers["class"] != answers.predicted]
-    table = wrong.value_counts(["class", "predicted"]).head(10).reset_index(name="images")
-    supports = answers["class"].value_counts()
-    return table.assign(share_of_class=table["images"] / table["class"].map(supports))
+    table = answers.value_counts(["class", "predicted"]).reset_index(name="images")
+    supports = table.groupby("class")["images"].transform("sum")
+    table["share_of_class"] = table["images"] / supports
+    return table[table["class"] != table.predicted].head(10)
 
 
-def remarks_on(trained: Trained, args: Namespace) -> list[str]:
+def remarks_on(trained: Trained, args: Namespace, figures: dict) -> list[str]:
     """What is to be known before the figures of a run are believed."""
     record, where, remarks = trained.record, shown(trained.directory), []
     if record["status"] not in ENDED:
         remarks.append(f"{where}: {record['status']} after {record['epochs']} epochs")
     if record["data"]["selection"] == "test set":
         remarks.append("the test set chose the epoch (--val-size 0), which flatters its accuracy")
-    if not find_convolution(trained.model, args)[1]:
+    if "filters" not in figures:
         remarks.append("no convolution, so no filters.png")
     for split in {"test", "val", "train"} - {args.split}:
         path = place_of(trained.directory, split) / "metrics.json"
         if path.exists() and records.read_json(path)["epoch"] != trained.config["epoch"]:
-            text = f"of another epoch; --split {split} makes it anew"
-            remarks.append(f"{shown(path.with_name('report.html'))} is {text}")
+            page = shown(path.with_name("report.html"))
+            remarks.append(f"{page} is of another epoch; --split {split} makes it anew")
     return remarks
 
 
 # ------------------------ Compare runs ------------------------
 ENDED = ("finished", "stopped_early")
-# What two runs may differ in, and still be equal but for the seed, or for the fold.
-ELSEWHERE = {"threads", "run_name", "runs_dir", "data_dir", "wandb", "wandb_project", "device"}
-# What is compared: its place in run.json, and its name. Then the columns of the tables.
+# What two runs may differ in, and still be equal but for the seed and the fold.
+ELSEWHERE = {"seed", "fold", "threads", "device", "run_name", "runs_dir", "data_dir", "wandb"}
+ELSEWHERE |= {"wandb_project"}
+# What is compared: its place in run.json, and its name. The table of runs ends with the status.
 COMPARED = {
+    "run": "run",
+    "rank": "rank",
     "data.name": "dataset",
-    "script": "script",
-    "args.fold": "fold",
-    "seed": "seed",
-    "data.selection": "selection",
     "args.model": "model",
     "parameters": "parameters",
     "epochs": "epochs",
-    "best.epoch": "best_epoch",
     "best.val_loss": "val_loss",
     "best.val_acc": "val_acc",
     "test.acc": "test_acc",
     "args.tta": "averaged_views",
-    "test.plain_acc": "plain_test_acc",
+    "data.selection": "selection",
     "seconds": "seconds",
     "status": "status",
+    "script": "script",
+    "args.fold": "fold",
+    "seed": "seed",
+    "best.epoch": "best_epoch",
+    "test.plain_acc": "plain_test_acc",
+    "data.val_checksum": "val_images",
 }
-RUN = [
-    "run",
-    "rank",
-    "dataset",
-    "model",
-    "parameters",
-    "epochs",
-    "val_loss",
-    "val_acc",
-    "test_acc",
-    "averaged_views",
-    "selection",
-    "seconds",
-    "status",
-]
 PAIR = [
     "pair_with",
     "pair_images",
@@ -1095,18 +1006,38 @@ PAIR = [
 ]
 
 
-def compare(args: Namespace) -> dict:
-    """Compare runs by what their directories say.
+def compare(args: Namespace) -> DataFrame:
+    """Compare runs by what their directories say: a row for each.
 
     Only for folds images are read, and those of a test never. UsageError, RunError.
     """
     # Measure.
-    runs, remarks = rank_runs(measure_runs(args))
-    seeds, folds = average(runs, "seed"), average(runs, "fold")
-    runs = runs.join([measure_pairs(runs, args.split), seeds, folds])
-    remarks += reasons_of(runs, "not_ranked", "not ranked with the others")
-    remarks += reasons_of(runs, "not_paired", "not compared image by image")
-    if runs.pair_with.count() > 1:
+    runs, remarks = rank_and_pair(measure_runs(args), args.split)
+    once = runs[runs.status.isin(ENDED)].drop_duplicates(["equal", "seed", "fold"])
+    means = {
+        "seed": average(once.groupby(["equal", "fold"]), "seed"),
+        "fold": average(once[once.fold != ""].groupby(["equal", "seed"]), "fold"),
+    }
+    runs = runs.join([table.drop(columns="model") for table in means.values()])
+
+    # Tables.
+    paired = runs.dropna(subset="pair_with")
+    tables = {
+        "Runs": for_people(runs.loc[:, :"status"]),
+        f"Image by image, {args.split} images": for_people(paired[["run", *PAIR]]),
+    }
+    for name, table in means.items():
+        tables[f"Equal but for the {name}"] = for_people(table.drop_duplicates(f"{name}_runs"))
+
+    # What cannot be compared, and why.
+    for column, what in (
+        ("not_ranked", "not ranked with the others"),
+        ("not_paired", "not compared image by image"),
+    ):
+        for reason, names in runs.groupby(column).run:
+            text = ", ".join(names) if len(names) <= 5 else f"{len(names)} runs"
+            remarks.append(f"{what}, as {reason}: {text}")
+    if len(paired) > 1:
         remarks.append("of twenty pairs of equally good models one has a mid-p below 0.05")
 
     # Of the first folds that are complete, find what may have a wrong label.
@@ -1119,31 +1050,24 @@ def compare(args: Namespace) -> dict:
             galleries["suspects"] = judge_out_of_fold(group, args)
 
     # Draw, and write.
-    paired, rows = runs.dropna(subset="pair_with"), runs.drop(columns="record")
-    tables = {
-        "Runs": for_people(runs, *RUN),
-        f"Image by image, {args.split} images": for_people(paired, "run", *PAIR),
-        "Equal but for the seed": together(runs, seeds),
-        "Equal but for the fold": together(runs, folds),
-    }
-    content = {"title": f"{len(runs)} runs", "remarks": remarks, "galleries": galleries}
-    figures, out = {"compare": draw_comparison(runs)}, args.out or args.runs[0].parent
-    publish(args, "compare.html", out, figures, {}, rows, rows, tables, **content)
-    return {"runs": as_rows(rows)}
+    content = {"title": f"{len(runs)} runs", "remarks": remarks, "tables": tables}
+    out, figures = args.out or args.runs[0].parent, {"compare": draw_comparison(runs)}
+    publish(args, out / "compare.html", figures, {}, content | {"galleries": galleries})
+    return runs.drop(columns=["record", "equal", "val_images"])
 
 
 def measure_runs(args: Namespace) -> DataFrame:
-    """A row for each run: its `record`, run.json, and what is compared. UsageError, RunError where
-    there is none."""
+    """A row for each run: its `record`, run.json, what is `equal` in runs that differ in seed or
+    fold alone, and what is compared. UsageError, RunError where there is none."""
     from pandas import json_normalize
 
     # Read them.
-    found = {}
+    found = []
     for directory in args.runs:
         if directory.is_file():
             continue  # `runs/*` names pictures and pages, too
         try:
-            found[str(directory)] = read_run(directory)
+            found.append({"run": str(directory), **read_run(directory)})
         except (UsageError, RunError) as error:
             if not directory.exists():
                 raise
@@ -1152,102 +1076,118 @@ def measure_runs(args: Namespace) -> DataFrame:
         raise RunError("none of these is a run directory")
 
     # Take out of each what is compared.
-    table = json_normalize(list(found.values()), max_level=1).reindex(columns=list(COMPARED))
-    runs = table.rename(columns=COMPARED).assign(run=list(found), record=list(found.values()))
-    synthetic = runs.dataset == "synthetic"  # each script draws its own
-    runs["dataset"] = runs.dataset.mask(synthetic, "synthetic (" + runs.script + ")")
+    table = json_normalize(found, max_level=1).reindex(columns=list(COMPARED))
+    runs = table.rename(columns=COMPARED).assign(
+        record=found, equal=list(map(configuration, found))
+    )
     runs["plain_test_acc"] = runs.plain_test_acc.fillna(runs.test_acc)
     return runs.fillna({"fold": ""}).astype({"best_epoch": "Int64"})
 
 
-def rank_runs(runs: DataFrame) -> tuple[DataFrame, list[str]]:
-    """Sort the runs of each dataset, and of each fold of it, and number those that can be compared,
-    best first. Also returns remarks."""
+def configuration(record: dict) -> str:
+    """What runs have in common that are equal but for the seed and the fold."""
+    args = {name: value for name, value in record["args"].items() if name not in ELSEWHERE}
+    images = record["data"]["train"] + record["data"]["val"]
+    return str([record["script"], images, sorted(args.items())])
+
+
+def rank_and_pair(runs: DataFrame, split: str) -> tuple[DataFrame, list[str]]:
+    """Sort the runs of each dataset, and of each fold of it, number those that can be compared,
+    best first, and compare them with the best image by image. Also returns remarks."""
     from pandas import concat
 
     parts, remarks = [], []
     for (dataset, _), part in runs.groupby(["dataset", "fold"]):
         # Compare with a run that was validated on the same images as most.
-        images = part.record.map(lambda run: str(run["data"].get("val_checksum")))
-        leader = part.record[images.map(images.value_counts()).idxmax()]
-        reasons = [common.why_not_comparable(run, leader, "val_acc") for run in part.record]
-        part["not_ranked"] = [reason or None for reason in reasons]
+        most = part.val_images.map(part.val_images.value_counts(dropna=False)).idxmax()
+        why_not = functools.partial(common.why_not_comparable, part.record[most])
+        part["not_ranked"] = [why_not(run, "val_acc") or None for run in part.record]
         ranked = part[part.not_ranked.isna()]
 
         # Rank by the losses, or by the accuracies where the losses are of different things.
-        figures = ranked.val_loss
-        reasons = [common.why_not_comparable(run, leader, "val_loss") for run in ranked.record]
-        if any(reasons):
+        figures, reason = ranked.val_loss, max(why_not(run, "val_loss") for run in ranked.record)
+        if reason:
             figures = -ranked.val_acc
-            why = f"{dataset}: {next(filter(None, reasons))}"
-            remarks.append(f"{why}, so they are ranked by validation accuracy")
+            remarks.append(f"{dataset}: {reason}, so they are ranked by validation accuracy")
         part["rank"] = figures.rank(method="first").astype("Int64")
-        parts.append(part.sort_values("rank", kind="stable"))
+        part = part.sort_values("rank", kind="stable")
+        parts.append(part.join(measure_pairs(part, split)))
     return concat(parts), list(dict.fromkeys(remarks))
 
 
-def reasons_of(runs: DataFrame, column: str, what: str) -> list[str]:
-    """Remarks on the runs with a reason in this column, one for each reason."""
-    remarks = []
-    for reason, names in runs.groupby(column).run:
-        text = ", ".join(names) if len(names) <= 5 else f"{len(names)} runs"
-        remarks.append(f"{what}, as {reason}: {text}")
-    return remarks
+def average(groups: Any, argument: str) -> DataFrame:
+    """Beside each run, what those of its group have together, which differ in an argument alone:
+    mean and standard deviation of their accuracies, and Student's 95% interval of the mean, from
+    three runs on."""
+    from pandas import DataFrame
+    from scipy.stats import t
+
+    count = groups.run.transform("size")
+    names, model = groups.run.transform(", ".join), groups.model.transform("first")
+    table = DataFrame({f"{argument}_runs": names, "model": model, f"{argument}s": count})
+    start = "" if argument == "seed" else f"{argument}_"
+    for name in ("val_acc", "test_acc"):
+        mean, deviation = (groups[name].transform(how, skipna=False) for how in ("mean", "std"))
+        half = t.ppf(0.975, (count - 1).where(count > 2)) * deviation / count**0.5
+        figures = {"mean": mean, "sd": deviation, "low": mean - half, "high": mean + half}
+        table = table.join(DataFrame(figures).clip(0, 1).add_prefix(f"{start}{name}_"))
+    return table[count > 1].astype({f"{argument}s": "Int64"})
 
 
 def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
-    """How each run does, image by image, against the best of its dataset that was evaluated;
+    """How each run does, image by image, against the first that was evaluated, which is the best;
     without averaged views. A row for each run with a pair, or with a reason why there is none."""
     from pandas import DataFrame
 
     rows: dict[int, dict] = {}
-    bests: dict[tuple, tuple] = {}
+    best = None
     for run in runs.itertuples():
-        # The best run comes first. Each other one has to have been evaluated on the same images.
+        # It has to have been evaluated on the same images.
         try:
-            checksum, right = read_evaluation(run, split)
-            best, *images = bests.setdefault((run.dataset, run.fold), (run.run, checksum, right))
-            if checksum != images[0] or not right.index.equals(images[1].index):
-                raise RunError(f"evaluated on other {split} images than {best}")
+            right = read_evaluation(run, split)
+            best_run, best_right = best = best or (run.run, right)
+            if not right.index.equals(best_right.index):
+                raise RunError(f"evaluated on other {split} images than {best_run}")
         except RunError as error:
             if not (run.fold and split == "test"):  # a fold has no test images
                 rows[run.Index] = {"not_paired": str(error)}
             continue
 
         # How often is the one right where the other is wrong?
-        if best != run.run:
-            one, other = int((right > images[1]).sum()), int((right < images[1]).sum())
+        if best_run != run.run:
+            one, other = int((right > best_right).sum()), int((right < best_right).sum())
             count, p = len(right), mcnemar_mid_p(one, other)
             interval = difference_interval(one, other, count)
-            values = best, count, one, other, (one - other) / count, *interval, p
+            values = best_run, count, one, other, (one - other) / count, *interval, p
             rows[run.Index] = dict(zip(PAIR, values, strict=True))
-    return DataFrame.from_dict(rows, "index", object, [*PAIR, "not_paired"])
+    columns = [*PAIR, "not_paired"]
+    return DataFrame(list(rows.values()), list(rows), columns, object)  # counts stay whole numbers
 
 
-def read_evaluation(run: Any, split: str) -> tuple[str, Series]:
-    """Checksum of the images that a run was evaluated on, and of each file whether it was right.
-    RunError says why they are of no use."""
+def read_evaluation(run: Any, split: str) -> Series:
+    """Of each image that a run was evaluated on whether it was right. An image goes by its file and
+    the checksum of all. RunError says why they are of no use."""
     from pandas import read_csv
 
     # Was it evaluated with the weights that it has now?
     directory = place_of(Path(run.run), split)
-    path = directory / "predictions.csv"
-    if not path.exists() or not (directory / "metrics.json").exists():
+    if not (directory / "metrics.json").exists():
         raise RunError(f"not evaluated on the {split} images")
     metrics = records.read_json(directory / "metrics.json")
     if metrics.get("epoch") != run.best_epoch:
         raise RunError("trained on since the evaluation")
 
     # Read it. A class may be called NA.
+    path, columns = directory / "predictions.csv", ["file", "class", "predicted"]
     plain = {"dtype": str, "keep_default_na": False, "encoding_errors": "surrogateescape"}
-    columns = ["file", "class", "predicted"]
     try:
-        answers = read_csv(path, usecols=columns, index_col="file", **plain).sort_index()
+        answers = read_csv(path, usecols=columns, **plain)
         if len(answers) != metrics["images"]:
             raise ValueError("another number of images")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise RunError(f"{shown(path)} is damaged") from error
-    return metrics["checksum"], answers["class"] == answers.predicted
+    answers = answers.set_index(answers.file + metrics["checksum"]).sort_index()
+    return answers["class"] == answers.predicted
 
 
 def mcnemar_mid_p(one: int, other: int) -> float:
@@ -1271,64 +1211,28 @@ def difference_interval(one: int, other: int, images: int) -> tuple[float, float
     proportions based on paired data" (2012).
     """
     p, q = (one + 1) / (images + 2), (other + 1) / (images + 2)
-    half = Z * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
+    half = 1.959963984540054 * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
     return max(-1.0, p - q - half), min(1.0, p - q + half)
-
-
-def average(runs: DataFrame, argument: str) -> DataFrame:
-    """What the runs have together that came to their end and are equal but for an argument, each of
-    its values once: mean and standard deviation of their accuracies, and Student's 95% interval of
-    the mean, from three runs on."""
-    from pandas import DataFrame
-    from scipy.stats import t
-
-    def configuration(record):
-        args = {**record["args"], **dict.fromkeys([*ELSEWHERE, argument])}
-        images = record["data"]["train"] + record["data"]["val"]
-        return json.dumps([record["script"], images, args], sort_keys=True, default=str)
-
-    # Put together what is equal.
-    runs = runs[runs.status.isin(ENDED) & (runs[argument] != "")]
-    equal = runs.record.map(configuration)
-    groups = runs[~runs.assign(equal=equal).duplicated(["equal", argument])].groupby(equal)
-    count = groups.run.transform("size")
-
-    # The figures, beside each of the runs.
-    table = {f"{argument}_runs": groups.run.transform(", ".join), f"{argument}s": count}
-    start = "" if argument == "seed" else f"{argument}_"
-    for name in ("val_acc", "test_acc"):
-        mean, deviation = (groups[name].transform(how, skipna=False) for how in ("mean", "std"))
-        half = t.ppf(0.975, (count - 1).where(count > 2)) * deviation / count**0.5
-        table[f"{start}{name}_mean"], table[f"{start}{name}_sd"] = mean, deviation
-        table[f"{start}{name}_low"] = (mean - half).clip(0, 1)
-        table[f"{start}{name}_high"] = (mean + half).clip(0, 1)
-    return DataFrame(table)[count > 1].astype({f"{argument}s": "Int64"})
-
-
-def together(runs: DataFrame, means: DataFrame) -> DataFrame:
-    """A table for people of what runs have together."""
-    first = means.columns[0]
-    table = runs.drop_duplicates(first).dropna(subset=first)
-    return for_people(table, first, "model", *means.columns[1:])
 
 
 def judge_out_of_fold(group: DataFrame, args: Namespace) -> Gallery:
     """The suspects among all images of a folder, each judged by the one run of all folds that was
     not trained on it."""
-    parts, probabilities = [], []
+    from pandas import concat
+
+    # Each run answers for the images that validated it.
+    parts, answers = [], []
     for directory in group.run:
         trained = load_trained(Path(directory), args)
-        parts.append(load_images(trained, "val", args))
-        probabilities.append(trained.probabilities(trained.test(parts[-1])[1]))
+        images = load_images(trained, "val", args)
+        parts.append(images)
+        answers.append(answer_table(trained, images, trained.test(images)[1]))
 
     # Put the folds together.
-    pixels, labels = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("images", "labels")
-    )
-    files = [file for part in parts for file in part.files]
-    whole = ImageSet(pixels, labels, parts[0].classes, files)
-    answers = answer_table(whole, torch.cat(probabilities))
-    return find_suspects(answers, whole, "a run that was not trained on them finds unlikely")
+    whole = trained.as_images(torch.cat([part.images for part in parts]))
+    whole.files = [file for part in parts for file in part.files]
+    verdict = "a run that was not trained on them finds unlikely"
+    return find_suspects(concat(answers, ignore_index=True), whole, verdict)
 
 
 def draw_comparison(runs: DataFrame) -> Figure:
@@ -1369,15 +1273,13 @@ def classify(args: Namespace) -> dict:
 
     # Read them, some at a time, classify those, and print.
     predictions: list[dict] = []
-    with tqdm(total=len(files), leave=False, disable=args.quiet or None) as bar:
-        for start in range(0, len(files), FILES_AT_A_TIME):
-            some = files[start : start + FILES_AT_A_TIME]
-            images = read_images(trained, some, unreadable)
-            if images:
-                rows = likeliest_classes(trained, images, top)
-                print_predictions(rows, args, heading=not predictions)
-                predictions += rows
-            bar.update(len(some))
+    starts = range(0, len(files), FILES_AT_A_TIME)
+    for start in tqdm(starts, leave=False, disable=args.quiet or None):
+        images = read_images(trained, files[start : start + FILES_AT_A_TIME], unreadable)
+        if images:
+            rows = likeliest_classes(trained, images, top)
+            print_predictions(rows, args, heading=not predictions)
+            predictions += rows
 
     # Say what is left out.
     if skipped:
@@ -1395,24 +1297,20 @@ def read_images(
 ) -> list[tuple[Path, Tensor]]:
     """Those of the files that can be read, each with its image, uint8 [C, side, side], with the
     pixels of training. The others are named on stderr, and `unreadable` counts their endings."""
-    channels, side, _ = trained.config["image_shape"]
-    resize = trained.config.get("resize", "stretch")  # older runs have none
-
-    def read(file):
-        try:
-            return common.read_image(file, side, channels == 1, resize)
-        except RunError as error:
-            return error
-
-    images = []
+    # Decode as many at a time as there are cores.
+    (channels, side, _), resize = trained.config["image_shape"], trained.config.get("resize")
+    more = side, channels == 1, resize or "stretch"  # older runs have no way to the square
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        contents = list(pool.map(read, files))
-    for file, content in zip(files, contents, strict=True):
-        if isinstance(content, RunError):
-            print(f"evaluate.py: error: {content}", file=sys.stderr)
+        decoded = [pool.submit(common.read_image, file, *more) for file in files]
+
+    # Name those that cannot be read, in their order.
+    images = []
+    for file, image in zip(files, decoded, strict=True):
+        try:
+            images.append((file, image.result()))
+        except RunError as error:
+            print(f"evaluate.py: error: {error}", file=sys.stderr)
             unreadable[file.suffix.lower() or "without ending"] += 1
-        else:
-            images.append((file, content))
     return images
 
 
@@ -1421,10 +1319,9 @@ def likeliest_classes(trained: Trained, images: list[tuple[Path, Tensor]], top: 
     files, pixels = zip(*images, strict=True)
     _, logits = trained.test(trained.as_images(torch.stack(pixels)))
     likeliest, classes = trained.probabilities(logits).topk(top), trained.config["classes"]
-    answers = zip(files, likeliest.values.tolist(), likeliest.indices.tolist(), strict=True)
     return [
-        {"file": str(file), "class": classes[label], "probability": probability}
-        for file, probabilities, labels in answers
+        {"file": str(file), "class": classes[label], "probability": probability.item()}
+        for file, probabilities, labels in zip(files, *likeliest, strict=True)
         for probability, label in zip(probabilities, labels, strict=True)
     ]
 
@@ -1440,45 +1337,28 @@ def print_predictions(rows: list[dict], args: Namespace, heading: bool) -> None:
 
 
 # ------------------------ Export ------------------------
-class WithPreprocessing(nn.Module):
-    """uint8 images [N, C, H, W] to probabilities [N, K]."""
-
-    def __init__(self, trained: Trained):
-        super().__init__()
-        self.model = trained.model.to(memory_format=torch.contiguous_format)
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(trained.config[name]).view(-1, 1, 1))
-        self.temperature = trained.config["temperature"]
-
-    def forward(self, images):
-        logits = self.model((images.float() / 255 - self.mean) / self.std)
-        return (logits / self.temperature).softmax(1)
-
-
-# The kinds of files, each with the packages that it needs.
-EXPORTS = {"torch.export": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
+# The kinds of files: the name of each, and the packages that it needs.
+EXPORTS = {
+    "torch.export": ("model.pt2", ()),
+    "onnx": ("model.onnx", ("onnx", "onnxscript", "onnxruntime")),
+}
 CHECKED_IMAGES = 200
 
 
-def convert(program: Any, kind: str, metadata: dict) -> tuple[str, bytes, Callable]:
-    """Name and bytes of the file of this kind for an exported program, with each value of the
-    metadata as JSON in it, and what the file computes."""
-    buffer = io.BytesIO()
-    if kind == "torch.export":
-        torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
-        buffer.seek(0)
-        return "model.pt2", buffer.getvalue(), torch.export.load(buffer).module()
-    exported = torch.onnx.export(
-        program,
-        input_names=["images"],
-        output_names=["probabilities"],
-        dynamic_shapes=({0: "batch"},),
-        verbose=False,
-    )
-    texts = {name: json.dumps(value) for name, value in metadata.items()}
-    exported.model.metadata_props.update(texts)
-    content = exported.model_proto.SerializeToString()
-    return "model.onnx", content, lambda images: exported(images)[0]
+class WithPreprocessing(nn.Module):
+    """uint8 images [N, C, H, W] to probabilities [N, K]."""
+
+    def __init__(self, model: nn.Module, config: dict):
+        from torchvision.transforms.v2 import Normalize
+
+        super().__init__()
+        self.normalize = Normalize(config["mean"], config["std"])
+        self.model = model.to(memory_format=torch.contiguous_format)
+        self.temperature = config["temperature"]
+
+    def forward(self, images):
+        logits = self.model(self.normalize(images.float() / 255))
+        return (logits / self.temperature).softmax(1)
 
 
 def export(args: Namespace) -> dict:
@@ -1487,13 +1367,16 @@ def export(args: Namespace) -> dict:
     The reference is the model in float32; RunError where the file answers otherwise.
     """
     # What it takes.
-    packages = [name for name in EXPORTS[args.export] if not importlib.util.find_spec(name)]
-    if packages:
-        text = f"needs more packages: pip install {' '.join(packages)}"
-        raise RunError(f"--export {args.export} {text}")
+    name, packages = EXPORTS[args.export]
+    missing = [package for package in packages if not importlib.util.find_spec(package)]
+    if missing:
+        raise RunError(
+            f"--export {args.export} needs more packages: pip install {' '.join(missing)}"
+        )
     args.device = "cpu"
     trained = load_trained(args.runs[0], args)
-    config, model = trained.config, WithPreprocessing(trained).eval()
+    config = trained.config
+    model = WithPreprocessing(trained.model, config).eval()
     checked, kind = images_to_check(trained, args)
     images = checked.images.contiguous()
 
@@ -1508,29 +1391,30 @@ def export(args: Namespace) -> dict:
     }
 
     # Export it, and have the result answer: to one image, and to a batch.
-    dynamic = ({0: torch.export.Dim("batch", min=1)},)
-    program = torch.export.export(model, (images,), dynamic_shapes=dynamic)
-    name, content, exported = convert(program, args.export, metadata)
+    content, exported = convert(model, images, metadata, args.export)
     with torch.inference_mode():
         expected = model(images)
         answers = torch.cat([exported(images[:1]), exported(images[1:])])
-        difference = (answers - expected).abs().max().item()
+    difference = (answers - expected).abs().max().item()
     if not difference < 1e-4:
-        text = f"differ from the model's by {difference:.2g}: not kept"
-        raise RunError(f"the exported model's probabilities {text}")
+        raise RunError(
+            "the exported model's probabilities differ from the model's by "
+            f"{difference:.2g}: not kept"
+        )
     out = args.out or trained.directory
     write_files(out, {name: content})
 
     # Say how it differs from the model, and from what --predict says in the run's own precision.
     own = trained.probabilities(trained.test(checked)[1])
-    changed = (own.argmax(1) != expected.argmax(1)).sum().item()
-    furthest, precision = (own - expected).abs().max().item(), trained.record["precision"]
-    shape = ", ".join(map(str, config["image_shape"]))
-    takes = f"uint8 images [N, {shape}] to probabilities [N, K]"
-    say(f"{shown(out / name)}: {takes}, within {difference:.1g} of the model in fp32", args.quiet)
-    text = f"{changed} of {len(checked)} {kind} get another class than by --predict"
-    differs = f"probabilities differ by up to {furthest:.2g}"
-    say(f"{text}, which computes in {precision}; {differs}", args.quiet)
+    changed = (own.argmax(1) != expected.argmax(1)).sum()
+    furthest = (own - expected).abs().max()
+    say(
+        f"{shown(out / name)}: uint8 images [N, {', '.join(map(str, config['image_shape']))}] to "
+        f"probabilities [N, K], within {difference:.1g} of the model in fp32\n{changed} of "
+        f"{len(checked)} {kind} get another class than by --predict, which computes in "
+        f"{trained.record['precision']}; probabilities differ by up to {furthest:.2g}",
+        args.quiet,
+    )
     return {"file": str(out / name)}
 
 
@@ -1549,7 +1433,42 @@ def images_to_check(trained: Trained, args: Namespace) -> tuple[ImageSet, str]:
     return trained.as_images(noise), "images of noise"
 
 
+def convert(model: nn.Module, images: Tensor, metadata: dict, kind: str) -> tuple[bytes, Callable]:
+    """The bytes of a file of this kind, with each value of the metadata as JSON in it, and what the
+    file computes."""
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    if kind == "torch.export":
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer, extra_files={"metadata.json": json.dumps(metadata)})
+        buffer.seek(0)
+        return buffer.getvalue(), torch.export.load(buffer).module()
+    exported = torch.onnx.export(
+        program,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes=({0: "batch"},),
+        verbose=False,
+    )
+    for name, value in metadata.items():
+        exported.model.metadata_props[name] = json.dumps(value)
+    return exported.model_proto.SerializeToString(), lambda images: exported(images)[0]
+
+
 # ------------------------ Main ------------------------
+def evaluate(args: Namespace) -> dict:
+    """Evaluate one run; return its metrics. UsageError, RunError."""
+    # --layer, --channel and --image are looked at before the work.
+    trained = load_trained(args.runs[0], args)
+    convolution = find_convolution(trained.model, args)
+    images = load_images(trained, args.split, args)
+    if args.image >= len(images):
+        raise UsageError(f"--image {args.image}: the split has {len(images)} images, from 0")
+
+    # Measure, draw and write.
+    found = measure(trained, images, args)
+    write(found, draw(found, *convolution, args), args)
+    return found.metrics
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -1562,18 +1481,16 @@ def main(argv: list[str] | None = None) -> dict:
         return classify(args)
     if args.export:
         return export(args)
-    if len(args.runs) > 1:
-        return compare(args)
 
-    # Evaluate one run. --layer, --channel and --image are looked at before the work.
-    trained = load_trained(args.runs[0], args)
-    find_convolution(trained.model, args)
-    images = load_images(trained, args.split, args)
-    if args.image >= len(images):
-        raise UsageError(f"--image {args.image}: the split has {len(images)} images, from 0")
-    found = measure(trained, images, args)
-    write(found, draw(found, args), args)
-    return json.loads(as_json(found.metrics))
+    # What people are to see is printed and written by now; a program gets the figures alone.
+    are_several = len(args.runs) > 1
+    result = compare(args) if are_several else evaluate(args)
+    if args.json:
+        say(as_json(result))
+    elif args.csv:
+        say(as_csv(result if are_several else result["classes"]).rstrip("\n"))
+    content = json.loads(as_json(result))
+    return {"runs": content} if are_several else content
 
 
 if __name__ == "__main__":

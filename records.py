@@ -411,11 +411,7 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
             model.config["frozen"] = record["frozen"]
             frozen = load_checkpoint(directory / "frozen.pt", record["frozen"])
             model.load_state_dict(frozen["weights"])
-        if record["data"]["checksum"] != data.train.checksum:
-            raise RunError(
-                f"{args.dataset} is not what {shown(directory)} was trained on: "
-                "the checksums differ"
-            )
+        data.check(record["data"], args.dataset, directory)
 
         # Take note of what may change when a run goes on.
         run.is_prolonged = record["status"] == "stopped_early" and asks_for_more(args, record)
