@@ -1043,7 +1043,7 @@ def compare(args: Namespace) -> DataFrame:
     # Of the first folds that are complete, find what may have a wrong label.
     galleries = {}
     for _, group in runs.groupby("fold_runs"):
-        parts = int(group.fold.iloc[0].partition("/")[2])
+        parts = int(group.fold.iloc[0].split("/")[1])
         if len(group) < parts:
             remarks.append(f"{len(group)} of {parts} folds: with all, wrong labels are looked for")
         elif group.record.iloc[0]["data"]["files"] and not galleries:
@@ -1156,9 +1156,8 @@ def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
         # How often is the one right where the other is wrong?
         if best_run != run.run:
             one, other = int((right > best_right).sum()), int((right < best_right).sum())
-            count, p = len(right), mcnemar_mid_p(one, other)
-            interval = difference_interval(one, other, count)
-            values = best_run, count, one, other, (one - other) / count, *interval, p
+            figures = paired_difference(one, other, len(right))
+            values = best_run, len(right), one, other, *figures
             rows[run.Index] = dict(zip(PAIR, values, strict=True))
     columns = [*PAIR, "not_paired"]
     return DataFrame(list(rows.values()), list(rows), columns, object)  # counts stay whole numbers
@@ -1190,29 +1189,27 @@ def read_evaluation(run: Any, split: str) -> Series:
     return answers["class"] == answers.predicted
 
 
-def mcnemar_mid_p(one: int, other: int) -> float:
-    """Two-sided mid-p of McNemar's test that two models are equally good, where `one` and `other`
-    images are right with the one or the other only.
-
-    M. W. Fagerland, S. Lydersen and P. Laake, "The McNemar test for binary matched-pairs data:
-    mid-p and asymptotic are better than exact conditional" (2013).
-    """
-    from scipy.stats import binom
-
-    fewer, images = min(one, other), one + other
-    return float(2 * binom.cdf(fewer, images, 0.5) - binom.pmf(fewer, images, 0.5))
-
-
-def difference_interval(one: int, other: int, images: int) -> tuple[float, float]:
-    """The 95% interval of the difference of two accuracies on the same `images`, of which `one` and
-    `other` are right with the one or the other model only.
+def paired_difference(one: int, other: int, images: int) -> tuple[float, float, float, float]:
+    """The difference of two accuracies on the same `images`, of which `one` and `other` are right
+    with the one or the other model only; its 95% interval, and the two-sided mid-p of McNemar's
+    test that the models are equally good.
 
     D. G. Bonett and R. M. Price, "Adjusted Wald confidence interval for a difference of binomial
-    proportions based on paired data" (2012).
+    proportions based on paired data" (2012). M. W. Fagerland, S. Lydersen and P. Laake, "The
+    McNemar test for binary matched-pairs data: mid-p and asymptotic are better than exact
+    conditional" (2013).
     """
+    from scipy.stats import binom, norm
+
+    # The interval.
     p, q = (one + 1) / (images + 2), (other + 1) / (images + 2)
-    half = 1.959963984540054 * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
-    return max(-1.0, p - q - half), min(1.0, p - q + half)
+    half = norm.ppf(0.975) * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
+    low, high = max(-1.0, p - q - half), min(1.0, p - q + half)
+
+    # The test.
+    fewer = binom(one + other, 0.5)
+    mid_p = 2 * fewer.cdf(min(one, other)) - fewer.pmf(min(one, other))
+    return (one - other) / images, low, high, float(mid_p)
 
 
 def judge_out_of_fold(group: DataFrame, args: Namespace) -> Gallery:
@@ -1275,9 +1272,9 @@ def classify(args: Namespace) -> dict:
     predictions: list[dict] = []
     starts = range(0, len(files), FILES_AT_A_TIME)
     for start in tqdm(starts, leave=False, disable=args.quiet or None):
-        images = read_images(trained, files[start : start + FILES_AT_A_TIME], unreadable)
-        if images:
-            rows = likeliest_classes(trained, images, top)
+        some = files[start : start + FILES_AT_A_TIME]
+        rows = likeliest_classes(trained, some, top, unreadable)
+        if rows:
             print_predictions(rows, args, heading=not predictions)
             predictions += rows
 
@@ -1292,36 +1289,35 @@ def classify(args: Namespace) -> dict:
     return {"predictions": predictions}
 
 
-def read_images(
-    trained: Trained, files: list[Path], unreadable: Counter
-) -> list[tuple[Path, Tensor]]:
-    """Those of the files that can be read, each with its image, uint8 [C, side, side], with the
-    pixels of training. The others are named on stderr, and `unreadable` counts their endings."""
-    # Decode as many at a time as there are cores.
+def likeliest_classes(
+    trained: Trained, files: list[Path], top: int, unreadable: Counter
+) -> list[dict]:
+    """The `top` likeliest classes of each file, likeliest first. Those that cannot be read are
+    named on stderr, and `unreadable` counts their endings."""
+    # Decode as many at a time as there are cores, to the pixels of training.
     (channels, side, _), resize = trained.config["image_shape"], trained.config.get("resize")
     more = side, channels == 1, resize or "stretch"  # older runs have no way to the square
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         decoded = [pool.submit(common.read_image, file, *more) for file in files]
 
-    # Name those that cannot be read, in their order.
-    images = []
+    # Leave out what cannot be read.
+    readable, pixels = [], []
     for file, image in zip(files, decoded, strict=True):
         try:
-            images.append((file, image.result()))
+            pixels.append(image.result())
+            readable.append(str(file))
         except RunError as error:
             print(f"evaluate.py: error: {error}", file=sys.stderr)
             unreadable[file.suffix.lower() or "without ending"] += 1
-    return images
+    if not readable:
+        return []
 
-
-def likeliest_classes(trained: Trained, images: list[tuple[Path, Tensor]], top: int) -> list[dict]:
-    """The `top` likeliest classes of each file with its image, likeliest first."""
-    files, pixels = zip(*images, strict=True)
+    # Classify the others.
     _, logits = trained.test(trained.as_images(torch.stack(pixels)))
     likeliest, classes = trained.probabilities(logits).topk(top), trained.config["classes"]
     return [
-        {"file": str(file), "class": classes[label], "probability": probability.item()}
-        for file, probabilities, labels in zip(files, *likeliest, strict=True)
+        {"file": file, "class": classes[label], "probability": probability.item()}
+        for file, probabilities, labels in zip(readable, *likeliest, strict=True)
         for probability, label in zip(probabilities, labels, strict=True)
     ]
 
