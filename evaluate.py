@@ -611,9 +611,8 @@ def draw_classes(metrics: dict, title: str) -> Figure:
     axis.axvline(metrics["accuracy"], color="black", linestyle="--", label=everything)
 
     # Names and percentages.
-    rows = zip(classes["name"], classes.accuracy, strict=True)
-    labels = [f"{shorten(name)}  {accuracy:.1%}" for name, accuracy in rows]
-    axis.set_yticks(places, labels, fontsize=8)
+    accuracies = classes.accuracy.map("  {:.1%}".format)
+    axis.set_yticks(places, classes["name"].map(shorten) + accuracies, fontsize=8)
     axis.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1))
     axis.xaxis.set_major_formatter("{x:.0%}")
     axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -637,7 +636,7 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
 
     # Inches for names and numbers. The more classes there are, the smaller are their names.
     names, places = metrics["classes"]["name"].map(shorten), range(len(counts))
-    side = min(2 + 0.25 * len(names), 20)
+    side = min(2 + 0.25 * len(names), 13)
     look = {"labels": names, "fontsize": min(10, 60 * side / len(names))}
     figure = new_figure(3 * side + 7, side + 3, title)
 
@@ -750,7 +749,7 @@ def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
 def draw_activations(found: Evaluation, name: str, layer: nn.Conv2d, index: int) -> Figure:
     """The feature maps of a convolution for the image `index`, before what follows it."""
     # A ReLU in place would otherwise change what was caught.
-    maps: list[Tensor] = []
+    maps = []
     one = found.images.select(torch.tensor([index]))
     with layer.register_forward_hook(lambda *call: maps.append(call[2].clone())):
         found.trained.test(one)
@@ -1269,7 +1268,7 @@ def classify(args: Namespace) -> dict:
         files += common.image_files(path, skipped) if path.is_dir() else [path]
 
     # Read them, some at a time, classify those, and print.
-    predictions: list[dict] = []
+    predictions = []
     starts = range(0, len(files), FILES_AT_A_TIME)
     for start in tqdm(starts, leave=False, disable=args.quiet or None):
         some = files[start : start + FILES_AT_A_TIME]
