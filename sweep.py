@@ -375,7 +375,7 @@ def read_parameters(parameters: Any) -> list[str]:
 
 # The words of `command` that stand for what the sweep does by itself.
 UNDERSTOOD = {"${env}", "${interpreter}", "${program}", "${args}", "${args_no_boolean_flags}"}
-UNDERSTOOD |= {"python", "python3"}
+UNDERSTOOD |= {"${args_no_hyphens}", "python", "python3"}
 
 
 def read_command(command: Any) -> list[str]:

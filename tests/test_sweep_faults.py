@@ -518,7 +518,7 @@ def test_the_words_of_a_command(capsys, monkeypatch):
     monkeypatch.setenv("KIND", "synth")
     Path("sub").mkdir()
     (Path("sub") / "mine.py").write_text(FEW)
-    words = "[uv, run, python, '${program}', '--dataset=${envvar:KIND}etic', '${args_no_boolean_flags}']"
+    words = "[uv, run, python, '${program}', '--dataset=${envvar:KIND}etic', '${args_no_hyphens}', '${args_no_boolean_flags}']"
     text = f"program: mine.py\nmethod: grid\ncommand: {words}\nparameters: {{lr: {{value: 0.1}}}}"
     Path("sub/sweep.yaml").write_text(text)
     sweep.main(["--config", "sub/sweep.yaml", "--dry-run"])
