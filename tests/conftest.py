@@ -34,6 +34,8 @@ def a_place_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "search_directory", None)
     monkeypatch.setattr(common, "images_read", {})
+    for script in (train_mnist, train_cifar):  # a script of a test's own may change it
+        monkeypatch.setattr(script, "synthetic", script.synthetic)
     torch.set_num_threads(1)
 
 

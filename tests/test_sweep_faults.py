@@ -329,7 +329,7 @@ def test_nothing_is_written_to_the_journal_while_another_process_has_its_lock(to
     process = start(*toy[:4], *toy[5:], "--method", "grid", "--param", "k=1")
     until(Path("runs/s/trial-0000/run.json").exists)
     journal = Path("runs/s/study.journal")
-    with records.locked(journal.with_name(".study.lock"), wait=True):
+    with records.locked(journal, wait=True):
         before = journal.read_bytes()
         held.unlink()
         until(Path("runs/s/trial-0000/log.jsonl").exists)
