@@ -173,6 +173,7 @@ def load_trained(directory: Path, args: Namespace) -> Trained:
         precision = "fp32"
         note("fp16 needs a GPU: computed in fp32, the figures may differ from run.json's", args)
     torch.set_num_threads(record["threads"])
+    common.keep_freed_memory(device)
     autocast = common.autocast_to(device, precision)
 
     # Build the model around its weights; older runs have no temperature.
