@@ -120,6 +120,12 @@ def run_name(text: str) -> str:
     return text
 
 
+def new_name(start: str) -> str:
+    """The name of a directory that no other has: `start`, the time in UTC, and random letters."""
+    now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    return f"{start}-{now}-{secrets.token_hex(4)}"
+
+
 def given_path(text: str) -> Path:
     """An argparse `type`: a path as it is given, but not an empty word."""
     if not text:
@@ -393,8 +399,7 @@ def parse_arguments(
             check_resumed(args, before, record)
     except (UsageError, RunError) as error:
         parser.error(str(error))
-    own_name = f"{name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(4)}"
-    args.directory = args.resume or args.runs_dir / (args.run_name or own_name)
+    args.directory = args.resume or args.runs_dir / (args.run_name or new_name(name))
     args.script, args.argv, args.typed = name, argv, {*typed}
 
     # Say what follows from a folder.

@@ -37,8 +37,7 @@ import urllib.error
 import urllib.request
 import warnings
 from argparse import SUPPRESS, Namespace
-from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -146,11 +145,7 @@ def build_parser() -> common.ArgumentParser:
     count, whole, path = common.number(int, 1), common.number(int, 0), common.absolute_path
 
     def flag(usage, kind, text, default=None):
-        name, _, metavar = usage.partition(" ")
-        takes = {"type": kind, "metavar": metavar} if metavar else {"choices": kind}
-        if kind is bool:
-            takes, default = {"action": "store_true"}, False
-        group.add_argument(name, help=text, default=default, **takes)
+        common.add_flag(group, usage, kind, text, default=default)
 
     group = parser.add_argument_group("the search")
     flag("--method", DEFAULT_SEARCH, "grid: all combinations; bayes: Optuna proposes")
@@ -180,6 +175,7 @@ def build_parser() -> common.ArgumentParser:
         "--prune",
         bool,
         "stop bad trials: after a ninth and a third of their epochs the best third goes on",
+        False,
     )
     flag("--eta N", common.number(int, 2), "with --prune: one trial in N goes on", 3)
 
@@ -190,9 +186,9 @@ def build_parser() -> common.ArgumentParser:
     flag("--runs-dir DIR", path, "where the sweep's folder is", records.HERE / "runs")
     flag("--name NAME", common.run_name, "of the sweep; one that exists is continued")
     flag("--resume SWEEP", path, "continue the sweep in this folder, or make its report anew")
-    flag("--retry-failed", bool, "also run the trials again that failed")
-    flag("--dry-run", bool, "print the trials, run none")
-    flag("--quiet", bool, "print only errors")
+    flag("--retry-failed", bool, "also run the trials again that failed", False)
+    flag("--dry-run", bool, "print the trials, run none", False)
+    flag("--quiet", bool, "print only errors", False)
 
     group = parser.add_argument_group("many machines, and Weights & Biases")
     flag("--storage URL", str, "share the search --name: postgresql://user@host/database")
@@ -241,6 +237,7 @@ def parse_arguments(argv: list[str]) -> "Search":
         try:
             config = load_yaml(search.config) if search.config else wandb_config(search)
             more_words, more_flags = read_config(config, search.config)
+            parsed(parser.parse_args, more_words)
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from error
         words, flags = more_words + words, more_flags + flags
@@ -249,6 +246,18 @@ def parse_arguments(argv: list[str]) -> "Search":
     if not search.resume:
         complete(search)
     return search
+
+
+def parsed(parse: Callable, argv: list[str]) -> Namespace:
+    """What a function that parses makes of `argv`. UsageError with its message where it refuses."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return parse(argv)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise UsageError(said.getvalue().strip() or str(end.code)) from end
 
 
 def names_of(words: list[str]) -> list[str]:
@@ -732,29 +741,23 @@ def parse_trial(search: Search, params: dict) -> tuple[Namespace, dict]:
 
     UsageError with the script's own message where it refuses the trial.
     """
-    said = io.StringIO()
     parse = getattr(load_script(search.script), "parse_arguments", lambda argv: Namespace())
     argv = [*search.words(params, 0), "--no-test", "--quiet"]
     argv += ["--runs-dir", str(search.runs_dir), "--run-name", "trial"]
     try:
-        with contextlib.redirect_stderr(said):
-            args = parse(argv)
+        args = parsed(parse, argv)
         args.epochs = int(getattr(args, "epochs", 0))
         return args, params
-    except SystemExit as end:
-        if not end.code:  # --help
+    except UsageError as refusal:
+        # Without a parameter that has no effect beside the others it may be accepted.
+        idle = re.search(r"--([\w-]+) has no effect", str(refusal))
+        name = idle and idle[1].replace("-", "_")
+        if name not in params:
             raise
-        message = said.getvalue().strip() or str(end.code)
+        return parse_trial(search, {key: params[key] for key in params if key != name})
     except Exception as error:  # whatever a script of one's own raises
         text = f"parse_arguments raised {type(error).__name__}: {error}"
         raise UsageError(f"--script {shown(search.script)}: {text}") from error
-
-    # Without a parameter that has no effect beside the others it may be accepted.
-    idle = re.search(r"--([\w-]+) has no effect", message)
-    name = idle and idle[1].replace("-", "_")
-    if name in params:
-        return parse_trial(search, {key: params[key] for key in params if key != name})
-    raise UsageError(message)
 
 
 def check_data(search: Search) -> tuple[str, bytes | None]:
@@ -799,7 +802,11 @@ class JournalLock:
         """Wait for it, and cut off a last line that a kill has torn: Optuna would append to it."""
         self.file = open(self.journal, "rb+")  # noqa: SIM115 (closed by release)
         records.fcntl.flock(self.file, records.fcntl.LOCK_EX)
-        self.file.truncate(self.file.read().rfind(b"\n") + 1)
+        size = self.file.seek(0, os.SEEK_END)
+        self.file.seek(max(0, size - 1))
+        if self.file.read() not in (b"", b"\n"):  # the whole is read only where a line is torn
+            self.file.seek(0)
+            self.file.truncate(self.file.read().rfind(b"\n") + 1)
         return True
 
     def release(self) -> None:
@@ -844,8 +851,7 @@ def without_password(url: str) -> str:
 
 def find_directory(search: Search) -> None:
     """Where the search is kept. UsageError where that folder is not one for it."""
-    own_name = f"sweep-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
-    search.directory = search.resume or search.runs_dir / (search.name or own_name)
+    search.directory = search.resume or search.runs_dir / (search.name or common.new_name("sweep"))
     search.machine = f"{socket.gethostname()}:{search.directory}" if search.storage else ""
     name = shown(search.directory)
     if search.resume and not search.resume.is_dir():
@@ -1547,23 +1553,24 @@ def test_winner(directory: Path, run: str) -> str:
 
 
 # ------------------------ Pictures ------------------------
-def limit_of(losses: Any) -> float:
-    """Where losses are cut off that would flatten all others: three times as far from the lowest,
-    which is the best, as the median is."""
-    return losses.min() + 3 * (losses.median() - losses.min())
+def cut_off(search: Search, losses: Any) -> tuple[Any, str]:
+    """Losses for a picture, and what its title says where some are cut off.
 
-
-def about_limit(search: Search, losses: Any) -> str:
-    """What a picture says where a loss is cut off, else nothing."""
-    limit = limit_of(losses)
+    These would flatten all others: they are more than three times as far from the lowest loss,
+    which is the best, as the median is.
+    """
+    limit = losses.min() + 3 * (losses.median() - losses.min())
     text = as_text(search.sign * limit, search.metric)
-    return f"; worse than {text} is drawn there" if losses.max() > limit else ""
+    note = f"\nwhat is worse than {text} is drawn at {text}" if losses.max() > limit else ""
+    return losses.clip(upper=limit), note
 
 
-def shorten(value: Any) -> Any:
-    """A value with which a word that is too long for an axis is shortened in its middle."""
-    is_long = isinstance(value, str) and len(value) > 14
-    return f"{value[:6]}…{value[-7:]}" if is_long else value
+def as_label(value: Any) -> Any:
+    """A value as it stands at an axis: a long word without its middle, as paths differ at their
+    ends."""
+    if not isinstance(value, str):
+        return value
+    return evaluate.shorten(f"{value[:6]}…{value[-7:]}" if len(value) > 14 else value)
 
 
 def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
@@ -1583,12 +1590,12 @@ def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
     seen, distributions = optuna.create_study(direction=search.goal), search.distributions
     for name, parameter in search.parameters.items():
         if isinstance(distributions[name], CategoricalDistribution):
-            words = dict.fromkeys(map(shorten, parameter.values))
+            words = dict.fromkeys(map(as_label, parameter.values))
             distributions[name] = CategoricalDistribution([*words])
-    losses = board.loss.clip(upper=limit_of(board.loss))
+    losses, note = cut_off(search, board.loss)
     for params, value in zip(board.params, search.sign * losses, strict=True):
         known = {name: distributions[name] for name in params}
-        params = {name: shorten(params[name]) for name in params}
+        params = {name: as_label(params[name]) for name in params}
         seen.add_trial(optuna.create_trial(params=params, distributions=known, value=value))
     drawings = {"slices": optunas.plot_slice, "parallel": optunas.plot_parallel_coordinate}
     if len(board) >= 8:
@@ -1608,8 +1615,7 @@ def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
             if name in ("slices", "parallel"):
                 figure.set_size_inches(4 + 2 * len(search.parameters), 5)
             if name != "importance":
-                title = f"{name}{about_limit(search, board.loss)}"
-                figure.suptitle(title, y=1, va="bottom")
+                figure.suptitle(f"{name}{note}", y=1, va="bottom")
             pictures[name] = evaluate.render(figure)
             pyplot.close()
     return pictures
@@ -1622,8 +1628,7 @@ def draw_curves(search: Search, board: Any) -> Any:
     trials, best = trials_of(search), board.iloc[0]
     reports = {trial.user_attrs["trial"]: trial.intermediate_values for trial in trials}
     losses = search.sign * DataFrame(reports).sort_index()
-    note = about_limit(search, losses.stack())
-    losses = losses.clip(upper=limit_of(losses.stack()))
+    losses, note = cut_off(search, losses.stack())
     lines = lines_of(search, trials)
     finished = {line["trial"] for line in lines if line["status"] == "finished"}
     title = f"all trials; {best.run}, the best, in colour; x: it did not finish{note}"
@@ -1631,7 +1636,7 @@ def draw_curves(search: Search, board: Any) -> Any:
     axis = figure.subplots()
     axis.set(xlabel="epoch", ylabel=search.metric)
     axis.grid(alpha=0.3)
-    for number, curve in (search.sign * losses).items():
+    for number, curve in (search.sign * losses).unstack().items():
         curve = curve.dropna()
         if number == best.trial:
             axis.plot(curve, color=evaluate.ORANGE, linewidth=2.5, zorder=3)
@@ -1652,7 +1657,8 @@ def draw_grid(search: Search, board: Any) -> Any:
     height, width = cells.shape
     figure = evaluate.new_figure(2.5 + width, 2 + 0.7 * height, search.metric)
     axis = figure.subplots()
-    axis.imshow(cells, evaluate.colormap("viridis_r"), aspect="auto", vmax=limit_of(board.loss))
+    worst = cut_off(search, board.loss)[0].max()  # a loss beyond it has its colour
+    axis.imshow(cells, evaluate.colormap("viridis_r"), aspect="auto", vmax=worst)
     axis.set_xticks(range(width), cells.columns, rotation=45)
     axis.set_yticks(range(height), cells.index)
     axis.set(xlabel=across, ylabel=down)

@@ -238,6 +238,19 @@ def pictures(root, counts, level=None):
             Image.new("L", (8, 8), next(levels) % 256).save(Path(root, name, f"{i}.png"))
 
 
+def counting_images():
+    """Code for a script: it writes an x to the file `decoded`, here, for each image that Pillow opens."""
+    return f"""
+from PIL import Image
+opened = Image.open
+def counting(*arguments, **options):
+    with open({str(Path("decoded").absolute())!r}, "a") as file:
+        file.write("x")
+    return opened(*arguments, **options)
+Image.open = counting
+"""
+
+
 def test_a_run_on_a_folder_skips_what_is_no_image_and_names_a_broken_one(capfd):
     pictures("photos", {"red ones": 20, "blåa/deeper": 19})
     Image.new("RGB", (64, 48)).save("photos/blåa/LAST.JPG")

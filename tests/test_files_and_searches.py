@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT, check_same, run
 from forked import Forked
 from PIL import Image
-from test_data import pictures
+from test_data import counting_images, pictures
 from test_files import (
     LITTLE_MEMORY,
     ON_P,
@@ -116,16 +116,8 @@ def test_a_search_larger_than_the_memory_decodes_its_images_once_and_leaves_none
     opened, read_text = Image.open, Path.read_text
     monkeypatch.setattr(Image, "open", opened)  # what the script changes is put back
     monkeypatch.setattr(Path, "read_text", read_text)
-    code = f"""{LITTLE_MEMORY}
-from PIL import Image
-from train_mnist import main, parse_arguments, synthetic
-opened = Image.open
-def counting(*arguments, **options):
-    with open({str(Path("decoded").absolute())!r}, "a") as file:
-        file.write("x")
-    return opened(*arguments, **options)
-Image.open = counting
-"""
+    names = "\nfrom train_mnist import main, parse_arguments, synthetic\n"
+    code = LITTLE_MEMORY + names + counting_images()
     Path("frugal.py").write_text(code)
     result = search(script="frugal.py")
     assert [line["status"] for line in result["trials"]] == ["finished"] * 2

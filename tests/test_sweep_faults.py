@@ -16,7 +16,7 @@ import sweep
 import pytest
 from forked import Forked
 from matplotlib.figure import Figure
-from test_data import pictures
+from test_data import counting_images, pictures
 from test_details import MEMORY_IN_USE
 from test_sweep import (
     BAYES,
@@ -81,17 +81,7 @@ def test_the_data_of_a_search_are_the_same_from_wherever_it_goes_on(tmp_path, mo
 
 def test_a_folder_is_decoded_once_for_all_workers(toy):
     pictures("p", {"a": 20, "b": 20})
-    counting = f"""
-from PIL import Image
-from train_mnist import *
-opened = Image.open
-def counting(*arguments, **options):
-    with open({str(Path("decoded").absolute())!r}, "a") as file:
-        file.write("x")
-    return opened(*arguments, **options)
-Image.open = counting
-"""
-    Path("counting.py").write_text(counting)
+    Path("counting.py").write_text("from train_mnist import *\n" + counting_images())
     tiny = ["--model", "dense", "--l1", "4", "--image-size", "8", "--epochs", "1", "--seed", "1"]
     argv = ["--method", "grid", "--param", "lr=0.1,0.01,0.001", "--jobs", "2", "--quiet"]
     argv += ["--script", "counting.py", "--name", "s", "--runs-dir", "runs", "--", "--dataset", "p"]
@@ -531,6 +521,7 @@ def test_the_words_of_a_command(capsys, monkeypatch):
 
 UNUSUAL = {
     "metric: {name: f1, goal: maximize}": "val_loss, val_acc",
+    "name: a/b": "sweep.yaml: sweep.py: error: argument --name",
     "parameters: {lr: {distribution: log_uniform, min: 0.001, max: 0.3}}": "log_uniform_values",
     "parameters: {lr: {values: [1, 2], probabilities: [0.1, 0.9]}}": "probabilities",
     "parameters: {lr: {distribution: beta, a: 1, b: 2}}": "beta",
