@@ -202,6 +202,7 @@ OPTIONS = {
     "kernel_size": "side of the filters in pixels",
     "norm_momentum": "part of batch norm's statistics that each batch replaces",
     "tutorial_layers": "layers in the order of the tutorials",
+    "always_dropout": "dropout in evaluation too: a mistake of the CIFAR-10 tutorial",
     "momentum": "part of a step that the next step repeats",
     "weight_decay": "shrinking of the weights in each step",
     "aux_lr": "learning rate of all weights but convolution filters",
@@ -1552,9 +1553,20 @@ class Dropout(nn.Dropout):
     ConfigNet's step.
 
     The probability is rounded to 1/65536, and the scale is that of the rounded one.
+
+    With `always` it drops in evaluation too, as in the CIFAR-10 tutorial: the same of each batch of
+    a shape, so that evaluating twice gives the same.
     """
 
+    def __init__(self, p, always=False):
+        super().__init__(p)
+        self.always = always
+
     def forward(self, x):
+        if self.always and not self.training:
+            random = generator_for("dropout in evaluation", *x.shape)
+            kept = torch.rand(x.shape, generator=random).to(x.device) >= self.p
+            return x * kept / (1 - self.p)
         if not self.training or self.p == 0 or x.device.type != "cpu":
             return super().forward(x)
         threshold = min(round(self.p * 65536), 65535)
@@ -1635,6 +1647,7 @@ class ConfigNet(nn.Module):
         d1=0.1,
         kernel_size=3,
         tutorial_layers=False,
+        always_dropout=False,
     ):
         super().__init__()
         self.tutorial_layers = tutorial_layers
@@ -1650,7 +1663,7 @@ class ConfigNet(nn.Module):
         self.batch_norm = nn.BatchNorm1d(features)
         self.fc1 = nn.Linear(features, l1)
         self.fc2 = nn.Linear(l1, classes)
-        self.dropout1, self.dropout2 = Dropout(d1), Dropout(0.5)
+        self.dropout1, self.dropout2 = Dropout(d1, always_dropout), Dropout(0.5, always_dropout)
 
     def forward(self, x):
         x = F.relu(self.conv1(x), inplace=True)

@@ -1373,6 +1373,9 @@ def export(args: Namespace) -> dict:
     trained = load_trained(args.runs[0], args)
     config = trained.config
     model = WithPreprocessing(trained.model, config).eval()
+    for layer in model.modules():
+        if isinstance(layer, common.Dropout):
+            layer.always = False  # an exported net drops nothing
     checked, kind = images_to_check(trained, args)
     images = checked.images.contiguous()
 
