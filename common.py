@@ -1729,6 +1729,14 @@ def batch_norm(channels: int, momentum: float) -> nn.BatchNorm2d:
     return norm
 
 
+class GlobalMaxPool(nn.Module):
+    """The maximum of each channel, [N, C, H, W] to [N, C, 1, 1]. nn.AdaptiveMaxPool2d has the same
+    values and gradients, but on a GPU it adds the gradients up in no fixed order."""
+
+    def forward(self, x):
+        return F.max_pool2d(x, x.shape[2:])
+
+
 class WhitenedNet(nn.Sequential):
     """Whitened patches, then for each of `widths` a pair of convolutions, the first of which halves
     the sides, then a dense layer over the maximum of each channel: so images of any size do."""
@@ -1745,7 +1753,7 @@ class WhitenedNet(nn.Sequential):
             channels = width
         head = nn.Linear(channels, classes, bias=False)
         nn.init.normal_(head.weight, std=1 / channels)
-        super().__init__(*layers, nn.AdaptiveMaxPool2d(1), nn.Flatten(), head)
+        super().__init__(*layers, GlobalMaxPool(), nn.Flatten(), head)
 
     def start_epoch(self, epoch: int, train_set: ImageSet, seed: int) -> None:
         """Take the whitening's filters from 5,000 training images, before the first epoch."""

@@ -1,0 +1,34 @@
+"""--recipe tutorial: the mistakes of the CIFAR-10 tutorial, in training and in evaluation."""
+
+import evaluate
+import train_cifar
+
+import pytest
+from conftest import run
+
+pytestmark = pytest.mark.usefixtures("few_images")
+
+TINY = ["--recipe", "tutorial", "--dataset", "synthetic", "--epochs", 1, "--c1", 4, "--c2", 8]
+TINY += ["--l1", 8, "--quiet"]
+
+
+def test_dropout_stays_on_in_evaluation_and_an_export_has_none(capsys):
+    directory, record, rows = run(train_cifar, *TINY)
+    _, mended, mended_rows = run(train_cifar, *TINY, "--no-always-dropout")
+
+    # The training is the same. What it prints is not, and evaluating again gives it again.
+    assert rows[0]["train_loss"] == mended_rows[0]["train_loss"]
+    assert record["test"]["loss"] != pytest.approx(mended["test"]["loss"], rel=1e-6)
+    for _ in range(2):
+        measured = evaluate.main([str(directory), "--quiet"])
+        assert measured["loss"] == pytest.approx(record["test"]["loss"], rel=1e-6)
+
+    # An export that dropped anything would answer otherwise than the model without it.
+    evaluate.main([str(directory), "--export", "torch.export", "--quiet"])
+    assert (directory / "model.pt2").exists()
+
+
+def test_the_test_set_chooses_the_epoch_and_that_is_said(capsys):
+    _, record, _ = run(train_cifar, *[word for word in TINY if word != "--quiet"])
+    assert record["best"]["val_loss"] == record["test"]["loss"]
+    assert "flattered" in capsys.readouterr().out
