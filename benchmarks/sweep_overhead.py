@@ -1,15 +1,18 @@
 """What does sweep.py add to the training of a trial, and what does it save against a loop of a shell?
 
-    python benchmarks/sweep_overhead.py               # some minutes
-    python benchmarks/sweep_overhead.py --beside DIR  # the sweep.py of another checkout too, as `grid beside`
+    python benchmarks/sweep_overhead.py                            # 1, 16 and 101 trials: minutes
+    python benchmarks/sweep_overhead.py --beside DIR --pairs 5     # and those of another checkout
+    python benchmarks/sweep_overhead.py --ways loop "grid, 2 jobs" --trials 16
 
-The trial is short: `train_mnist.py --model dense` on 2,000 images, one epoch, without the test. `alone` calls the
-script's main() again and again in one process, the data loaded once; `grid` and `bayes` are `sweep.py --jobs 1` over
-the same script. Each prints a line a trial; a trial takes the time from one line to the next, and the median of these
-times tells the overhead. `loop` is one `python train_mnist.py` a trial, whole; it is compared with a whole `sweep.py
---jobs 2`, its report included. All alternate. Results are appended to benchmarks/results/sweep_overhead.jsonl.
+The trial is short: `train_mnist.py --model dense` on 2,000 images, one epoch, without the test.
+`alone` calls the script's main() again and again in one process, the data loaded once; `grid` and
+`bayes` are sweep.py over the same script, with one job; `loop` is `python train_mnist.py` for each
+trial. A trial takes the time from one printed line to the next, the whole from the command to its
+end, with sweep.py's report. All ways alternate. Results are appended to
+benchmarks/results/sweep_overhead.jsonl.
 """
 
+import argparse
 import itertools
 import statistics
 import subprocess
@@ -18,12 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import ROOT, machine, write_result
-
-# isort: split
-import common
+from measuring import ROOT, machine, ratio_of_pairs, write_result
 
 FLAGS = ["--model", "dense", "--epochs", "1", "--limit-train", "2000"]
+SWEEPS = {"grid": ("grid", 1), "bayes": ("bayes", 1), "grid, 2 jobs": ("grid", 2)}
 
 # The same trials in one process that stays, without sweep.py.
 ALONE = f"""
@@ -38,86 +39,87 @@ for number, rate in enumerate(rates):
 """
 
 
-def run(name, trials, jobs, data_dir, root=ROOT):
-    """Run so many trials: the seconds in all, and those of each trial but the first."""
+def commands_of(way: str, trials: int, root: Path, flags: list[str]) -> list[list[str]]:
+    """The command lines of Python that run so many trials."""
     rates = [f"{1e-4 * (1 + number):.4f}" for number in range(trials)]
-    flags = [*FLAGS, "--data-dir", str(data_dir)]
-    runs = ["--runs-dir", "runs"]
-    quiet = ["--no-test", "--quiet", *runs]
-    commands = [["-c", ALONE, ",".join(rates), *flags, *quiet]]
-    if name == "loop":
-        commands = [[str(ROOT / "train_mnist.py"), *flags, *quiet, "--lr", rate] for rate in rates]
-    elif name != "alone":
-        space = "lr=log:1e-4..1e-2" if name == "bayes" else f"lr={','.join(rates)}"
-        search = [
-            "--method",
-            name,
-            "--script",
-            "train_mnist.py",
-            "--param",
-            space,
-            "--jobs",
-            str(jobs),
-        ]
-        search += ["--count", str(trials), "--engine", "local", "--name", "s", *runs]
-        commands = [[str(root / "sweep.py"), *search, "--", *flags]]
+    quiet = ["--no-test", "--quiet", "--runs-dir", "runs"]
+    if way == "alone":
+        return [["-c", ALONE, ",".join(rates), *flags, *quiet]]
+    if way == "loop":
+        return [[str(root / "train_mnist.py"), *flags, *quiet, "--lr", rate] for rate in rates]
+    method, jobs = SWEEPS[way]
+    space = "lr=log:1e-4..1e-2" if method == "bayes" else f"lr={','.join(rates)}"
+    search = f"--method {method} --script train_mnist.py --param {space} --jobs {jobs} --name s"
+    search += f" --count {trials} --engine local --runs-dir runs"
+    return [[str(root / "sweep.py"), *search.split(), "--", *flags]]
+
+
+def run(commands: list[list[str]]) -> tuple[float, list[float]]:
+    """The seconds in all, and those of each trial but the first."""
     began, times = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as here:
         for command in commands:
             process = subprocess.Popen(
                 [sys.executable, *command], cwd=here, stdout=subprocess.PIPE, text=True
             )
-            times += [time.perf_counter() for line in process.stdout if line.startswith("trial")][
-                :trials
-            ]
+            times += [time.perf_counter() for line in process.stdout if line.startswith("trial ")]
             if process.wait():
-                raise SystemExit(f"{name} failed")
+                raise SystemExit(f"failed: {command}")
         seconds = time.perf_counter() - began
     return seconds, [after - before for before, after in itertools.pairwise(times)]
 
 
-def main():
-    parser = common.ArgumentParser(description=__doc__)
-    parser.add_argument("--trials", type=common.number(int, 2), default=16)
-    parser.add_argument(
-        "--pairs", type=common.number(int, 1), default=3, help="measurements of each"
+def compare(name: str, ours: list[float], others: list[float]) -> None:
+    """Print the ratio of two ways, over the pairs, with its 95% interval."""
+    if len(ours) > 1:
+        mean, (low, high) = ratio_of_pairs(ours, others)
+        print(f"    {name}: {mean:.3f} ({low:.3f} to {high:.3f}, n = {len(ours)})")
+
+
+def main() -> int:
+    """Measure all ways in turn, and print a table for each number of trials."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    ways = ["alone", "loop", *SWEEPS]
+    parser.add_argument("--trials", type=int, nargs="+", default=[1, 16, 101])
+    parser.add_argument("--ways", nargs="+", choices=ways, default=["alone", *SWEEPS])
+    parser.add_argument("--pairs", type=int, default=3, help="measurements of each")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
-    parser.add_argument(
-        "--beside", type=Path, metavar="DIR", help="another checkout of this repository"
-    )
+    parser.add_argument("--beside", type=Path, metavar="DIR", help="another checkout")
     args = parser.parse_args()
-    names, where = ["alone", "grid", "bayes", "loop", "sweep"], args.data_dir.resolve()
-    names += ["grid beside", "bayes beside"] if args.beside else []
-    a_trial, in_all = {name: [] for name in names}, {name: [] for name in names}
-    for pair in range(args.pairs):
-        for name in names if pair % 2 == 0 else reversed(names):
-            kind, root = name.split()[0], args.beside.resolve() if "beside" in name else ROOT
-            jobs = 2 if name == "sweep" else 1
-            seconds, times = run(
-                "grid" if name == "sweep" else kind, args.trials, jobs, where, root
-            )
-            in_all[name].append(seconds)
-            a_trial[name] += times
-            print(f"{name}: {seconds:.1f} s for {args.trials} trials", file=sys.stderr)
-    write_result(
-        "sweep_overhead",
-        {"trials": args.trials, "seconds_a_trial": a_trial, "seconds_in_all": in_all},
-    )
-    print(f"{args.trials} trials, {args.pairs} times, {machine()}")
-    print(f"{'':14}{'s a trial':>10}{'overhead':>10}{'s in all':>10}")
-    alone = statistics.median(a_trial["alone"])
-    for name in names:
-        whole = f"{statistics.median(in_all[name]):10.1f}"
-        median = statistics.median(a_trial[name]) if name not in ("loop", "sweep") else None
-        print(
-            f"{name:14}"
-            + (f"{median:10.3f}{median - alone:10.3f}" if median else f"{'':20}")
-            + whole
+    roots = {way: (way, ROOT) for way in args.ways}
+    if args.beside:
+        roots |= {
+            f"{way}, beside": (way, args.beside.resolve()) for way in args.ways if way in SWEEPS
+        }
+    flags = [*FLAGS, "--data-dir", str(args.data_dir.resolve())]
+    print(machine())
+    for trials in args.trials:
+        whole: dict = {name: [] for name in roots}
+        single: dict = {name: [] for name in roots}
+        for pair in range(args.pairs):
+            for name in roots if pair % 2 == 0 else reversed(roots):
+                way, root = roots[name]
+                seconds, times = run(commands_of(way, trials, root, flags))
+                whole[name].append(seconds)
+                single[name] += times
+        write_result(
+            "sweep_overhead",
+            {"trials": trials, "seconds_a_trial": single, "seconds_in_all": whole},
         )
-    ratio = statistics.median(a / b for a, b in zip(in_all["loop"], in_all["sweep"], strict=True))
-    print(f"a shell's loop takes {ratio:.1f} times as long as sweep.py --jobs 2")
+        print(f"{trials} trials, medians of {args.pairs}: seconds in all, and of a trial")
+        for name in roots:
+            text = f"{name:24}{statistics.median(whole[name]):8.1f}"
+            if single[name] and "2 jobs" not in name:
+                text += f"{statistics.median(single[name]):8.3f}"
+            print(text)
+            if f"{name}, beside" in whole:
+                compare("in all, of that beside", whole[name], whole[f"{name}, beside"])
+        if {"grid", "grid, 2 jobs"} <= whole.keys():
+            compare("2 jobs, of 1 job", whole["grid, 2 jobs"], whole["grid"])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
