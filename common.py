@@ -258,7 +258,11 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     )
     flag("--grey", bool, "images of files without their colours")
     flag("--val-size PART", PART, "part of the training images that validates; 0: test set", 0.1)
-    flag("--fold K/N", fold, "validation with the K-th of N parts of all images but the test set")
+    flag(
+        "--fold K/N",
+        fold,
+        "validate with the K-th of N parts of all images; not those of a folder test",
+    )
     flag("--limit-train N", COUNT, "use only N training images")
     flag("--normalize", ("half", "dataset"), "mean and std: 0.5, or the training images'", "half")
 
@@ -273,7 +277,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
 
     group = parser.add_argument_group("augmentation: each image by a random amount of its own")
     for name, (kind, metavar, text, _) in AUGMENTATIONS.items():
-        flag(f"--{name} {metavar}", kind, text, 0)
+        flag(f"{as_flag(name)} {metavar}", kind, text, 0)
     flag("--alternate-flip", bool, "mirrored images: drawn once, then all others in turn", False)
 
     group = parser.add_argument_group("training")
@@ -411,7 +415,7 @@ def parse_arguments(
     return args
 
 
-SAID_OF_A_FOLDER = ("model", "image_size", "epochs", "batch_size", "val_size", "class_weights")
+SAID_OF_A_FOLDER = ("model", "image_size", "epochs", "batch_size", "class_weights")
 
 
 def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
@@ -426,7 +430,7 @@ def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
     recipe = recipes[name]
     if callable(recipe):
         if not of_files:
-            raise UsageError(f"--recipe {name} is for a folder of images, or a CSV file")
+            raise UsageError(f"--recipe {name} is for images of your own: give --dataset PATH")
         recipe = recipe(**census(source, listing))
         if typed.get("model", recipe["model"]) != recipe["model"]:
             recipe |= ANY_MODEL_DEFAULTS
@@ -436,7 +440,7 @@ def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
     if "weights" in typed:
         recipe |= ANY_MODEL_DEFAULTS | (FREEZE_DEFAULTS if typed.get("freeze") else {})
         recipe |= preprocessing_of(typed["weights"], typed.get("model", IMAGENET_MODEL))
-    if typed.get("optimizer") == "muon" != recipe.get("optimizer"):
+    if typed.get("optimizer") == "muon" and recipe.get("optimizer") != "muon":
         recipe |= MUON_DEFAULTS
     return recipe
 
@@ -486,6 +490,7 @@ def why_not_comparable(one: dict, other: dict, figure: str) -> str:
 def refuse_what_has_no_effect(values, typed):
     """UsageError where what is typed changes nothing."""
     source, augmented = values["dataset"], values["augment"]
+    # The flags, where they have an effect, and what to say where they have none.
     rules = [
         ({"image_size", "resize", "grey"}, source not in DATASETS, f"with --dataset {source}"),
         ({"data_dir"}, source in TORCHVISION, f"with --dataset {source}"),
@@ -506,9 +511,7 @@ def refuse_what_has_no_effect(values, typed):
             if not has_effect:
                 raise UsageError(f"{as_flag(name)} has no effect {text}")
     if not values["val_size"] and not values["test"]:
-        raise UsageError(
-            "--val-size 0 chooses the epoch on the test set, which --no-test forbids to read"
-        )
+        raise UsageError("--val-size 0 validates on the test set, which --no-test forbids to read")
 
 
 def check_resumed(args, recorded, record):
@@ -528,7 +531,8 @@ def check_resumed(args, recorded, record):
     if args.epochs != recorded["epochs"] and (args.schedule != "constant" or args.sizes):
         cause = "--sizes" if args.sizes else f"--schedule {args.schedule}"
         raise UsageError(
-            f"--epochs cannot change under {cause}, which is planned for the whole run"
+            f"--epochs cannot change under {cause}, which is planned for the whole run; "
+            f"begin a new run with --epochs {args.epochs}"
         )
 
 
@@ -837,14 +841,14 @@ def say_census(data: Data, args: Namespace) -> None:
     classes, counts = data.train.classes, data.train.labels.bincount()
     rarest, count = counts.argmin(), len(data.train)
     say(
-        f"{args.dataset}: {count:,} training and {len(data.val):,} validation images; "
+        f"{args.dataset}: {count:,} training, {len(data.val):,} validation and "
+        f"{len(data.test or ()):,} test images; "
         f"{len(classes)} classes, the smallest {counts[rarest]:,} ({classes[rarest]})",
         args.quiet,
     )
     if data.val is data.test:
         say(
-            "--val-size 0: the test set chooses the epoch, as in the tutorials; "
-            "its accuracy is flattered",
+            "--val-size 0: the test set validates, as in the tutorials; its figures are flattered",
             args.quiet,
         )
     if args.batch_size >= count:
@@ -1891,7 +1895,7 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     has_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
     if args.optimizer == "muon" and not has_norm:
         raise UsageError(
-            "--optimizer muon is for convolutions with batch norm: --model cnn, fastnet or patchnet"
+            "--optimizer muon is for convolutions with batch norm: --model cnn or fastnet, say"
         )
     return model
 
@@ -2236,7 +2240,7 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, bar) -> Ave
 
     FloatingPointError where the loss is not finite.
     """
-    model.train(not args.freeze)
+    model.train(not args.freeze)  # what is frozen computes as in evaluation
     meter = AverageMeter(args.device)
     autocast = autocast_to(args.device, args.precision)
     bar.set_description(f"epoch {epoch}/{args.epochs}", refresh=False)
@@ -2253,10 +2257,10 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, bar) -> Ave
             logits = model(images)
             losses, weights = criterion(logits, labels)
         loss = (losses * weights).sum() / weights.sum()
-        if args.device == "cpu":  # a GPU would have to be waited for: there the epoch's mean tells
+        if args.device == "cpu":  # a GPU would be waited for: there the epoch's mean is checked
             finite(loss)
 
-        # Backward pass: the gradients.
+        # Backward pass: the gradients. The scaler does something with fp16 only.
         for optimizer in optimizers:
             optimizer.zero_grad()
         scaler.scale(loss).backward()
@@ -2276,7 +2280,8 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, bar) -> Ave
 
 
 def side_in_epoch(args, epoch, side):
-    """The side in pixels of the training images in an epoch; the last one has the last of --sizes.
+    """The side in pixels of the training images in an epoch. With three --sizes and 11 epochs, the
+    first three epochs have the first size, and four epochs each of the others.
 
     An older run has pixels in its record.
     """
@@ -2386,14 +2391,14 @@ class EarlyStopping:
 
     def step(self, val_loss: float, model: nn.Module) -> bool:
         """Take note of an epoch; return whether its weights are kept."""
-        improved = val_loss < self.best_loss or self.keep == "last"
-        if improved:
+        is_kept = val_loss < self.best_loss or self.keep == "last"
+        if is_kept:
             self.best_loss, self.epochs_without_improvement = val_loss, 0
             weights = model.state_dict().items()
             self.best_weights = {name: tensor.clone() for name, tensor in weights}
         else:
             self.epochs_without_improvement += 1
-        return improved
+        return is_kept
 
     @property
     def should_stop(self) -> bool:
@@ -2419,13 +2424,14 @@ def fit(
     on_epoch: Callable[[dict], bool] | None = None,
 ) -> bool:
     """Train `model` until --epochs, --stop-after or early stopping, and leave it with the weights
-    of its best epoch.
+    that are kept.
 
     `on_epoch(row)` is called with each row of log.jsonl and the run's `directory`; True ends the
     run as `pruned`. Returns whether the training has come to its own end, so that the test may
     follow. FloatingPointError.
     """
-    # What a step needs: the net, batches, the loss, the optimisers.
+    # What a step needs: the net, batches, the loss, the optimisers. `net` computes, `learner` has
+    # the weights that are saved; with --freeze, these are parts of `model`.
     torch.set_num_threads(args.threads)
     keep_freed_memory(args.device)
     net = learner = model
@@ -2447,7 +2453,9 @@ def fit(
     state = {"model": learner, "scaler": scaler, "early_stopping": early_stopping}
     state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
     last, done = records.last_epoch(args), run.restore(state)
-    if run.is_prolonged:
+    if done:
+        say(f"goes on after epoch {done}", args.quiet)
+    if run.is_prolonged:  # early stopping ended it; it has a new tolerance
         early_stopping.epochs_without_improvement = 0
     compiled = torch.compile(net, dynamic=False) if args.compile else net
     torch.compiler.config.recompile_limit = 64  # each size of images has code of its own
@@ -2465,7 +2473,8 @@ def fit(
                 break
             epoch_began = time.perf_counter()
 
-            # What an epoch begins with: random numbers of its own, and what the model wants done.
+            # What an epoch begins with: random numbers of its own, and what the model wants done,
+            # unless that came with its weights.
             torch.manual_seed(random_seed(args.seed, "dropout", epoch))
             if hasattr(model, "start_epoch") and not args.weights:
                 model.start_epoch(epoch, data.train, args.seed)
@@ -2486,8 +2495,8 @@ def fit(
             }
 
             # Early stopping looks at the validation loss, and keeps the weights that --keep names.
-            improved = early_stopping.step(row["val_loss"], learner)
-            best = "  best" if improved and args.keep == "best" else ""
+            is_kept = early_stopping.step(row["val_loss"], learner)
+            best = "  best" if is_kept and args.keep == "best" else ""
 
             # Save, log, and say it.
             run.history.append(row)
@@ -2504,12 +2513,11 @@ def fit(
                 run.status = "pruned"
                 return False
 
-    # Take the weights of the best epoch.
+    # Take the weights that are kept.
     learner.load_state_dict(early_stopping.best_weights)
-    run.status = "finished" if len(run.history) == args.epochs else "interrupted"
-    if early_stopping.should_stop:
-        run.status = "stopped_early"
-    if run.status == "interrupted":
+    run.status = "stopped_early" if early_stopping.should_stop else "finished"
+    if run.status == "finished" and len(run.history) < args.epochs:  # by --stop-after
+        run.status = "interrupted"
         return False
 
     # Fit the temperature that makes the probabilities true on the validation images.
@@ -2520,7 +2528,7 @@ def fit(
 
 
 def final_test(args: Namespace, model: nn.Module, test_set: ImageSet, run: records.Run) -> None:
-    """Test the model, with the weights of its best epoch, and put the result into run.json.
+    """Test the model, with the weights that are kept, and put the result into run.json.
 
     With --tta, its accuracy is that of averaged views; that of the plain images stands beside it.
     """

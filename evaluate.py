@@ -226,7 +226,7 @@ def load_images(trained: Trained, split: str, asked: Namespace) -> ImageSet:
         data = common.load_data(args, synthetic, wanted)
     images = getattr(data, split)
     if not images:
-        raise RunError(f"{where} has no {split} images")
+        raise RunError(f"{where} has no {split} images; try --split val")
     data.check(record["data"], place or args.dataset, directory)
     return images.to("cpu")
 
@@ -280,17 +280,14 @@ class Evaluation:
 
 def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     """Compute everything that is shown of a run."""
-    from pandas import crosstab
-
     # What the model answers, image by image.
     meter, logits = trained.test(images)
     answers = answer_table(trained, images, logits)
     confidence, correct = answers.predicted_probability, answers["class"] == answers.predicted
 
-    # The figures. Each number gets a line in the table of results.
+    # The figures. Each float gets a line in the table of results.
     names = images.classes
-    confusion = crosstab(answers["class"], answers.predicted)
-    confusion = confusion.reindex(index=names, columns=names, fill_value=0)
+    confusion = confusion_of(answers, names)
     classes = class_metrics(confusion)
     metrics = {
         "run": trained.record["name"],
@@ -384,6 +381,14 @@ def wilson_interval(correct: int, count: int) -> list[float]:
     return list(map(float, binomtest(correct, count).proportion_ci(method="wilson")))
 
 
+def confusion_of(answers: DataFrame, names: list[str]) -> DataFrame:
+    """How many images there are of each class, a row, that are taken for each, a column."""
+    from pandas import crosstab
+
+    confusion = crosstab(answers["class"], answers.predicted)
+    return confusion.reindex(index=names, columns=names, fill_value=0)
+
+
 def class_metrics(confusion: DataFrame) -> DataFrame:
     """A row for each class, from counts with a row for each actual class, a column for each
     predicted one.
@@ -433,7 +438,7 @@ def find_suspects(answers: DataFrame, images: ImageSet, verdict: str) -> Gallery
     answers = answers.assign(file=[str(file.path) for file in images.files])
     wrong = answers[answers["class"] != answers.predicted]
     suspects = wrong.nsmallest(math.ceil(len(answers) / 10), "probability")
-    title = f"Suspects: {len(suspects):,} images whose class {verdict}"
+    title = f"Suspects: {len(suspects):,} of {len(answers):,} images, whose class {verdict}"
     shown_ones = gallery(title, images, suspects.head(SHOWN_IMAGES), is_suspect=True)
     return shown_ones._replace(answers=suspects)
 
@@ -663,6 +668,7 @@ def draw_gallery(images: Gallery, title: str) -> Figure:
     rows = math.ceil(len(images.captions) / columns) or 1
     figure = new_figure(11.6, 1.9 * rows + 0.9, f"{title}\n{images.title}")
     axis = figure.subplots()  # one for all: forty take seconds
+    axis.set_axis_off()
     are_wrong = images.answers["class"] != images.answers.predicted
     shown_ones = zip(images.pixels, images.captions, are_wrong, strict=False)
     for place, (pixels, words, is_wrong) in enumerate(shown_ones):
@@ -708,6 +714,7 @@ def draw_calibration(metrics: dict, title: str) -> Figure:
     below.bar(bins.low, bins["images"], **look)
     below.set(xlabel="confidence: probability of the predicted class", ylabel="images")
     below.set(yscale="log", ylim=(0.5, None))
+    below.minorticks_off()
     below.yaxis.set_major_formatter("{x:,.0f}")
     below.xaxis.set_major_formatter("{x:.0%}")
     return figure
@@ -736,7 +743,7 @@ def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
         about = "a row a filter, a column a channel"
     elif args.channel is None and channels == 3:
         tiles = weight / (2 * extreme) + 0.5
-        about = f"as colours: grey is 0, full brightness {extreme:.2g}"
+        about = f"as colours: black is {-extreme:.2g}, grey 0, white {extreme:.2g}"
 
     # The picture, in which a tile has half an inch, or what there is room for.
     inches = max(0.04 * width, min(0.55, 20 / columns))
@@ -956,7 +963,7 @@ def remarks_on(trained: Trained, args: Namespace, figures: dict) -> list[str]:
     if record["status"] not in ENDED:
         remarks.append(f"{where}: {record['status']} after {record['epochs']} epochs")
     if record["data"]["selection"] == "test set":
-        remarks.append("the test set chose the epoch (--val-size 0), which flatters its accuracy")
+        remarks.append("the test set validated (--val-size 0), which flatters its figures")
     if "filters" not in figures:
         remarks.append("no convolution, so no filters.png")
     for split in {"test", "val", "train"} - {args.split}:
@@ -983,8 +990,8 @@ COMPARED = {
     "best.val_loss": "val_loss",
     "best.val_acc": "val_acc",
     "test.acc": "test_acc",
-    "args.tta": "averaged_views",
-    "data.selection": "selection",
+    "args.tta": "test-time_augmentation",
+    "data.selection": "validated_on",
     "seconds": "seconds",
     "status": "status",
     "script": "script",
@@ -1024,6 +1031,7 @@ def compare(args: Namespace) -> DataFrame:
     paired = runs.dropna(subset="pair_with")
     tables = {
         "Runs": for_people(runs.loc[:, :"status"]),
+        "Where they differ": different_flags(runs),
         f"Image by image, {args.split} images": for_people(paired[["run", *PAIR]]),
     }
     for name, table in means.items():
@@ -1037,17 +1045,21 @@ def compare(args: Namespace) -> DataFrame:
         for reason, names in runs.groupby(column).run:
             text = ", ".join(names) if len(names) <= 5 else f"{len(names)} runs"
             remarks.append(f"{what}, as {reason}: {text}")
-    if len(paired) > 1:
-        remarks.append("of twenty pairs of equally good models one has a mid-p below 0.05")
+    if len(paired):
+        remarks.append("a mid-p below 0.05: one in twenty pairs of equally good models has it")
 
-    # Of the first folds that are complete, find what may have a wrong label.
+    # Of the first folds that are complete, how each class does, and what may have a wrong label.
     galleries = {}
     for _, group in runs.groupby("fold_runs"):
         parts = int(group.fold.iloc[0].split("/")[1])
         if len(group) < parts:
             remarks.append(f"{len(group)} of {parts} folds: with all, wrong labels are looked for")
         elif group.record.iloc[0]["data"]["files"] and not galleries:
-            galleries["suspects"] = judge_out_of_fold(group, args)
+            answers, images = judge_out_of_fold(group, args)
+            confusion = confusion_of(answers, images.classes)
+            tables["Classes, over all folds"] = for_people(class_metrics(confusion)[CLASS])
+            verdict = "a run that was not trained on them finds unlikely"
+            galleries["suspects"] = find_suspects(answers, images, verdict)
 
     # Draw, and write.
     content = {"title": f"{len(runs)} runs", "remarks": remarks, "tables": tables}
@@ -1082,6 +1094,17 @@ def measure_runs(args: Namespace) -> DataFrame:
     )
     runs["plain_test_acc"] = runs.plain_test_acc.fillna(runs.test_acc)
     return runs.fillna({"fold": ""}).astype({"best_epoch": "Int64"})
+
+
+def different_flags(runs: DataFrame) -> DataFrame:
+    """The flags that are not the same in all runs; empty where there are none."""
+    from pandas import DataFrame
+
+    table = DataFrame(list(map(common.recorded_arguments, runs.record)), dtype=object).astype(str)
+    names = [name for name in table if table[name].nunique() > 1 and name not in ELSEWHERE]
+    flags = table[names].rename(columns=common.as_flag)
+    flags.insert(0, "run", list(runs.run))
+    return flags if names else DataFrame()
 
 
 def configuration(record: dict) -> str:
@@ -1212,9 +1235,9 @@ def paired_difference(one: int, other: int, images: int) -> tuple[float, float, 
     return (one - other) / images, low, high, float(mid_p)
 
 
-def judge_out_of_fold(group: DataFrame, args: Namespace) -> Gallery:
-    """The suspects among all images of a folder, each judged by the one run of all folds that was
-    not trained on it."""
+def judge_out_of_fold(group: DataFrame, args: Namespace) -> tuple[DataFrame, ImageSet]:
+    """What the folds answer for all images of a folder, each by the run that was not trained on it,
+    and these images."""
     from pandas import concat
 
     # Each run answers for the images that validated it.
@@ -1228,8 +1251,7 @@ def judge_out_of_fold(group: DataFrame, args: Namespace) -> Gallery:
     # Put the folds together.
     whole = trained.as_images(torch.cat([part.images for part in parts]))
     whole.files = [file for part in parts for file in part.files]
-    verdict = "a run that was not trained on them finds unlikely"
-    return find_suspects(concat(answers, ignore_index=True), whole, verdict)
+    return concat(answers, ignore_index=True), whole
 
 
 def draw_comparison(runs: DataFrame) -> Figure:

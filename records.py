@@ -273,7 +273,8 @@ def already_done(args: Namespace) -> dict | None:
 def asks_for_more(args, record):
     """Whether a run that was stopped early is to go on: with more epochs, or more patience."""
     before = record["args"]
-    return args.epochs > before["epochs"] or not 0 < args.tolerance <= before["tolerance"]
+    has_patience = args.tolerance == 0 or args.tolerance > before["tolerance"]
+    return has_patience or args.epochs > before["epochs"]
 
 
 def last_epoch(args):
@@ -356,8 +357,10 @@ class Run:
                 quiet,
             )
         if test:
-            plain = f" (plain images: {test['plain_acc']:.2%})" if "plain_acc" in test else ""
-            say(f"test loss {test['loss']:.4f}, accuracy {test['acc']:.2%}{plain}", quiet)
+            images = f"{self.record['data']['test']:,} images"
+            plain = f", {test['plain_acc']:.2%} without --tta" if "plain_acc" in test else ""
+            accuracy = f"{test['acc']:.2%} of {images}{plain}"
+            say(f"test loss {test['loss']:.4f}, accuracy {accuracy}", quiet)
         say(f"{self.record['status'].replace('_', ' ')}: {shown(self.directory)}", quiet)
 
 

@@ -424,7 +424,7 @@ class Parameter(NamedTuple):
     entry: dict  # as W&B has it
     distribution: Any  # as Optuna has it
     values: Sequence  # all its values, in order; none where they are not to be counted
-    ends: list  # the bounds of a range, or all words: what a script refuses lies there
+    ends: list  # the bounds of a range, or all words: to be tried before the first trial
 
     def tidy(self, drawn: Any) -> Any:
         """The nearest value to one that was drawn; of six digits, which can be read and copied."""
@@ -582,7 +582,8 @@ class Search(Namespace):
         return parse_trial(self, params)[1] if self.has_idle else params
 
     def trial(self, number: int, params: dict) -> FrozenTrial:
-        """A trial that is to wait in the study."""
+        """A trial that is to wait in the study. Its place in the search is its attribute `trial`;
+        Optuna's own numbers count twins too. The attribute `params` has only what has an effect."""
         return optuna.create_trial(
             state=TrialState.WAITING,
             params=params,
@@ -965,7 +966,7 @@ def run_trials(search: Search, lines: list[dict]) -> str | None:
     bar = tqdm(total=search.total, bar_format=form, leave=False, disable=hidden)
     try:
         with bar, records.interruptible():
-            while codes != {0} and not is_over(search, lines):
+            while codes != {0} and not is_over(search, lines):  # 0: found nothing more to do
                 # Have as many at work as there are trials left.
                 start_workers(search, context, workers, search.total - len(lines))
                 alive = [each.sentinel for each in workers.values() if each.exitcode is None]
@@ -1094,8 +1095,12 @@ def counted(number: int, what: str) -> str:
 
 
 # ------------------------ A worker ------------------------
-# It may die anywhere, and cleans nothing up: its claim on a trial is a lock that dies with it, and
-# the script has saved the epochs of the trial. Whoever takes the trial next goes on there.
+# The way of a trial: `take` makes it, with the parameters that `propose` gives, or finds one that
+# was left, and calls `claim`. `run` has the script train it (`train`) and keeps its line in the
+# study. `write_lines` writes the lines of all trials.
+#
+# A worker may die anywhere, and cleans nothing up: its claim on a trial is a lock that dies with
+# it, and the script has saved the epochs of the trial. Whoever takes the trial next goes on there.
 ENDED = ("finished", "stopped_early", "diverged", "pruned")
 
 
@@ -1150,7 +1155,7 @@ def take(search: Search) -> FrozenTrial | None:
                 if claim(search, trial):
                     return trial
 
-            # Make a new one, unless as many are held as run at once, by processes about to die.
+            # Make a new one; but not while --jobs trials are claimed, by processes about to die.
             here = [trial for trial in left if machine_of(trial) == search.machine]
             if missing > 0 and len(here) < search.jobs:
                 search.study.add_trial(search.trial(len(trials), propose(search, trials)))
@@ -1224,7 +1229,7 @@ def claim(search: Search, trial: FrozenTrial) -> bool:
         records.fcntl.lockf(search.claims, at_once, 1, trial.user_attrs["trial"])
     except OSError:
         return False
-    if search.storage:  # without a heartbeat it would never be stale
+    if search.storage:  # first of all: a trial that runs and has no heartbeat is never given away
         storage.record_heartbeat(trial_id)
     if waits and not storage.set_trial_state_values(trial_id, TrialState.RUNNING):
         return False  # another machine was quicker
@@ -1240,7 +1245,7 @@ def run(search: Search, trial: FrozenTrial) -> None:
     number, starts = trial.user_attrs["trial"], trial.user_attrs["starts"]
     directory = search.directory / f"trial-{number:04}"
     try:
-        if starts.count(starts[-1]) > 2:
+        if starts.count(starts[-1]) > 2:  # the third time on this machine, at this epoch
             raise RunError("its process died twice, and came no further")
         with get_heartbeat_thread(trial_id, storage):
             record = train(search, trial, directory)
@@ -1291,6 +1296,8 @@ def train(search: Search, trial: FrozenTrial, directory: Path) -> dict:
     """The record of a run, begun or continued. What the script raises, RunError, KeyboardInterrupt
     where it was told to stop."""
 
+    number, reported = trial.user_attrs["trial"], trial.last_step or 0
+
     def on_epoch(row):
         # What was reported before was judged before; but for the last, as a kill may come between.
         epoch = int(row["epoch"])
@@ -1300,8 +1307,7 @@ def train(search: Search, trial: FrozenTrial, directory: Path) -> dict:
         search.study._storage.set_trial_intermediate_value(trial._trial_id, epoch, value)
         return not search.sweep_id and prunes(search, trials_of(search), number, epoch)
 
-    # It may have ended before its end was written down.
-    number, reported = trial.user_attrs["trial"], trial.last_step or 0
+    # It may have ended already, before that was written into the study.
     record, rows = read_record(directory), []
     with contextlib.suppress(RunError):
         return checked(record, search.metric)
@@ -1635,6 +1641,7 @@ def draw_curves(search: Search, board: Any) -> Any:
     figure = evaluate.new_figure(8, 4.5, title)
     axis = figure.subplots()
     axis.set(xlabel="epoch", ylabel=search.metric)
+    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
     axis.grid(alpha=0.3)
     for number, curve in (search.sign * losses).unstack().items():
         curve = curve.dropna()

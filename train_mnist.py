@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None, on_epoch: Callable[[dict], bool] | None 
     data = common.load_data(args, synthetic)
     model = common.new_model(args, data.train)
 
-    # Train, with validation after each epoch. Then test, once, with the weights of the best epoch.
+    # Train, with validation after each epoch. Then test, once, with the weights that are kept.
     with records.open_run(args, model, data) as run:
         came_to_its_end = common.fit(args, model, data, run, on_epoch)
         if came_to_its_end and data.test:

@@ -75,8 +75,8 @@ CHANGES = {
     return images.masked_fill(inside, 0)
 ''',
         '    "shift": (number(int, 0), "PIXELS", "move by up to so many along each axis", shift),\n',
-        '    "cutout": (number(int, 0), "PIXELS", "black square of so many pixels", cut_out),\n',
-        {"cutout": 8},
+        '    "cut_out": (number(int, 0), "PIXELS", "black square of so many pixels", cut_out),\n',
+        {"cut_out": 8},
     ),
 }
 PROGRAM = """
