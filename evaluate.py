@@ -1100,7 +1100,8 @@ def different_flags(runs: DataFrame) -> DataFrame:
     """The flags that are not the same in all runs; empty where there are none."""
     from pandas import DataFrame
 
-    table = DataFrame(list(map(common.recorded_arguments, runs.record)), dtype=object).astype(str)
+    settings = map(common.recorded_arguments, runs.record)
+    table = DataFrame(settings, dtype=object).fillna("-").map(str)
     names = [name for name in table if table[name].nunique() > 1 and name not in ELSEWHERE]
     flags = table[names].rename(columns=common.as_flag)
     flags.insert(0, "run", list(runs.run))
