@@ -978,7 +978,7 @@ def remarks_on(trained: Trained, args: Namespace, figures: dict) -> list[str]:
 ENDED = ("finished", "stopped_early")
 # What two runs may differ in, and still be equal but for the seed and the fold.
 ELSEWHERE = {"seed", "fold", "threads", "device", "run_name", "runs_dir", "data_dir", "wandb"}
-ELSEWHERE |= {"wandb_project"}
+ELSEWHERE |= {"wandb_project", "mean", "std"}
 # What is compared: its place in run.json, and its name. The table of runs ends with the status.
 COMPARED = {
     "run": "run",
