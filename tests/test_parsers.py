@@ -1,11 +1,9 @@
 """Hypothesis on whatever reads text: flags, the files of a run, search spaces and configurations."""
 
-import argparse
 import contextlib
 import io
 import json
 import re
-import string
 from pathlib import Path
 
 import records
@@ -19,42 +17,39 @@ pytest.importorskip("hypothesis", reason="hypothesis is not installed (requireme
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-words = st.sampled_from(
-    ["synthetic", "fast", "cnn", "cpu", "1", "0", "0.5", "-1", "20,24", ".", "--"]
-)
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-trees = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner)
-)
 pytestmark = pytest.mark.developers
 quietly = settings(
     max_examples=200,
     deadline=None,
     derandomize=True,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=list(HealthCheck),
+)
+WORDS = ["synthetic", "fast", "cnn", "cpu", "1", "0", "0.5", "-1", "20,24", ".", "--"]
+KEYS = ["parameters", "method", "metric", "run_cap", "early_terminate", "command", "program"]
+KINDS = ["constant", "categorical", "int_uniform", "uniform", "log_uniform", "q_uniform", "beta"]
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
+keys = st.sampled_from(KEYS) | st.text(max_size=8)
+trees = st.recursive(
+    scalars | st.sampled_from(["grid", "bayes", "any.py"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=4),
 )
 
 
 def flags():
     with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
         train_cifar.main(["--help"])
-    return sorted(set(re.findall(r"--[a-z0-9-]+", text.getvalue())))
+    return sorted({*re.findall("--[a-z0-9-]+", text.getvalue())})
 
 
 @quietly
 @example(["--data-dir", "~no-such-user/data"])
-@given(
-    st.lists(
-        st.sampled_from(flags()) | words | st.text(max_size=6) | st.integers().map(str), max_size=5
-    )
-)
+@given(st.lists(st.sampled_from(flags() + WORDS) | st.text(max_size=6), max_size=5))
 def test_any_command_line_is_understood_or_refused_in_one_line(capsys, argv):
     try:
-        assert isinstance(train_cifar.parse_arguments(argv), argparse.Namespace)
+        train_cifar.parse_arguments(argv)
     except SystemExit as error:
-        assert error.code in (0, 2) and (
-            error.code == 0 or len(capsys.readouterr().err.splitlines()) == 1
-        )
+        lines = capsys.readouterr().err.splitlines()
+        assert (error.code, len(lines)) in ((0, 0), (2, 1))
 
 
 @quietly
@@ -70,71 +65,30 @@ def test_any_bytes_in_the_files_of_a_run_are_refused_by_name(tmp_path, content):
         assert isinstance(records.read_log(tmp_path), list)
 
 
-numbers = st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, allow_infinity=False, width=32)
-kinds = st.sampled_from(
-    [
-        *("constant", "categorical", "int_uniform", "uniform", "log_uniform"),
-        *("log_uniform_values", "q_uniform", "q_log_uniform_values", "beta"),
-    ]
-)
+numbers = st.integers(-(10**6), 10**6) | st.floats(allow_nan=False, width=32)
 entries = st.fixed_dictionaries(
-    {},
+    {"distribution": st.sampled_from(KINDS)},
     optional={
         "min": numbers,
         "max": numbers,
         "q": numbers,
-        "distribution": kinds,
         "value": scalars,
         "values": st.lists(scalars, max_size=4),
     },
 )
-configs = st.fixed_dictionaries(
-    {
-        "parameters": st.dictionaries(
-            st.text(string.ascii_letters, min_size=1), entries | trees, max_size=2
-        )
-        | trees
-    },
-    optional={
-        "method": st.sampled_from(["grid", "bayes", "random"]) | scalars,
-        "metric": trees,
-        "run_cap": scalars,
-        "early_terminate": trees,
-        "name": scalars,
-        "command": trees,
-        "program": st.just("any.py") | scalars,
-    },
-)
-as_yaml = (configs | trees).map(yaml.safe_dump) | st.text(
-    "-:[]{}!&*#|>?%@`\"',. \n0123456789abeinotux_", max_size=60
-)
+configs = trees | entries.map(lambda entry: {"parameters": {"x": entry}})
+as_yaml = configs.map(yaml.safe_dump) | st.text("-:[]{}!&*#|>?%@`\"',. \n019abe", max_size=60)
 parameters = st.text(max_size=30) | st.from_regex(
     r"[a-z]+=(int:|log:)?[-+.0-9e,]+(\.\.)?[-+.0-9e]*", fullmatch=True
 )
 
 
-@settings(
-    max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
-@given(as_yaml.map(str.encode) | st.binary(max_size=200), parameters, kinds, entries)
-def test_whatever_is_written_is_understood_or_refused_in_one_line(content, parameter, kind, entry):
+@quietly
+@given(as_yaml.map(str.encode) | st.binary(max_size=200), parameters)
+def test_whatever_is_written_is_understood_or_refused_in_one_line(content, parameter):
     Path("any.py").write_text("def main(argv): ...")
     Path("sweep.yaml").write_bytes(content)
-    Path("entry.json").write_text(
-        json.dumps({"parameters": {"x": {**entry, "distribution": kind}}})
-    )
-    for argv in (["--config", "sweep.yaml"], [f"--param={parameter}"], ["--config", "entry.json"]):
+    search = ["--method", "random", "--script", "any.py", "--count", "2", "--dry-run", "--quiet"]
+    for argv in (["--config", "sweep.yaml"], [f"--param={parameter}"]):
         with contextlib.suppress(records.UsageError):
-            sweep.main(
-                [
-                    "--method",
-                    "random",
-                    "--script",
-                    "any.py",
-                    "--count",
-                    "2",
-                    "--dry-run",
-                    "--quiet",
-                    *argv,
-                ]
-            )
+            sweep.main([*search, *argv])
