@@ -6,6 +6,7 @@ import train_cifar
 
 import pytest
 from conftest import EVERYTHING_ON, check_same, run
+from test_data import pictures
 from test_files import exits_with_one_line
 from torch.nn.modules.module import register_module_forward_hook
 
@@ -62,22 +63,17 @@ def test_what_a_run_cannot_go_on_with_is_refused_in_a_line(tmp_path, capsys):
         assert f"run.json is damaged: it has no {name}" in line
 
 
-def test_the_sizes_of_training_images_are_parts_of_their_side(monkeypatch):
-    def larger(train):
-        drawn = train_cifar.synthetic_shapes(100, int(train))
-        pixels = drawn.images.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        return common.ImageSet(pixels, drawn.labels, drawn.classes)
-
+def test_the_sizes_of_training_images_are_parts_of_their_side():
     def see(net, inputs, _):
         if type(net) is common.MODELS["fastnet"] and inputs[0].device.type != "meta":
             sides.append((net.training, inputs[0].shape[-1]))
 
     sides = []
-    monkeypatch.setattr(train_cifar, "synthetic", larger)
+    pictures("p", {"a": 30, "b": 30})
     handle = register_module_forward_hook(see)
-    run(train_cifar, *FAST)
+    run(train_cifar, *FAST, "--epochs", 4, "--dataset", "p", "--image-size", 64)
     handle.remove()
-    assert [side for training, side in sides if training] == [40, 48, 64]
+    assert [side for training, side in sides if training] == [40, 48, 64, 64]
     assert {side for training, side in sides if not training} == {64}
 
 
