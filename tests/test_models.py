@@ -1,6 +1,5 @@
 """Models, dropout, Muon, schedules: against torch's own, and by definition."""
 
-import itertools
 from pathlib import Path
 
 import common
@@ -17,7 +16,8 @@ from torch.optim import lr_scheduler
 def build(shape, *argv, classes=10):
     """The net of a training script, for images of this shape [C, H, W]."""
     args = train_cifar.parse_arguments([str(argument) for argument in argv])
-    images, names = torch.zeros(2, *shape, dtype=torch.uint8), list(map(str, range(classes)))
+    images = torch.zeros(2, *shape, dtype=torch.uint8)
+    names = list(map(str, range(classes)))
     return common.new_model(args, common.ImageSet(images, torch.zeros(2), names))
 
 
@@ -42,7 +42,8 @@ def test_parameter_counts_are_the_tutorials_and_weights_follow_from_the_seed():
         nets = [build(shape, *argv, seed).parameters() for seed in (1, 1, 2)]
         one, same, other = (torch.cat([p.flatten() for p in net]) for net in nets)
         assert len(one) == count
-        assert torch.equal(one, same) and not torch.equal(one, other)
+        assert torch.equal(one, same)
+        assert not torch.equal(one, other)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -62,13 +63,15 @@ def test_images_and_batches_that_a_model_does_not_take_are_refused():
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_dropout_drops_its_share_keeps_the_expectation_and_repeats_with_the_seed(memory_format):
-    layer, x = common.Dropout(0.3).train(), torch.ones(64, 16, 20, 20, requires_grad=True)
+    layer = build((3, 32, 32), "--d1", 0.3).dropout1.train()
+    x = torch.ones(64, 16, 20, 20, requires_grad=True)
     outputs = []
     for seed in (0, 1, 0):
         torch.manual_seed(seed)
         outputs.append(layer(x.contiguous(memory_format=memory_format)))
     y, other, same = outputs
-    assert torch.equal(y, same) and not torch.equal(y, other)
+    assert torch.equal(y, same)
+    assert not torch.equal(y, other)
     assert y.mean().item() == pytest.approx(1, abs=0.005)
     for dimension in range(4):  # no image, channel, row or column is favoured
         shares = (y == 0).float().transpose(0, dimension).flatten(1).mean(1)
@@ -88,41 +91,32 @@ def test_whitened_patches_are_uncorrelated():
     assert torch.allclose(outputs @ outputs.T / outputs.shape[1], torch.eye(12), atol=0.01)
     flat = torch.ones(10, 3, 16, 16)  # patches that do not vary at all but in their mean
     layer.learn(flat)
-    assert layer(flat).abs().max() < 1.01 and layer.weight.isfinite().all()
+    assert layer(flat).abs().max() < 1.01
+    assert layer.weight.isfinite().all()
 
 
-def test_the_whitenings_bias_is_learnt_for_three_epochs_and_muon_learns_filters_and_adamw_the_rest(
-    few_images,
-):
+def test_the_whitening_is_fixed_and_its_bias_is_learnt_for_three_epochs(few_images):
     def look(row):
-        saved.append(records.load_checkpoint(Path(row["directory"], "last.pt")))
+        state = records.load_checkpoint(Path(row["directory"], "last.pt"))["model"]
+        for name in changes:
+            changes[name].append(state[name].norm().item())
 
-    saved, argv = [], ["--recipe", "fast", "--dataset", "synthetic", "--epochs", 5, "--quiet"]
-    argv += ["--batch-size", 50, "--sizes", 0.5, "--c1", 8, "--c2", 16, "--c3", 16]
+    changes = {"0.weight": [], "0.bias": [], "2.weight": []}
+    argv = ["--recipe", "fast", "--dataset", "synthetic", "--epochs", 5, "--sizes", 0.5, "--quiet"]
+    argv += ["--batch-size", 50, "--c1", 8, "--c2", 16, "--c3", 16]
     run(train_cifar, *argv, on_epoch=look)
-    for name, expected in (
-        ("0.weight", [False] * 4),
-        ("0.bias", [True, True, False, False]),
-        ("2.weight", [True] * 4),
-    ):
-        tensors = [state["model"][name] for state in saved]
-        assert [not torch.equal(*pair) for pair in itertools.pairwise(tensors)] == expected
-    muon, adamw = (saved[0][f"optimizer_{index}"]["state"].values() for index in (0, 1))
-    assert [state["momentum"].ndim for state in muon] == [4] * 6
-    assert sorted(state["exp_avg"].ndim for state in adamw) == [1] * 7 + [2]
+    assert [len({*norms}) for norms in changes.values()] == [1, 3, 5]
 
 
 @pytest.mark.parametrize("shape", [(8, 4, 5, 1), (20, 2, 2, 2), (5, 5, 1, 1)])
-def test_muons_steps_are_orthogonal_nesterov_momentum_and_continue_from_its_state(shape):
+def test_muons_steps_are_orthogonal_nesterov_momentum(shape):
     random = torch.Generator().manual_seed(0)
     p = nn.Parameter(torch.randn(shape, generator=random))
-    optimizer, momentum = common.Muon([p], lr=0.1, momentum=0.6), 0
-    for step in range(4):
-        if step == 2:
-            state = optimizer.state_dict()
-            optimizer = common.Muon([p], lr=0.5, momentum=0.1)
-            optimizer.load_state_dict(state)
-        before, p.grad = p.detach().clone(), torch.randn(shape, generator=random)
+    optimizer = common.Muon([p], lr=0.1, momentum=0.6)
+    momentum = 0
+    for _ in range(3):
+        before = p.detach().clone()
+        p.grad = torch.randn(shape, generator=random)
         optimizer.step()
         momentum = 0.6 * momentum + p.grad
         held = before * len(p) ** 0.5 / before.norm()  # the norm is held at its number's root
@@ -131,7 +125,8 @@ def test_muons_steps_are_orthogonal_nesterov_momentum_and_continue_from_its_stat
         inner = u.T @ moved @ v.T
         values = inner.diagonal()
         assert torch.allclose(inner, values.diag(), atol=1e-4)
-        assert (values[s > s[0] / 10] > 0.5).all() and values.max() < 1.3
+        assert (values[s > s[0] / 10] > 0.5).all()
+        assert values.max() < 1.3
 
 
 def test_schedules_equal_torchs():
