@@ -1,5 +1,6 @@
 """The recipe for images of files: what it chooses for which folder."""
 
+import shutil
 from pathlib import Path
 
 import train_cifar
@@ -13,33 +14,30 @@ from test_files import exits_with_one_line
 
 def chosen(counts, *argv, side=64):
     """The arguments for a folder with so many images in each class."""
+    shutil.rmtree("p", ignore_errors=True)
     for name, count in counts.items():
-        for index in range(count):
-            path = Path("p", name, f"{index}.png")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if index:
-                path.symlink_to("0.png")
-            else:
-                Image.new("RGB", (side + 5, side)).save(path)
+        path = Path("p", name)
+        path.mkdir(parents=True)
+        Image.new("RGB", (side + 5, side)).save(path / "0.png")
+        for index in range(1, count):
+            (path / f"{index}.png").symlink_to("0.png")
     return train_cifar.parse_arguments(["--dataset", "p", *map(str, argv)])
 
 
 def test_large_photos_are_64_pixels_and_small_ones_32():
-    args = chosen({"a": 10, "b": 10}, side=48)
-    assert (args.recipe, args.model, args.image_size) == ("photos", "photonet", 64)
-    Path("p").rename("large")
-    args = chosen({"a": 10, "b": 10}, side=47)
-    assert (args.recipe, args.model, args.image_size) == ("photos", "fastnet", 32)
+    for side, expected in ((48, ("photos", "photonet", 64)), (47, ("photos", "fastnet", 32))):
+        args = chosen({"a": 10, "b": 10}, side=side)
+        assert (args.recipe, args.model, args.image_size) == expected
 
 
-@pytest.mark.parametrize(
-    ("images", "epochs", "batch_size"), [(30, 60, 8), (600, 25, 30), (2000, 14, 100)]
-)
-def test_few_images_are_seen_more_often_in_smaller_batches(images, epochs, batch_size):
-    args = chosen({"a": images // 2, "b": images // 2})
-    assert (args.epochs, args.batch_size) == (epochs, batch_size)
-    assert args.val_size == 0.1 and args.rotation == 15
-    assert args.keep == "last" and args.norm_momentum < 0.1
+@pytest.mark.parametrize("images, epochs, batch", [(30, 60, 8), (600, 25, 30), (2000, 14, 100)])
+def test_few_images_are_seen_more_often_in_smaller_batches(images, epochs, batch):
+    args = chosen({"train/a": images // 2, "train/b": images // 2, "test/a": 9, "test/b": 9})
+    assert (args.epochs, args.batch_size) == (epochs, batch)
+    assert args.val_size == 0.1
+    assert args.rotation == 15
+    assert args.keep == "last"
+    assert args.norm_momentum < 0.1
 
 
 def test_of_many_images_a_thousand_validate_and_changes_are_smaller():
@@ -49,40 +47,31 @@ def test_of_many_images_a_thousand_validate_and_changes_are_smaller():
     assert "keep" not in recipe
 
 
-def test_a_rare_class_counts_as_much_as_the_others():
+def test_a_rare_class_counts_as_much_as_the_others_and_what_is_chosen_is_said(capsys):
     assert chosen({"a": 40, "b": 14}).class_weights is None
-    Path("p").rename("even")
-    assert chosen({"a": 40, "b": 13}).class_weights == "margin"
+    capsys.readouterr()
+    assert chosen({"a": 40, "b": 13}, "--epochs", 7).class_weights == "margin"
+    line = "--model photonet --image-size 64 --epochs 7 --batch-size 8 --val-size 0.1"
+    expected = f"--recipe photos for this folder: {line} --class-weights margin\n"
+    assert capsys.readouterr().out == expected
 
 
-def test_what_is_typed_is_taken_and_another_model_has_an_optimiser_for_any():
-    args = chosen({"a": 40, "b": 3}, "--epochs", 3, "--label-smoothing", 0.3, "--lr", 0.05)
-    assert (args.epochs, args.label_smoothing, args.lr) == (3, 0.3, 0.05)
-    argv = ["--dataset", "p", "--model", "confignet"]
-    args = train_cifar.parse_arguments(argv)
+def test_what_is_typed_is_taken_and_another_model_has_an_optimiser_for_any(capsys):
+    args = chosen({"a": 40, "b": 3}, "--label-smoothing", 0.3, "--lr", 0.05)
+    assert (args.label_smoothing, args.lr) == (0.3, 0.05)
+    args = chosen({"a": 9, "b": 9}, "--model", "confignet")
     assert (args.optimizer, args.lr, args.schedule, args.sizes) == ("adamw", 0.001, "cosine", None)
-    args = train_cifar.parse_arguments([*argv, "--recipe", "default"])
+    args = chosen({"a": 9, "b": 9}, "--recipe", "default")
     assert (args.optimizer, args.batch_size, args.image_size) == ("adam", 512, 32)
-
-
-def test_the_recipe_for_images_of_files_needs_some(capsys):
     line = exits_with_one_line(capsys, "--recipe", "photos", main=train_cifar.main)
     assert "--recipe photos is for a folder of images, or a CSV file" in line
 
 
-def test_what_is_chosen_is_said(capsys):
-    chosen({"a": 40, "b": 3}, "--epochs", 7)
-    out, _ = capsys.readouterr()
-    line = "--model photonet --image-size 64 --epochs 7 --batch-size 8 --val-size 0.1"
-    assert f"--recipe photos for this folder: {line} --class-weights margin\n" in out
-
-
 def test_a_folder_alone_is_enough_and_the_choice_is_in_the_record_and_kept():
-    pictures("p", {"a": 30, "b": 6}, level=None)
+    pictures("p", {"a": 30, "b": 6})
     directory, record, _ = run(train_cifar, "--dataset", "p", "--quiet", "--stop-after", 1)
     args = record["args"]
-    assert (args["recipe"], args["model"], args["epochs"]) == ("photos", "fastnet", 60)
-    assert args["class_weights"] == "margin"
+    assert (args["recipe"], args["epochs"]) == ("photos", 60)
     pictures("p", {"c": 30})  # what has come since changes nothing
     argv = ["--resume", directory, "--quiet", "--stop-after", 2]
     assert run(train_cifar, *argv)[1]["args"] == args
