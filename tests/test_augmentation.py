@@ -27,7 +27,8 @@ def epoch(images, number=1, seed=0, batch_size=4, alternate_flip=False, **amount
 
 @pytest.mark.parametrize("size", [(32, 32), (24, 40)])
 def test_equals_torchvision_image_by_image(size):
-    images, random = torch.rand(100, 3, *size), torch.Generator().manual_seed(1)
+    images = torch.rand(100, 3, *size)
+    random = torch.Generator().manual_seed(1)
     ours = augment(images, rotation=20, brightness=0.2, hue=0.1, flip=0.3)
     drawn = torch.stack([torch.rand(100, generator=random) for _ in range(4)], 1)
     for image, result, numbers in zip(images, ours, drawn.tolist(), strict=True):
@@ -50,17 +51,20 @@ def test_grey_images_have_no_hue_to_turn():
 def test_order_and_augmentation_follow_from_seed_and_epoch_alone_and_every_image_has_its_own():
     images = torch.rand(1, 3, 32, 32).expand(8, -1, -1, -1)
     changes = {"rotation": 20, "brightness": 0.2, "hue": 0.1, "flip": 0.5}
-    seen, orders = set(), {(*range(8),)}
+    seen = set()
+    orders = {(*range(8),)}
     for number, seed in ((1, 0), (2, 0), (1, 1), (1, 0)):
         pixels, places = epoch(images, number, seed, **changes)
         seen |= {image.tobytes() for image in pixels.numpy()}
         assert sorted(places.tolist()) == [*range(8)]
         orders.add(tuple(places.tolist()))
-    assert len(seen) == 24 and len(orders) == 4
+    assert len(seen) == 24
+    assert len(orders) == 4
 
 
 def test_shifts_move_each_image_by_its_own_pixels_and_mirror_the_border():
-    images, places = torch.rand(300, 3, 8, 8), list(itertools.product(range(5), repeat=2))
+    images = torch.rand(300, 3, 8, 8)
+    places = list(itertools.product(range(5), repeat=2))
     seen = set()
     for image, result in zip(images, augment(images, shift=2), strict=True):
         padded = reference.pad(image, 2, padding_mode="reflect")
@@ -71,9 +75,11 @@ def test_shifts_move_each_image_by_its_own_pixels_and_mirror_the_border():
 
 
 def test_alternating_flips_are_drawn_once_and_inverted_every_epoch():
-    rows, flipped = torch.arange(32.0).expand(200, 3, 32, 32) / 255, []
+    rows = torch.arange(32.0).expand(200, 3, 32, 32) / 255
+    flipped = []
     for number in (1, 2, 3):
         pixels, places = epoch(rows, number, alternate_flip=True, flip=0.5)
         flipped.append((pixels[:, 0, 0, 0] > 0)[places.argsort()])
-    assert torch.equal(flipped[0], flipped[2]) and torch.equal(flipped[0], ~flipped[1])
+    assert torch.equal(flipped[0], flipped[2])
+    assert torch.equal(flipped[0], ~flipped[1])
     assert 70 < flipped[0].sum() < 130
