@@ -58,8 +58,10 @@ def test_bad_arguments_are_one_line_and_status_2(script, capsys, tmp_path, monke
         with pytest.raises(SystemExit, match="2"):
             script.main(argv.split())
         out, error = capsys.readouterr()
-        assert error.startswith(f"{script.__name__}.py: error: ") and expected in error
-        assert error.count("\n") == 1 and not out
+        assert error.startswith(f"{script.__name__}.py: error: ")
+        assert expected in error
+        assert error.count("\n") == 1
+        assert not out
     assert not list(tmp_path.iterdir()), "nothing is made"
 
 
@@ -73,18 +75,19 @@ def test_what_only_the_disk_tells_is_one_line_and_status_2_too():
 
 @both_scripts
 def test_help_shows_the_defaults_of_the_recipe(script, capsys):
-    for recipe, model in (("default", script.RECIPES["default"]["model"]), ("fast", "net")):
+    for recipe, model in (("default", "c[a-z]+"), ("fast", "[a-z]+net")):
         with pytest.raises(SystemExit, match="0"):
             script.main(["--recipe", recipe, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert re.search(rf"classifier of torchvision \(\w*{model}\)", text)
+        assert re.search(rf"classifier of torchvision \({model}\)", text)
         assert "(None)" not in text
 
 
 def test_a_run_without_a_terminal_prints_a_line_per_epoch_and_last_the_directory(few_images, capfd):
     directory = Path(train_mnist.main([*SYNTHETIC, "--epochs", "2"])["directory"])
     out, error = capfd.readouterr()
-    assert error == "" and "\r" not in out
+    assert error == ""
+    assert "\r" not in out
     assert f"{read_run(directory)[0]['test']['acc']:.2%}" in out
     assert len(re.findall(r"^epoch +\d/2 ", out, re.MULTILINE)) == 2
     assert out.splitlines()[-1] == f"finished: runs/{directory.name}"
@@ -112,7 +115,8 @@ def test_ctrl_c_during_the_import_of_torch_ends_it_without_a_word(tmp_path):
 def test_a_signal_while_loading_is_one_line(number):
     before = f"train_mnist.synthetic = lambda train: signal.raise_signal({number})"
     status, error = Forked("train_mnist", *SYNTHETIC, before=before).finish()
-    assert status == 128 + number and not Path("runs").exists()
+    assert status == 128 + number
+    assert not Path("runs").exists()
     assert re.fullmatch(r"train_mnist\.py: error: interrupted.*\n", error)
 
 
@@ -133,13 +137,18 @@ def test_a_copy_of_a_script_runs_from_anywhere_with_nothing_but_torch_and_resume
         assert any(line.startswith("epoch") for line in process.stdout)
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=300)
-    assert process.returncode == 130 and error.count("\n") == 1
+    assert process.returncode == 130
+    assert error.count("\n") == 1
     (directory,) = (place / "runs").glob("train_digits-*")
     record, rows = read_run(directory)
-    assert record["status"] == "interrupted" and rows
+    assert record["status"] == "interrupted"
+    assert rows
     python, *hint = shlex.split(error.split("go on with: ")[1])
     with started(*hint, "--epochs", str(len(rows) + 1), **options) as process:
-        assert process.communicate(timeout=300)[1] == "" and python == "python"
+        assert process.communicate(timeout=300)[1] == ""
+        assert python == "python"
     record, more = read_run(directory)
-    assert record["status"] == "finished" and record["test"]
-    assert len(more) == len(rows) + 1 and more[:-1] == rows
+    assert record["status"] == "finished"
+    assert record["test"]
+    assert len(more) == len(rows) + 1
+    assert more[:-1] == rows

@@ -154,7 +154,6 @@ def test_data_csv_has_each_file_with_its_class_part_and_checksum(folder):
         directory, record, _ = train(*flags)
         rows = rows_of(directory)
         assert all(row["sha256"] == sha256(f"p/{row['file']}") for row in rows)
-        assert Counter(row["class"] for row in rows) == {"a": 20, "b": 20}
         assert all(row["class"] == row["file"][0] for row in rows)
         parts = Counter(parts_of(directory).values())
         assert parts == Counter(train=36 - val - unused, val=val, test=4, unused=unused)
@@ -167,11 +166,13 @@ def test_a_run_keeps_to_the_files_that_it_has_written_down_before_its_first_step
         seen.append(sha256("runs/r/data.csv"))
         raise KeyboardInterrupt("SIGINT")
 
-    seen, argv = [], ["--limit-train", 20]
+    seen = []
+    argv = ["--limit-train", 20]
     whole, *_ = train(*argv)
     with at_each_step(stop):
         directory, record, rows = train(*argv, "--run-name", "r")
-    assert record["status"] == "interrupted" and rows == []
+    assert record["status"] == "interrupted"
+    assert rows == []
     assert seen == [record["data"]["files_checksum"]]
     before = evaluated(whole)
     pictures("p", {"a/new": 30, "b/new": 30})
@@ -182,7 +183,8 @@ def test_a_run_keeps_to_the_files_that_it_has_written_down_before_its_first_step
     for path in Path("p").rglob("*.png"):
         if path.relative_to("p").as_posix() not in files_of(whole, "test"):
             path.unlink()
-    assert evaluated(whole) == before and before[0]["images"] == 4
+    assert evaluated(whole) == before
+    assert before[0]["images"] == 4
 
 
 def test_the_disk_may_be_full_when_data_csv_is_written(folder, monkeypatch):
@@ -201,15 +203,18 @@ def test_the_test_images_follow_from_the_files_alone_and_a_new_one_changes_one_a
     pictures("p", {"a": 24, "b": 3, "c": 2})
     runs = [train("--seed", seed)[0] for seed in range(3)]
     test, *others = (files_of(directory, "test") for directory in runs)
-    assert others == [test] * 2 and sorted(file[0] for file in test) == ["a", "a", "b"]
+    assert others == [test] * 2
+    assert sorted(file[0] for file in test) == ["a", "a", "b"]
     assert len({frozenset(files_of(directory, "val")) for directory in runs}) == 3
     for name in ("a/0new", "a/5new", "b/0new", "c/0new", "c/1new"):
         picture(f"p/{name}.png", 7)
-        before, test = test, files_of(train()[0], "test")
-        assert len(test - before) <= 1 and len(before - test) <= 1
+        before = test
+        test = files_of(train()[0], "test")
+        assert len(test - before) <= 1
+        assert len(before - test) <= 1
 
 
-def test_files_that_have_changed_or_gone_are_named(folder, capsys):
+def test_files_that_have_changed_or_gone_are_named(folder, capsys, monkeypatch):
     directory, *_ = train("--epochs", 2, "--stop-after", 1, "--run-name", "r")
     for part in PARTS:
         path = Path("p", min(files_of(directory, part)))
@@ -236,6 +241,7 @@ def test_files_that_have_changed_or_gone_are_named(folder, capsys):
         assert f"runs/r/data.csv {damage}" in line
         assert f"data.csv {damage}" in fails_with_one_line(directory, main=evaluate.main)
     path.write_text(content)
+    monkeypatch.chdir("p")  # a run names the same folder from wherever it is continued
     assert resume(directory)[1]["status"] == "finished"
 
 
@@ -326,15 +332,18 @@ def test_what_is_wrong_in_a_csv_file_is_told_in_one_line(folder):
 
 # ------------------------ Folds ------------------------
 def test_the_folds_follow_from_the_files_alone_and_are_apart_with_each_class_in_each():
-    counts, folds = {"a": 10, "b": 11, "c": 4}, []
+    counts = {"a": 10, "b": 11, "c": 4}
+    folds = []
     pictures("p", counts)
     files = [[f"{name}/{i}.png", name] for name in "cba" for i in range(counts[name])]
     write_csv("p/list.csv", [["file", "class"], *files])
     for fold in ("1/3", "2/3", "3/3"):
         directory, record, _ = train("--fold", fold)
         other, *_ = train("--fold", fold, "--dataset", "p/list.csv", "--seed", 7)
-        assert parts_of(directory) == parts_of(other) and len(parts_of(other)) == 25
-        assert record["test"] is None and not files_of(directory, "test")
+        assert parts_of(directory) == parts_of(other)
+        assert len(parts_of(other)) == 25
+        assert record["test"] is None
+        assert not files_of(directory, "test")
         folds += files_of(directory, "val")
         found = Counter(file[0] for file in files_of(directory, "val"))
         assert all(abs(found[name] - counts[name] / 3) < 1 for name in counts)
@@ -347,16 +356,19 @@ def test_a_fold_does_not_read_the_test_images(divided):
         path.write_text("this is not read")
     shutil.rmtree("p/val")
     directory, record, _ = train("--fold", "2/4")
-    assert record["test"] is None and record["data"]["val"] == 5
+    assert record["test"] is None
+    assert record["data"]["val"] == 5
     assert len(parts_of(directory)) == 20
 
 
 def test_the_folds_of_a_dataset_with_a_name_are_apart_and_together_all_images(few_images):
-    argv, images = [train_mnist, "--dataset", "synthetic", "--fold"], set()
+    argv = [train_mnist, "--dataset", "synthetic", "--fold"]
+    images = set()
     for fold in ("1/3", "2/3", "3/3"):
         _, val = load(*argv, fold, part="both")
         _, same = load(*argv, fold, "--seed", 7, part="both")
-        assert len(val) == 100 and val.checksum == same.checksum
+        assert len(val) == 100
+        assert val.checksum == same.checksum
         images |= {image.tobytes() for image in val.images.numpy()}
     assert len(images) == 300
 
@@ -407,6 +419,7 @@ def test_parts_and_classes_that_do_not_fit_are_refused_and_named(divided, capsys
     for flag, value in (("--val-size", 0.2), ("--fold", "1/3")):
         line = fails_on_p(flag, value, kind=records.UsageError)
         assert f"{flag} has no effect" in line
+    assert "only 20" in fails_on_p("--limit-train", 21)
     for part in ("val", "test"):
         Path("p", part, "a").rename(f"p/{part}/zebra")
         assert f"{part} has classes that train has not: zebra" in fails_on_p()
@@ -446,7 +459,8 @@ def test_files_of_each_ending_are_read_and_others_counted(capsys):
 
 
 def test_each_way_to_the_square_is_pillows_own_and_predict_goes_it_too():
-    photo, square = Image.new("RGB", (48, 16)), ((8, 8), Image.Resampling.BILINEAR)
+    photo = Image.new("RGB", (48, 16))
+    square = ((8, 8), Image.Resampling.BILINEAR)
     photo.paste((250, 40, 90), (0, 2, 12, 16))
     pictures("p", {"a": 5, "b": 5})
     for path in Path("p").glob("*/*"):
@@ -498,20 +512,14 @@ def test_a_flag_that_cannot_be_met_or_has_no_effect_is_refused_in_one_line(folde
 
 
 def test_an_amount_of_augmentation_switches_it_on(folder):
-    for flags, augment, rotation in (
-        (["--rotation", "45"], True, 45),
-        (["--shift", "1"], True, 10),
-        ([], False, 10),
-    ):
-        args = train_mnist.parse_arguments(["--dataset", "p", *flags])
-        assert (args.augment, args.rotation) == (augment, rotation)
+    for flags, *expected in (("--rotation 45", True, 45), ("--shift 1", True, 10), ("", False, 10)):
+        args = train_mnist.parse_arguments(["--dataset", "p", *flags.split()])
+        assert [args.augment, args.rotation] == expected
 
 
 def test_a_tilde_is_the_home_directory(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
-    write_csv("p/list.csv", labelled())
-    for argv in (["--dataset", "~/p"], ["--dataset=~/p/list.csv"]):
-        directory, *_ = train(*argv)
+    directory, *_ = train("--dataset=~/p")
     assert evaluated(directory, "--data-dir", "~/p")[0]["images"] == 4
 
 
@@ -535,19 +543,6 @@ def left_of_pixels(root="runs"):
     return list(Path(root).rglob(".pixels-*"))
 
 
-def test_a_folder_larger_than_the_memory_is_decoded_into_a_file(folder, monkeypatch, capsys):
-    argv = ["--dataset", "p", *TINY, "--epochs", 2, "--run-name"]
-    whole, *_ = run(train_mnist, *argv, "whole")
-    assert "fit the memory" not in capsys.readouterr().out
-    little_memory(monkeypatch)
-    directory, *_ = run(train_mnist, *argv, "r", "--stop-after", 1)
-    assert "do not fit the memory: they lie in runs/r" in capsys.readouterr().out
-    resume(directory)
-    check_same(whole, directory)
-    assert evaluated(directory)[1] == evaluated(whole)[1]
-    assert not left_of_pixels()
-
-
 KILLED = """
 from PIL import Image
 opened, count = Image.open, itertools.count()
@@ -559,13 +554,22 @@ Image.open = open_or_die
 """
 
 
-def test_a_run_that_is_killed_while_it_decodes_leaves_no_pixels_on_the_disk(folder):
-    argv = ["train_mnist", *ON_P, "--runs-dir", "runs", "--run-name", "r"]
-    done = Forked(*argv, before=LITTLE_MEMORY + KILLED).finish()
-    assert done[0] == -signal.SIGKILL and not left_of_pixels()
-    assert Forked(*argv, before=LITTLE_MEMORY).finish() == (0, "")
+def test_a_folder_larger_than_the_memory_is_decoded_into_a_file_that_a_kill_does_not_leave(
+    folder, monkeypatch, capsys
+):
+    argv = ["--dataset", "p", *TINY, "--epochs", 2, "--runs-dir", "runs", "--run-name"]
+    whole, *_ = run(train_mnist, *argv, "whole")
+    assert "fit the memory" not in capsys.readouterr().out
+    killed = Forked("train_mnist", *argv, "r", before=LITTLE_MEMORY + KILLED)
+    assert killed.finish()[0] == -signal.SIGKILL
     assert not left_of_pixels()
-    check_same(train()[0], Path("runs/r"))
+    little_memory(monkeypatch)
+    directory, *_ = run(train_mnist, *argv, "r", "--stop-after", 1)
+    assert "do not fit the memory: they lie in runs/r" in capsys.readouterr().out
+    resume(directory)
+    check_same(whole, directory)
+    assert evaluated(directory)[1] == evaluated(whole)[1]
+    assert not left_of_pixels()
 
 
 def test_directories_of_data_that_cannot_be_written_are_enough(folder, mnist_dir):
