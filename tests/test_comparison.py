@@ -80,6 +80,8 @@ def test_each_split_has_a_directory_of_its_own_in_which_files_are_replaced_whole
     assert metrics["accuracy"] == record["best"]["val_acc"]
     assert torch.get_num_threads() == 2
     file = run / "val" / "metrics.json"
+    # It says of what the others are: so it comes last.
+    assert file.stat().st_mtime_ns == max(path.stat().st_mtime_ns for path in file.parent.iterdir())
     os.link(file, "reader")
     evaluated(run, "--split", "val", "--tta", "mirror", "--quiet")
     assert json.loads(Path("reader").read_text()) == metrics != records.read_json(file)
