@@ -1,11 +1,14 @@
 """A training script in a process forked from one that has imported torch: dozens of them start in seconds."""
 
+import contextlib
 import ctypes
 import functools
 import importlib
 import io
 import itertools
 import multiprocessing
+import multiprocessing.forkserver
+import multiprocessing.util
 import os
 import resource  # noqa: F401 for `before`
 import signal
@@ -32,6 +35,15 @@ def few_shapes(train):
     return train_cifar.synthetic_shapes(300 if train else 60, int(train))
 
 
+def start_server():
+    """Start the process that others are forked from, also the workers of sweeps: their context."""
+    context = multiprocessing.get_context("forkserver")
+    names = "forked pytest torch._dynamo undrawn sweep pandas scipy.stats optuna._gp.optim_mixed"
+    context.set_forkserver_preload(names.split())
+    multiprocessing.forkserver.ensure_running()
+    return context
+
+
 class Forked:
     """`script.py` with the arguments `argv` and such few images, in the current directory.
 
@@ -40,11 +52,9 @@ class Forked:
     """
 
     def __init__(self, script, *argv, before="", each_epoch="", out="out", err="err"):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["forked", "pytest", "torch._dynamo", "undrawn"])
         self.err = Path(err)
         call = script, [str(argument) for argument in argv], before, each_epoch, out, err
-        self.process = context.Process(target=as_a_program, args=call)
+        self.process = start_server().Process(target=as_a_program, args=call)
         self.process.start()
 
     def finish(self):
@@ -56,6 +66,7 @@ class Forked:
 
 def as_a_program(script, argv, before, each_epoch, out, err):
     torch.set_num_threads(1)
+    multiprocessing.util.spawnv_passfds = fork
     train_mnist.synthetic, train_cifar.synthetic = few_digits, few_shapes
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -71,6 +82,20 @@ def as_a_program(script, argv, before, each_epoch, out, err):
     if script != "sweep":
         main = functools.partial(main, on_epoch=lambda row: exec(each_epoch, globals()))
     sys.exit(common.command_line(main))
+
+
+def fork(path, arguments, descriptors):
+    """Fork the server of a sweep's workers: as a new Python it would import torch for seconds."""
+    pid = os.fork()
+    if pid:
+        return pid
+    for descriptor in {*range(3, 1000)}.difference(descriptors):
+        with contextlib.suppress(OSError):
+            os.close(descriptor)
+    try:
+        exec(arguments[-1])
+    finally:
+        os._exit(0)
 
 
 def signals_at(moments):
