@@ -990,7 +990,7 @@ COMPARED = {
     "best.val_loss": "val_loss",
     "best.val_acc": "val_acc",
     "test.acc": "test_acc",
-    "args.tta": "test-time_augmentation",
+    "args.tta": "test_time_augmentation",
     "data.selection": "validated_on",
     "seconds": "seconds",
     "status": "status",

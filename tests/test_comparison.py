@@ -207,10 +207,12 @@ def test_the_runs_of_each_dataset_are_ranked(copy, trained, monkeypatch):
     assert "differ in --label-smoothing, so they are ranked by validation accuracy" in shown.out
     # Accuracies of averaged views are told from plain ones.
     found = [
-        (row["test_acc"], row["plain_test_acc"], row["averaged_views"]) for row in rows.values()
+        (row["test_acc"], row["plain_test_acc"], row["test_time_augmentation"])
+        for row in rows.values()
     ]
     assert found[:2] == [(0.9, 0.8, "mirror"), (0.85, 0.85, None)]
-    table = page_of(Path("out/compare.html")).tables[0]
+    table, different, *_ = page_of(Path("out/compare.html")).tables
+    assert "--label-smoothing" in different[0] and "--epochs" not in different[0]
     assert [row[0] for row in table[1:]] == [f"runs/{name}" for name in ranks]
     assert "76.54%" in table[3] and "failed" in table[6]
     lines = [[*line.get_ydata()] for line in shown.axes["compare"][0].lines]
@@ -328,8 +330,10 @@ def test_folds_give_a_mean_and_the_suspects_among_all_images(capsys, monkeypatch
     names = [Path(row["file"]).name for row in suspects]
     assert {*names[:3]} == {"wrong3.png", "wrong4.png", "wrong5.png"} and len(names) <= 4
     assert all(Path(row["file"]).is_file() for row in suspects)
-    captions = page_of(Path("runs/compare.html")).captions
-    assert [text.splitlines()[-1] for text in captions[: len(names)]] == names
+    page = page_of(Path("runs/compare.html"))
+    assert [text.splitlines()[-1] for text in page.captions[: len(names)]] == names
+    counts = {name: str(len([*Path("p", name).iterdir()])) for name in ("dark", "light")}
+    assert {row[0]: row[1] for row in page.tables[-1][1:]} == counts
 
     # Each is ranked with its like. Where folds are missing, no images are read.
     monkeypatch.setattr(common, "load_data", None)

@@ -251,8 +251,8 @@ def test_a_perfect_dense_net_has_no_mistakes_no_filters_and_no_temperature(undra
     directory = on_photos(*DENSE, "--epochs", 40, "--lr", 0.01, "--val-size", 0)
     metrics, out = evaluate.main([str(directory)]), capsys.readouterr().out
     assert metrics["accuracy"] == metrics["macro_f1"] == metrics["temperature"] == 1
-    assert "no convolution" in out and "the test set chose the epoch" in out
-    assert "temperature" not in out and "Suspects: 0 images" in out
+    assert "no convolution" in out and "the test set validated" in out
+    assert "temperature" not in out and "Suspects: 0 of" in out
     assert rows_of(directory / "suspects.csv") == []
 
 

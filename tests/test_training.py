@@ -344,7 +344,7 @@ def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_
     # The validation is the test, which is told.
     argv = [*DENSE[:-1], "--lr", 0.03, "--val-size", 0, "--epochs", 40, "--tolerance", 3]
     whole, record, rows = run(train_mnist, *argv)
-    assert "the test set chooses the epoch" in capsys.readouterr().out
+    assert "the test set validates" in capsys.readouterr().out
     found = [record["data"][name] for name in ("selection", "train", "val", "test")]
     assert found == ["test set", 300, 60, 60]
     losses = [row["val_loss"] for row in rows]
