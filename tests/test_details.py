@@ -1,4 +1,4 @@
-"""Details that a change could lose without another test noticing: each test here fails where one of them is lost."""
+"""Details that a change could lose without another test noticing."""
 
 import ctypes
 import itertools
@@ -157,7 +157,7 @@ def memory_in_use():
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="it asks glibc 2.33")
 def test_memory_does_not_grow_from_epoch_to_epoch():
-    """Of the memory, what is in use: glibc keeps what is freed. A leak of 70 kB an epoch is noticed."""
+    """What is in use: glibc keeps what is freed. A leak of 70 kB an epoch is noticed."""
     look = "print(memory_in_use(), sys.getallocatedblocks(), flush=True)"
     argv = ["train_cifar", *EVERYTHING_ON, "--tolerance", 0, "--epochs", 20, "--runs-dir", "runs"]
     assert Forked(*argv, before=MEMORY_IN_USE, each_epoch=look).finish() == (0, "")

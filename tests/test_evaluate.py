@@ -1,5 +1,5 @@
-"""What evaluate.py measures, draws, predicts and exports, by its command line and its files, against
-figures worked out here from best.pt. Pictures are looked at as they are saved."""
+"""What evaluate.py measures, draws, predicts and exports, by its command line and its files,
+against figures worked out here from best.pt. Pictures are looked at as they are saved."""
 
 import base64
 import contextlib
@@ -122,7 +122,7 @@ def loaded(directory, images):
 
 @pytest.fixture(scope="module")
 def answers(runs):
-    """Of the test images of `digits`: what is predicted how surely, and the forty surest mistakes."""
+    """Of the test of `digits`: what is predicted how surely, and the forty surest mistakes."""
     images, labels = digits(False).images, digits(False).labels
     logits = logits_of(runs / "digits", images)
     confidence, predicted = logits.softmax(1).max(1)

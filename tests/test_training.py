@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("few_images")
 
 DENSE = ["--dataset", "synthetic", "--model", "dense", "--schedule", "constant", "--quiet"]
 RECORD = (
-    "format name script argv args status error started ended seconds seed device precision threads versions host git "
-    "data parameters frozen epochs best test"
+    "format name script argv args status error started ended seconds seed device precision "
+    "threads versions host git data parameters frozen epochs best test"
 )
 ROW = "epoch train_loss train_acc val_loss val_acc lr seconds images_per_second"
 
@@ -74,7 +74,7 @@ def interrupt():
 
 @pytest.fixture
 def batches(monkeypatch):
-    """The batches as nets and F.cross_entropy see them: [the net as it was then, images, logits, labels]."""
+    """What nets and F.cross_entropy see: [the net as it was then, images, logits, labels]."""
 
     def forward(net, inputs, logits):
         if type(net) in common.MODELS.values() and logits.device.type != "meta":
@@ -210,7 +210,7 @@ def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, m
         weights, margins = torch.ones(10), shares.log()  # the head start of common classes
 
     def mean(batches):
-        """Images count by the weights of their classes. (torch weighs the smoothing by them too.)"""
+        """Images count by the weights of their classes; torch weighs the smoothing by them, too."""
         logits, labels = (torch.cat([batch[column] for batch in batches]) for column in (2, 3))
         losses = F.cross_entropy(logits + margins, labels, label_smoothing=0.1, reduction="none")
         mean = (losses * weights[labels]).sum() / weights[labels].sum()
