@@ -69,21 +69,24 @@ def test_after_a_run_ends_as_an_undisturbed_one(whole, disturbances):
     ended = 0
     for signals in disturbances:
         done = Forked(*start_or_go_on(), before=f"signals_at({signals})").finish()
-        state, number = check_files(), next(iter(signals.values()))
+        state = check_files()
+        number = next(iter(signals.values()))
         if done[0] == 0:  # the run was finished before that moment
             check_same(whole, R)
             shutil.rmtree(R)
             ended += 1
         elif number == 9:
             # It may be the moment after the last save: then the next process finds it finished, and compares.
-            assert done[0] == -9 and state in ("running", "finished", None)
+            assert done[0] == -9
+            assert state in ("running", "finished", None)
             assert state != "finished" or read_run(R)[0]["epochs"] == read_run(whole)[0]["epochs"]
         else:
             name = signal.Signals(number).name
             hint = f"interrupted by {name}; go on with: python train_cifar.py --resume runs/r\n"
             check_one_line(done, "interrupted" if len(signals) > 1 else hint, 128 + number)
             assert len(signals) > 1 or state == "interrupted"
-    assert ended <= 3 and Forked(*start_or_go_on()).finish() == (0, "")
+    assert ended <= 3
+    assert Forked(*start_or_go_on()).finish() == (0, "")
     check_same(whole, R)
 
 
@@ -123,7 +126,8 @@ def test_a_save_that_fails_is_one_line_and_leaves_what_was_there(
     check_one_line(Forked(*DENSE_RESUME, before=before, each_epoch=each_epoch).finish(), message)
     assert all(path.read_bytes() == there[path] for path in there) == (not each_epoch)
     R.chmod(0o755)
-    assert check_files() and not list(R.glob(".*.tmp"))
+    assert check_files()
+    assert not list(R.glob(".*.tmp"))
     assert len(run(train_mnist, *DENSE_RESUME[1:])[2]) == 6
 
 
@@ -135,14 +139,18 @@ def test_a_run_whose_saves_fail_at_every_moment_ends_as_an_undisturbed_one(
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    fsync, moment, record = os.fsync, -1, {"status": "failed"}
+    fsync = os.fsync
+    moment = -1
+    record = {"status": "failed"}
     monkeypatch.setattr(os, "fsync", save)
     while record["status"] == "failed":
-        moment, saves = moment + 1, itertools.count()
+        moment = moment + 1
+        saves = itertools.count()
         with contextlib.suppress(records.RunError):
             _, record, _ = run(train_cifar, *start_or_go_on()[1:])
         state = check_files()
-        assert state in (record["status"], "running", None) and not list(R.glob(".*.tmp"))
+        assert state in (record["status"], "running", None)
+        assert not list(R.glob(".*.tmp"))
         # It is running still only where the last save failed, that of how the run has ended.
         assert state != "running" or read_run(R)[0]["epochs"] == read_run(whole)[0]["epochs"]
     assert moment > 8
@@ -157,7 +165,8 @@ def test_who_has_opened_a_file_reads_it_whole_when_it_is_saved_anew(few_images):
     with contextlib.ExitStack() as files:
         opened = []
         run(train_mnist, *DENSE, "--quiet", "--epochs", 3, on_epoch=open_all)
-        assert len(opened) == 12 and all(file.read() == content for file, content in opened)
+        assert len(opened) == 12
+        assert all(file.read() == content for file, content in opened)
 
 
 def test_a_diverged_run_is_one_line_and_status_1():
@@ -192,7 +201,8 @@ def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interr
 def test_any_flipped_bit_of_a_checkpoint_is_refused_or_changes_nothing(tmp_path):
     path = tmp_path / "last.pt"
     records.save_checkpoint(path, {"weights": torch.arange(5.0)})
-    content, state = bytearray(path.read_bytes()), records.load_checkpoint(path)
+    content = bytearray(path.read_bytes())
+    state = records.load_checkpoint(path)
     for position in range(len(content)):
         content[position] ^= 1 << position % 8
         path.write_bytes(content)
@@ -238,7 +248,8 @@ def test_a_reader_may_go_away():
     with open("pipe") as pipe:
         pipe.readline()
     assert process.finish() == (0, "")
-    assert read_run(R)[0]["status"] == "finished" and len(read_run(R)[1]) == 3
+    assert read_run(R)[0]["status"] == "finished"
+    assert len(read_run(R)[1]) == 3
 
 
 def test_a_terminal_gets_a_bar():
@@ -248,5 +259,7 @@ def test_a_terminal_gets_a_bar():
     process = Forked("train_mnist", *DENSE, "--epochs", 1, out=name, err=name).process
     process.join(300)
     screen = os.read(controller, 2**16)
-    assert process.exitcode == 0 and b"\r" in screen
-    assert b"epoch 1/1:" in screen and b"finished: runs/r" in screen
+    assert process.exitcode == 0
+    assert b"\r" in screen
+    assert b"epoch 1/1:" in screen
+    assert b"finished: runs/r" in screen
