@@ -8,7 +8,7 @@ import io
 import itertools
 import multiprocessing
 import multiprocessing.forkserver
-import multiprocessing.util
+import multiprocessing.util  # for `before`
 import os
 import resource  # noqa: F401 for `before`
 import signal
@@ -66,7 +66,6 @@ class Forked:
 
 def as_a_program(script, argv, before, each_epoch, out, err):
     torch.set_num_threads(1)
-    multiprocessing.util.spawnv_passfds = fork
     train_mnist.synthetic, train_cifar.synthetic = few_digits, few_shapes
     for descriptor, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -85,7 +84,8 @@ def as_a_program(script, argv, before, each_epoch, out, err):
 
 
 def fork(path, arguments, descriptors):
-    """Fork the server of a sweep's workers: as a new Python it would import torch for seconds."""
+    """Fork the server of a sweep's workers: as a new Python it would import torch for seconds. A
+    sweep with this in place of multiprocessing.util.spawnv_passfds must not use W&B."""
     pid = os.fork()
     if pid:
         return pid

@@ -86,7 +86,8 @@ def main(argv, on_epoch=None):
 """
 GRID = "--method grid --param x=0.1,0.2,0.3 --param k=1,2"
 BAYES = "--method bayes --param x=0.0..1.0 --param k=1,2,3"
-UNDRAWN = "import undrawn; undrawn.nothing_is_drawn()\n"
+FAST = "multiprocessing.util.spawnv_passfds = fork\n"
+UNDRAWN = f"import undrawn; undrawn.nothing_is_drawn()\n{FAST}"
 
 
 @pytest.fixture
@@ -580,7 +581,7 @@ def test_machines_share_a_search_though_some_die_or_are_told_to_stop_and_one_joi
 ):
     # In so small a space machines are proposed the same at once: still, nothing runs twice.
     url, stop, begin = postgresql
-    space = f"--method bayes --param x=0.1,0.2,0.3 --param k=1,2,3,4 --storage {url} --grace 5"
+    space = f"--method bayes --param x=0.1,0.2,0.3 --param k=1,2,3,4 --storage {url} --grace 10"
     machines, held = [], {name: hold(name) for name in "abc"}
     for name in "abc":
         argv = f"--script toy.py --runs-dir {name} --name shared {space}".split()
@@ -640,7 +641,7 @@ SYNTHETIC = "--dataset=synthetic --model=dense"
 def test_a_real_search_with_its_report_reads_the_test_set_for_the_winner_alone(few_images, capsys):
     argv = "--method random --param lr=log:1e-3..1e-1 --param l1=16,64 --param d1=0.0..0.5"
     argv += f" --count 9 --jobs 2 --name s --runs-dir runs -- {SYNTHETIC} --epochs 2"
-    process = Forked("sweep", *argv.split())
+    process = Forked("sweep", *argv.split(), before=FAST)
     assert process.finish()[0] == 0, Path("err").read_text()
     winner, printed = board()[0], Path("out").read_text()
     assert f"best: {winner['run']}" in printed and "on the test set, read once" in printed
