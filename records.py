@@ -247,7 +247,10 @@ def already_done(args: Namespace) -> dict | None:
     """
     directory = args.directory
     if not args.resume:
-        if directory.is_dir() and any(path.name[0] != "." for path in directory.iterdir()):
+        # A process that was killed while it began has left a lock, and perhaps these files.
+        names = {path.name for path in directory.glob("*")}
+        begun = {"data.csv", "frozen.pt"} if ".lock" in names else set()
+        if any(name[0] != "." for name in names - begun):
             raise UsageError(f"--run-name {args.run_name}: {shown(directory)} exists already")
         return None
     record = read_record(directory)

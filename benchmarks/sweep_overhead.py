@@ -14,6 +14,7 @@ benchmarks/results/sweep_overhead.jsonl.
 
 import argparse
 import itertools
+import re
 import statistics
 import subprocess
 import sys
@@ -62,7 +63,9 @@ def run(commands: list[list[str]]) -> tuple[float, list[float]]:
             process = subprocess.Popen(
                 [sys.executable, *command], cwd=here, stdout=subprocess.PIPE, text=True
             )
-            times += [time.perf_counter() for line in process.stdout if line.startswith("trial ")]
+            for line in process.stdout:
+                if re.match(r"trial +\d", line):  # and not the heading of the table
+                    times.append(time.perf_counter())
             if process.wait():
                 raise SystemExit(f"failed: {command}")
         seconds = time.perf_counter() - began

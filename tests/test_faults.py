@@ -169,6 +169,18 @@ def test_who_has_opened_a_file_reads_it_whole_when_it_is_saved_anew(few_images):
         assert all(file.read() == content for file, content in opened)
 
 
+def test_a_name_is_free_when_its_run_was_killed_before_it_began(few_images):
+    R.mkdir(parents=True)
+    (R / "data.csv").write_text("a file of the user's")
+    with pytest.raises(records.UsageError, match="exists already"):
+        run(train_mnist, *DENSE, "--epochs", 1)
+    assert (R / "data.csv").read_text() == "a file of the user's"
+
+    # What a run wrote before its run.json; only its lock tells.
+    (R / ".lock").touch()
+    assert run(train_mnist, *DENSE, "--epochs", 1)[1]["status"] == "finished"
+
+
 def test_a_diverged_run_is_one_line_and_status_1():
     argv = [*DENSE, "--quiet", "--lr", "1e30", "--optimizer", "sgd"]
     done = Forked("train_mnist", *argv).finish()
