@@ -51,7 +51,7 @@ def test_a_rare_class_counts_as_much_as_the_others_and_what_is_chosen_is_said(ca
     assert chosen({"a": 40, "b": 14}).class_weights is None
     capsys.readouterr()
     assert chosen({"a": 40, "b": 13}, "--epochs", 7).class_weights == "margin"
-    line = "--model photonet --image-size 64 --epochs 7 --batch-size 8 --val-size 0.1"
+    line = "--model photonet --image-size 64 --epochs 7 --batch-size 8"
     expected = f"--recipe photos for this folder: {line} --class-weights margin\n"
     assert capsys.readouterr().out == expected
 
@@ -64,7 +64,7 @@ def test_what_is_typed_is_taken_and_another_model_has_an_optimiser_for_any(capsy
     args = chosen({"a": 9, "b": 9}, "--recipe", "default")
     assert (args.optimizer, args.batch_size, args.image_size) == ("adam", 512, 32)
     line = exits_with_one_line(capsys, "--recipe", "photos", main=train_cifar.main)
-    assert "--recipe photos is for a folder of images, or a CSV file" in line
+    assert "--recipe photos" in line and "--dataset PATH" in line
 
 
 def test_a_folder_alone_is_enough_and_the_choice_is_in_the_record_and_kept():
