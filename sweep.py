@@ -291,7 +291,15 @@ def load_yaml(path: Path) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Reads 1e-4 as a number, where YAML 1.1 wants a point in it."""
+        """Reads 1e-4 as a number, where YAML 1.1 wants a point in it, and refuses what is there
+        twice, where PyYAML takes the last."""
+
+        def construct_mapping(self, node, deep=False):
+            keys = [key.value for key, _ in node.value]
+            for key in keys:
+                if keys.count(key) > 1:
+                    raise ValueError(f"{key} is there twice")
+            return super().construct_mapping(node, deep)
 
     digits = re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("!exponent", digits, list("-+0123456789"))

@@ -163,6 +163,7 @@ def test_values_and_seeds_of_a_file_in_a_folder_with_its_script():
 WRONG_CONFIGS = """
 method: random => method: anneal | anneal
 run_cap: 4 => run_cups: 4 | unknown key run_cups
+run_cap: 4 => run_cap: {run_cap: 4, b: 1, run_cap: 5} | run_cap is there twice
 run_cap: 4 => run_cap: 0 | --count: expected
 program: train_cifar.py => program: gone.py | no such Python file
 log_uniform_values => inv_log_uniform | inv_log_uniform is not supported
