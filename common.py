@@ -275,7 +275,9 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     )
     flag("--freeze", bool, "train the last layer alone, without augmentation but --flip", False)
 
-    group = parser.add_argument_group("augmentation: each image by a random amount of its own")
+    group = parser.add_argument_group(
+        "augmentation, switched on by an amount; each image has its own"
+    )
     for name, (kind, metavar, text, _) in AUGMENTATIONS.items():
         flag(f"{as_flag(name)} {metavar}", kind, text, 0)
     flag("--alternate-flip", bool, "mirrored images: drawn once, then all others in turn", False)

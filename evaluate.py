@@ -1046,7 +1046,7 @@ def compare(args: Namespace) -> DataFrame:
             text = ", ".join(names) if len(names) <= 5 else f"{len(names)} runs"
             remarks.append(f"{what}, as {reason}: {text}")
     if len(paired):
-        remarks.append("a mid-p below 0.05: one in twenty pairs of equally good models has it")
+        remarks.append("one in twenty pairs of equally good models has a mid-p below 0.05")
 
     # Of the first folds that are complete, how each class does, and what may have a wrong label.
     galleries = {}
@@ -1395,10 +1395,9 @@ def export(args: Namespace) -> dict:
     args.device = "cpu"
     trained = load_trained(args.runs[0], args)
     config = trained.config
-    model = WithPreprocessing(trained.model, config).eval()
-    for layer in model.modules():
-        if isinstance(layer, common.Dropout):
-            layer.always = False  # an exported net drops nothing
+    net = common.build_model(config | {"always_dropout": False})  # nothing is dropped by others
+    net.load_state_dict(trained.model.state_dict())
+    model = WithPreprocessing(net, config).eval()
     checked, kind = images_to_check(trained, args)
     images = checked.images.contiguous()
 

@@ -361,7 +361,9 @@ class Run:
             )
         if test:
             images = f"{self.record['data']['test']:,} images"
-            plain = f", {test['plain_acc']:.2%} without --tta" if "plain_acc" in test else ""
+            plain = (
+                f", {test['plain_acc']:.2%} without averaged views" if "plain_acc" in test else ""
+            )
             accuracy = f"{test['acc']:.2%} of {images}{plain}"
             say(f"test loss {test['loss']:.4f}, accuracy {accuracy}", quiet)
         say(f"{self.record['status'].replace('_', ' ')}: {shown(self.directory)}", quiet)

@@ -102,8 +102,7 @@ RECIPES = {
         "image_size": 32,
         "grey": False,
     },
-    # The tutorial to the letter, with its mistakes: its accuracy is flattered by the test set, and
-    # lowered by the rest. docs/tutorials.md says what each costs.
+    # The tutorial to the letter, with its mistakes; its accuracy is flattered by the test set.
     "tutorial": {
         "tutorial_layers": True,
         "always_dropout": True,

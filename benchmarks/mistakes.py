@@ -33,10 +33,9 @@ MISTAKES = {
     "the test set chooses": ["--val-size", "0.1"],
 }
 NETS = {
-    "convnet": ["--model", "convnet", "--batch-size", "24", "--epochs", "10", "--lr", "0.001"],
-    "confignet": ["--model", "confignet", "--c1", "48", "--epochs", "50"],
+    "convnet": "--model convnet --batch-size 24 --epochs 10 --no-augment --lr 0.001 --keep last",
+    "confignet": "--model confignet --c1 48 --epochs 50",
 }
-NETS["convnet"] += ["--no-augment", "--keep", "last"]
 
 
 def cases(net: str) -> list[tuple[str, ...]]:
@@ -55,7 +54,7 @@ def measure(net: str, mended: tuple[str, ...], seed: int, args: argparse.Namespa
         argv = ["--resume", str(directory)]
     else:
         flags = [flag for mistake in mended for flag in MISTAKES[mistake]]
-        argv = ["--recipe", "tutorial", *NETS[net], *flags, "--seed", str(seed)]
+        argv = ["--recipe", "tutorial", *NETS[net].split(), *flags, "--seed", str(seed)]
         argv += ["--runs-dir", str(args.runs_dir), "--run-name", name]
         argv += ["--data-dir", str(args.data_dir), "--threads", str(args.threads)]
     record = train_cifar.main([*argv, "--quiet"])

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,6 +45,12 @@ def few_images(monkeypatch):
     """Draw 300 and 60 synthetic images in this process, rather than 10,000 and 2,000."""
     monkeypatch.setattr(train_mnist, "synthetic", forked.few_digits)
     monkeypatch.setattr(train_cifar, "synthetic", forked.few_shapes)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Draw no picture: that takes seconds."""
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
 
 
 @pytest.fixture

@@ -17,13 +17,9 @@ import pytest
 import scipy.stats
 import torch
 from conftest import run
-from matplotlib.figure import Figure
 from test_evaluate import DENSE, ON_PHOTOS, draw_photos, page_of, rows_of, show
 
-
-@pytest.fixture(autouse=True)
-def nothing_is_drawn(monkeypatch, few_images):
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+pytestmark = pytest.mark.usefixtures("few_images", "undrawn")
 
 
 @pytest.fixture(scope="module")

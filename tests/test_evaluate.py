@@ -100,11 +100,6 @@ def photos(runs):
     return shown
 
 
-@pytest.fixture
-def undrawn(monkeypatch):  # to draw takes seconds
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
-
-
 def logits_of(directory, images):
     """Logits [N, K] of uint8 images, in float32, divided by the run's temperature."""
     model, preprocessed = loaded(directory, images)
