@@ -1,11 +1,11 @@
-"""What does each technique of a fast recipe bring? The recipe again and again, one of them left out at a time.
+"""What does each technique of a fast recipe bring? The recipe again and again, without one.
 
     python benchmarks/ablation.py --seeds 5 train_mnist.py
     python benchmarks/ablation.py --seeds 3 train_cifar.py --epochs 4
 
-Accuracy and loss are those of the validation split, a tenth of the training images, after the last epoch: no run reads
-the test set, and none averages views of an image. Flags after the script go to every run. Results are appended to
-benchmarks/results/ablation.jsonl.
+Accuracy and loss are those of the validation split, a tenth of the training images, after the last
+epoch: no run reads the test set, and none averages views of an image. Flags after the script go to
+every run. Results are appended to benchmarks/results/ablation.jsonl.
 """
 
 import argparse
@@ -15,9 +15,10 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-from measuring import machine, write_result
+from measuring import alternately, machine, write_result
 
 # isort: split
 import common
@@ -34,13 +35,13 @@ class RandomPatches(common.Whitening):
         """Nothing."""
 
 
-def plain_convolution(channels_in, channels_out):
+def plain_convolution(channels_in: int, channels_out: int) -> nn.Conv2d:
     """A convolution whose filters stay as torch draws them."""
     return nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
 
 
-# What is left out: flags instead of the recipe's, or another definition of a name in common.py. A technique that is a
-# setting of some recipes only comes with its name there.
+# What is left out: flags in place of the recipe's, or another definition of a name in common.py. A
+# technique that is a setting of some recipes only comes with its name there.
 LEFT_OUT = {
     "nothing": ([], {}),
     "whitening: random filters": ([], {"Whitening": RandomPatches}),
@@ -55,72 +56,52 @@ LEFT_OUT = {
 }
 
 
-def measure(script, flags, left_out, seed):
+def measure(script: Any, flags: list[str], left_out: tuple, seed: int) -> dict:
     """Validation accuracy and loss after the last epoch, and the seconds of the training steps."""
     changed, definitions, *_ = left_out
+    argv = ["--recipe", "fast", *flags, *changed, "--val-size", "0.1", "--no-test", "--quiet"]
     with contextlib.ExitStack() as stack:
         runs = stack.enter_context(tempfile.TemporaryDirectory())
         for name, definition in definitions.items():
             stack.enter_context(mock.patch.object(common, name, definition))
-        where = [
-            "--val-size",
-            "0.1",
-            "--no-test",
-            "--quiet",
-            "--runs-dir",
-            runs,
-            "--seed",
-            str(seed),
-        ]
-        record = script.main(["--recipe", "fast", *flags, *changed, *where])
+        record = script.main([*argv, "--runs-dir", runs, "--seed", str(seed)])
         if record["status"] != "finished":
             raise records.RunError(f"{' '.join(changed)}: {record['status']}")
         rows = records.read_log(Path(record["directory"]))
     seconds = sum(record["data"]["train"] / row["images_per_second"] for row in rows)
-    return rows[-1]["val_acc"], rows[-1]["val_loss"], seconds
+    return {"val_acc": rows[-1]["val_acc"], "val_loss": rows[-1]["val_loss"], "seconds": seconds}
 
 
-def main(argv):
+def main(argv: list[str]) -> dict:
+    """Train all variants with all seeds, and print a line for each."""
     parser = common.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--seeds", type=common.number(int, 1), default=3, help="runs of each, seeds from 0"
-    )
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each, seeds from 0")
     parser.add_argument("script", choices=("train_mnist.py", "train_cifar.py"))
     parser.add_argument("flags", nargs=argparse.REMAINDER, help="of every run")
     args = parser.parse_args(argv)
     script = importlib.import_module(Path(args.script).stem)
-    variants = {
-        name: how for name, how in LEFT_OUT.items() if script.RECIPES["fast"].keys() >= set(how[2:])
-    }
+    recipe = script.RECIPES["fast"].keys()
+    variants = [name for name, left_out in LEFT_OUT.items() if recipe >= set(left_out[2:])]
 
+    # Train, and keep what came out.
     common.search_directory = Path.cwd()  # the images are read once
-    results = {name: [] for name in variants}
-    for seed in range(args.seeds):
-        for name, left_out in variants.items():
-            results[name].append(measure(script, args.flags, left_out, seed))
-            print(
-                "{}: {:.2%}, loss {:.4f}, {:.1f} s".format(name, *results[name][-1]),
-                file=sys.stderr,
-            )
+    found = alternately(
+        variants, args.seeds, lambda name, seed: measure(script, args.flags, LEFT_OUT[name], seed)
+    )
+    about = {"script": args.script, "flags": args.flags, "threads": torch.get_num_threads()}
+    write_result("ablation", about | {"left_out": found})
 
+    # A line for each variant.
     print(
         f"{args.script} --recipe fast, {args.seeds} seeds, {machine()}, torch {torch.__version__}"
     )
     print(f"{'left out':45}{'accuracy':>12}{'change':>10}{'loss':>10}{'training, s':>14}")
-    means = {
-        name: [statistics.mean(column) for column in zip(*rows, strict=True)]
-        for name, rows in results.items()
-    }
-    for name, (accuracy, loss, seconds) in means.items():
-        change = accuracy - means["nothing"][0]
-        print(f"{name:45}{accuracy:>12.2%}{change * 100:>+10.2f}{loss:10.4f}{seconds:14.1f}")
-    columns = ("val_acc", "val_loss", "seconds")
-    rows = {
-        name: [dict(zip(columns, row, strict=True)) for row in rows]
-        for name, rows in results.items()
-    }
-    about = {"script": args.script, "flags": args.flags, "threads": torch.get_num_threads()}
-    write_result("ablation", {**about, "left_out": rows})
+    table = {}
+    for name, rows in found.items():
+        table[name] = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
+        accuracy, loss, seconds = table[name].values()
+        change = 100 * (accuracy - table["nothing"]["val_acc"])
+        print(f"{name:45}{accuracy:12.2%}{change:+10.2f}{loss:10.4f}{seconds:14.1f}")
     return {}
 
 

@@ -5,8 +5,11 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -14,8 +17,9 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 
-def machine():
-    """The name of the GPU; or that of the CPU with the number of cores and the widest vectors that torch uses there."""
+def machine() -> str:
+    """The name of the GPU; or that of the CPU, with the number of cores and the widest vectors that
+    torch uses there."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
@@ -25,34 +29,66 @@ def machine():
     return f"{os.cpu_count()} cores of {name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def results_file(name):
-    return ROOT / "benchmarks" / "results" / f"{name}.jsonl"
-
-
-def here():
+def here() -> dict:
+    """What every result depends on."""
     return {"machine": machine(), "torch": torch.__version__}
 
 
-def write_result(name, row):
-    """Append a row, with the machine and torch's version, to benchmarks/results/<name>.jsonl."""
+def results_file(name: str) -> Path:
+    """Where the results of a benchmark are kept, a JSON line each."""
+    return ROOT / "benchmarks" / "results" / f"{name}.jsonl"
+
+
+def write_result(name: str, row: dict) -> None:
+    """Append a row, with the machine and torch's version."""
     output = results_file(name)
     output.parent.mkdir(exist_ok=True)
     with open(output, "a") as file:
         file.write(json.dumps({**row, **here()}) + "\n")
 
 
-def find_result(name, key):
-    """The last row there with all the values of `key` and of this machine and this torch, or None."""
-    rows = results_file(name).read_text().splitlines() if results_file(name).exists() else []
+def find_result(name: str, key: dict) -> dict | None:
+    """The last row with all the values of `key`, of this machine and this torch."""
+    path = results_file(name)
+    rows = path.read_text().splitlines() if path.exists() else []
     wanted = {**key, **here()}.items()
     return next((row for row in map(json.loads, reversed(rows)) if wanted <= row.items()), None)
 
 
-def ratio_of_pairs(ours, theirs):
+def in_a_process(*words: Any, **environment: str) -> dict:
+    """Run a Python script with these arguments; the last line that it prints is JSON.
+
+    CalledProcessError where it fails.
+    """
+    command = [sys.executable, *map(str, words)]
+    env = os.environ | environment
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def alternately(names: Iterable[str], rounds: int, measure: Callable) -> dict[str, list]:
+    """What `measure` gives for each name, once a round; every second round runs backwards."""
+    results: dict[str, list] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in list(results)[:: 1 if number % 2 == 0 else -1]:
+            results[name].append(measure(name, number))
+            print(f"{name}: {results[name][-1]}", file=sys.stderr)
+    return results
+
+
+def ratio_of_pairs(ours: list[float], theirs: list[float]) -> tuple[float, list[float]]:
     """Geometric mean of ours / theirs over pairs, and Student's 95% interval [low, high] of it."""
     from scipy import stats
 
     logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-    mean, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+    mean, error = statistics.fmean(logs), stats.sem(logs)
     low, high = stats.t.interval(0.95, len(logs) - 1, mean, error)
     return math.exp(mean), [math.exp(low), math.exp(high)]
+
+
+def ratio_as_text(ours: list[float], theirs: list[float]) -> str:
+    """The same for the screen."""
+    if len(ours) < 2:
+        return f"{ours[0] / theirs[0]:.2f} (n = 1)"
+    mean, (low, high) = ratio_of_pairs(ours, theirs)
+    return f"{mean:.2f} (95% interval {low:.2f} to {high:.2f}, n = {len(ours)})"

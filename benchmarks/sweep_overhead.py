@@ -1,4 +1,4 @@
-"""What does sweep.py add to the training of a trial, and what does it save against a loop of a shell?
+"""What does sweep.py add to the training of a trial, and what does it save against a loop?
 
     python benchmarks/sweep_overhead.py                            # 1, 16 and 101 trials: minutes
     python benchmarks/sweep_overhead.py --beside DIR --pairs 5     # and those of another checkout
@@ -12,7 +12,6 @@ end, with sweep.py's report. All ways alternate. Results are appended to
 benchmarks/results/sweep_overhead.jsonl.
 """
 
-import argparse
 import itertools
 import re
 import statistics
@@ -22,7 +21,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import ROOT, machine, ratio_of_pairs, write_result
+from measuring import ROOT, alternately, machine, ratio_as_text, write_result
+
+# isort: split
+import common
 
 FLAGS = ["--model", "dense", "--epochs", "1", "--limit-train", "2000"]
 SWEEPS = {"grid": ("grid", 1), "bayes": ("bayes", 1), "grid, 2 jobs": ("grid", 2)}
@@ -72,18 +74,9 @@ def run(commands: list[list[str]]) -> tuple[float, list[float]]:
     return seconds, [after - before for before, after in itertools.pairwise(times)]
 
 
-def compare(name: str, ours: list[float], others: list[float]) -> None:
-    """Print the ratio of two ways, over the pairs, with its 95% interval."""
-    if len(ours) > 1:
-        mean, (low, high) = ratio_of_pairs(ours, others)
-        print(f"    {name}: {mean:.3f} ({low:.3f} to {high:.3f}, n = {len(ours)})")
-
-
 def main() -> int:
     """Measure all ways in turn, and print a table for each number of trials."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.ArgumentParser(description=__doc__)
     ways = ["alone", "loop", *SWEEPS]
     parser.add_argument("--trials", type=int, nargs="+", default=[1, 16, 101])
     parser.add_argument("--ways", nargs="+", choices=ways, default=["alone", *SWEEPS])
@@ -93,34 +86,37 @@ def main() -> int:
     args = parser.parse_args()
     roots = {way: (way, ROOT) for way in args.ways}
     if args.beside:
-        roots |= {
-            f"{way}, beside": (way, args.beside.resolve()) for way in args.ways if way in SWEEPS
-        }
+        sweeps = [way for way in args.ways if way in SWEEPS]
+        roots |= {f"{way}, beside": (way, args.beside.resolve()) for way in sweeps}
     flags = [*FLAGS, "--data-dir", str(args.data_dir.resolve())]
+
+    def measure(name, _):
+        way, root = roots[name]
+        return run(commands_of(way, trials, root, flags))
+
     print(machine())
     for trials in args.trials:
-        whole: dict = {name: [] for name in roots}
-        single: dict = {name: [] for name in roots}
-        for pair in range(args.pairs):
-            for name in roots if pair % 2 == 0 else reversed(roots):
-                way, root = roots[name]
-                seconds, times = run(commands_of(way, trials, root, flags))
-                whole[name].append(seconds)
-                single[name] += times
-        write_result(
-            "sweep_overhead",
-            {"trials": trials, "seconds_a_trial": single, "seconds_in_all": whole},
-        )
+        # Measure, and keep it.
+        found = alternately(roots, args.pairs, measure)
+        whole = {name: [seconds for seconds, _ in pairs] for name, pairs in found.items()}
+        single = {
+            name: [each for _, times in pairs for each in times] for name, pairs in found.items()
+        }
+        row = {"trials": trials, "seconds_a_trial": single, "seconds_in_all": whole}
+        write_result("sweep_overhead", row)
+
+        # The table.
         print(f"{trials} trials, medians of {args.pairs}: seconds in all, and of a trial")
-        for name in roots:
-            text = f"{name:24}{statistics.median(whole[name]):8.1f}"
+        for name, seconds in whole.items():
+            text = f"{name:24}{statistics.median(seconds):8.1f}"
             if single[name] and "2 jobs" not in name:
                 text += f"{statistics.median(single[name]):8.3f}"
             print(text)
             if f"{name}, beside" in whole:
-                compare("in all, of that beside", whole[name], whole[f"{name}, beside"])
+                ratio = ratio_as_text(seconds, whole[f"{name}, beside"])
+                print(f"    in all, of that beside: {ratio}")
         if {"grid", "grid, 2 jobs"} <= whole.keys():
-            compare("2 jobs, of 1 job", whole["grid, 2 jobs"], whole["grid"])
+            print(f"    2 jobs, of 1: {ratio_as_text(whole['grid, 2 jobs'], whole['grid'])}")
     return 0
 
 
