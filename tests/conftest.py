@@ -1,4 +1,4 @@
-"""MNIST in small, and a script that is run in this process; in one of its own it is with forked.py."""
+"""MNIST in small, and a script that is run in this process. (In a process of its own: forked.py.)"""
 
 import os
 import signal
@@ -21,7 +21,8 @@ import train_mnist  # noqa: E402
 
 import forked  # noqa: E402
 
-# For nets this small one thread is several times faster than two. The second line is for what the tests start.
+# For nets this small one thread is several times faster than two. The second line is for what the
+# tests start.
 torch.set_num_threads(1)
 os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join((str(ROOT), str(ROOT / "tests"))))
 
@@ -31,7 +32,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def a_place_of_its_own(tmp_path, monkeypatch):
-    """Each test begins in an empty directory, with one thread, and without the images of the one before."""
+    """Each test begins in an empty directory, with one thread, and without the images of the last."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "search_directory", None)
     monkeypatch.setattr(common, "images_read", {})
@@ -69,33 +70,18 @@ def mnist_dir(tmp_path):
     return tmp_path / "data"
 
 
-# A small ConfigNet with dropout, augmentation, label smoothing, a schedule and early stopping, on 150 images.
-EVERYTHING_ON = [
-    "--dataset",
-    "synthetic",
-    "--limit-train",
-    "150",
-    "--c1",
-    "4",
-    "--c2",
-    "8",
-    "--l1",
-    "16",
-    "--augment",
-    "--batch-size",
-    "64",
-    "--schedule",
-    "onecycle",
-    "--tolerance",
-    "5",
-    "--label-smoothing",
-    "0.1",
-    "--quiet",
-]
+# A small ConfigNet with dropout, augmentation, label smoothing, a schedule and early stopping, on
+# 150 images.
+EVERYTHING_ON = "--dataset synthetic --limit-train 150 --c1 4 --c2 8 --l1 16 --batch-size 64 "
+EVERYTHING_ON += "--augment --schedule onecycle --tolerance 5 --label-smoothing 0.1 --quiet"
+EVERYTHING_ON = EVERYTHING_ON.split()
 
 
 def run(script, *argv, on_epoch=None):
-    """Run `script`, a module, in this process, with its run in runs/ here: the run's directory, run.json, the rows."""
+    """Run `script`, a module, in this process, with its run in runs/ here.
+
+    Returns the run's directory, its run.json, and the rows of its log.
+    """
     argv = [str(argument) for argument in argv]
     record = script.main(argv if "--resume" in argv else ["--runs-dir", "runs", *argv], on_epoch)
     directory = Path(record.pop("directory"))
@@ -103,16 +89,18 @@ def run(script, *argv, on_epoch=None):
 
 
 def read_run(directory):
+    """run.json, and the rows of log.jsonl."""
     return records.read_record(directory), records.read_log(directory)
 
 
 def without_times(rows):
-    return [
-        {k: v for k, v in row.items() if k not in ("seconds", "images_per_second")} for row in rows
-    ]
+    """The rows of a log without what differs from run to run."""
+    times = ("seconds", "images_per_second")
+    return [{name: row[name] for name in row if name not in times} for row in rows]
 
 
 def states_are_equal(a, b):
+    """Whether two states of a training are the same, to the bit."""
     if isinstance(a, torch.Tensor):
         return torch.equal(a, b)
     if isinstance(a, dict):
@@ -126,9 +114,8 @@ def check_same(whole, other):
     """Two runs have the same weights, optimiser, history and results, to the bit."""
     (record, rows), (other_record, other_rows) = read_run(whole), read_run(other)
     assert without_times(rows) == without_times(other_rows)
-    assert all(
-        record[key] == other_record[key] for key in ("status", "error", "epochs", "best", "test")
-    )
+    for key in ("status", "error", "epochs", "best", "test"):
+        assert record[key] == other_record[key]
     for name in ("last.pt", "best.pt"):
         a, b = (records.load_checkpoint(directory / name) for directory in (whole, other))
         for state in (a, b):

@@ -1,4 +1,5 @@
-"""A training script in a process forked from one that has imported torch: dozens of them start in seconds."""
+"""A training script in a process forked from one that has imported torch: so dozens of them start
+in seconds."""
 
 import contextlib
 import ctypes
@@ -47,8 +48,8 @@ def start_server():
 class Forked:
     """`script.py` with the arguments `argv` and such few images, in the current directory.
 
-    What it prints goes to the files `out` and `err`. `before` is code that is run before it, with the names that this
-    file has, and `each_epoch` after every epoch of it.
+    What it prints goes to the files `out` and `err`. `before` is code that is run before it, with
+    the names that this file has, and `each_epoch` after every epoch of it.
     """
 
     def __init__(self, script, *argv, before="", each_epoch="", out="out", err="err"):
@@ -99,7 +100,8 @@ def fork(path, arguments, descriptors):
 
 
 def signals_at(moments):
-    """Send this process the signal `moments[n]` at its n-th event: a step of an optimiser, or one of a save."""
+    """Send this process the signal `moments[n]` at its n-th event: an optimiser's step, or one of
+    a save."""
     count, fsync, replace = itertools.count(), os.fsync, os.replace
 
     def event(*_):

@@ -1,6 +1,6 @@
 """What must not change by accident: the first losses of each model, and the flags of each recipe.
 
-python tests/golden.py dense cnn    # writes the losses of these models anew, where a change is meant
+python tests/golden.py dense cnn    # writes the losses of these models anew: the change is meant
 python tests/golden.py recipes      # writes the flags of the recipes anew
 """
 
@@ -33,7 +33,7 @@ OF_THE_MACHINE |= {"directory", "listing", "typed"}
 
 
 def losses(model):
-    """Of three epochs with the script's own settings, on the synthetic images, in fp32, by one thread."""
+    """The losses of three epochs with the script's own settings, on synthetic images, in fp32."""
     script, *argv = MODELS[model].split()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as runs:
@@ -44,7 +44,7 @@ def losses(model):
 
 
 def recipes():
-    """The values of all flags, {script and recipe: {flag: value}}, but for what depends on the machine."""
+    """The values of all flags, {script and recipe: {flag: value}}, but for the machine's own."""
     found = {}
     for script in ("train_mnist", "train_cifar"):
         module = importlib.import_module(script)

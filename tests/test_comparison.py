@@ -2,12 +2,10 @@
 line and its files."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
 import common
-import evaluate
 import records
 import train_mnist
 
@@ -16,122 +14,122 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import run
-from test_evaluate import DENSE, ON_PHOTOS, draw_photos, page_of, rows_of, show
+from test_evaluate import DENSE, draw_photos, evaluated, on_photos, page_of, rows_of, show
 
 pytestmark = pytest.mark.usefixtures("few_images", "undrawn")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
+    """A run with a validation split and a test."""
     folder = tmp_path_factory.mktemp("comparison")
-    argv = (
-        "--dataset synthetic --model dense --l1 8 --epochs 3 --precision fp32 --quiet --run-name r"
-    )
+    argv = f"--dataset synthetic --model dense --l1 8 --epochs 3 --runs-dir {folder} --run-name r"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_mnist, "synthetic", forked.few_digits)
-        train_mnist.main([*argv.split(), "--runs-dir", str(folder)])
+        train_mnist.main(f"{argv} --precision fp32 --quiet".split())
     return folder / "r"
 
 
 @pytest.fixture
 def copy(trained):
-    """Makes runs/name, a copy of a run with changes in its run.json."""
+    """Makes runs/name, a copy of that run with changes in its run.json."""
 
     def make(name, **changes):
         directory = Path("runs", name)
-        shutil.rmtree(directory, ignore_errors=True)
-        shutil.copytree(trained, directory)
-        record = records.read_record(directory)
-        parts = record, record["args"], record["best"], record["data"]
+        shutil.copytree(trained, directory, dirs_exist_ok=True)
+        record = records.read_record(trained)
+        parts = [record, record["args"], record["best"], record["data"]]
         for key, value in changes.items():
-            next(part for part in parts if key in part)[key] = value
+            part = next(part for part in parts if key in part)
+            part[key] = value
         records.write_json(directory / "run.json", record)
         return directory
 
     return make
 
 
-def evaluated(*argv):
-    return evaluate.main([*map(str, argv)])
-
-
 def compared(*argv):
-    """The rows by the names of the runs, in order."""
+    """The rows of a comparison by the names of the runs, in order."""
     return {Path(row["run"]).name: row for row in evaluated(*argv)["runs"]}
 
 
+def refused(expected, *argv, error=records.RunError):
+    """evaluate.py ends with this line, and has written nothing."""
+    with pytest.raises(error, match=expected):
+        evaluated(*argv, "--out out")
+    assert not Path("out").exists()
+
+
 # ------------------------ One run ------------------------
-def test_each_split_has_a_directory_of_its_own_in_which_files_are_replaced_whole(copy, capsys):
+def test_each_split_has_a_directory_of_its_own(copy, capsys):
+    """The figures of the training and the validation images lie beside those of the test."""
     run = copy("r", threads=2, precision="fp16")
-    record, before = records.read_record(run), {*run.iterdir()}
+    before = {*run.iterdir()}
     for split, count in (("train", 270), ("val", 30)):
-        metrics = evaluated(run, "--split", split, "--device", "cpu", "--csv")
+        metrics = evaluated(run, f"--split {split} --device cpu --csv")
         assert metrics == records.read_json(run / split / "metrics.json")
         assert metrics["images"] == count
+
         # What is to be known goes where no program reads it.
         out, err = capsys.readouterr()
-        assert len(out.splitlines()) == 11 and "computed in fp32" in err
+        assert len(out.splitlines()) == 11
+        assert "computed in fp32" in err
     assert {*run.iterdir()} == {*before, run / "train", run / "val"}
-    assert metrics["accuracy"] == record["best"]["val_acc"]
+
+    # It computes as the training did.
+    assert metrics["accuracy"] == records.read_record(run)["best"]["val_acc"]
     assert torch.get_num_threads() == 2
-    file = run / "val" / "metrics.json"
-    # It says of what the others are: so it comes last.
-    assert file.stat().st_mtime_ns == max(path.stat().st_mtime_ns for path in file.parent.iterdir())
-    os.link(file, "reader")
-    evaluated(run, "--split", "val", "--tta", "mirror", "--quiet")
-    assert json.loads(Path("reader").read_text()) == metrics != records.read_json(file)
 
 
-def test_a_page_of_another_epoch_is_called_stale(copy, capsys):
+def test_the_files_of_a_split_are_called_stale_after_another_epoch(copy, capsys):
+    """Nobody takes an older epoch's page for that of the weights that are there now."""
     run = copy("r")
-    evaluated(run, "--split", "val", "--quiet")
+    metrics = evaluated(run, "--split val")
+    file = run / "val" / "metrics.json"
+
+    # It says of what the others are: so it comes last.
+    written = {path: path.stat().st_mtime_ns for path in file.parent.iterdir()}
+    assert written[file] == max(written.values())
+
+    # The page is of the epoch that the run has kept, then of another one.
     evaluated(run)
     assert "another epoch" not in capsys.readouterr().out
-    metrics = records.read_json(run / "val" / "metrics.json")
-    records.write_json(run / "val" / "metrics.json", metrics | {"epoch": 99})
+    records.write_json(file, metrics | {"epoch": 99})
     evaluated(run)
     assert "runs/r/val/report.html is of another epoch" in capsys.readouterr().out
 
 
-def test_bad_input_is_one_line_and_nothing_is_written(copy):
-    def refused(expected, *argv):
-        with pytest.raises(records.RunError, match=expected):
-            evaluated(*argv, "--out", "out")
-        assert not Path("out").exists()
-
-    run = copy("r")
-    path = run / "best.pt"
-    state, content = records.load_checkpoint(path), path.read_bytes()
-    path.write_bytes(content[:500] + bytes([content[500] ^ 1]) + content[501:])
-    refused(r"best\.pt is damaged", run)
-    path.unlink()
-    refused(r"best\.pt is missing", run)
-    for change in ({"weights": {}}, {"model": "other"}, {"l1": 5}):
-        records.save_checkpoint(path, {**state, **change})
-        refused("does not fit", run)
-    for change, split, expected in (
+@pytest.mark.parametrize(
+    ("changes", "split", "expected"),
+    [
         ({"test_checksum": "0"}, "test", "not what .* was tested on"),
         ({"checksum": "0"}, "val", "not what .* was trained on"),
         ({"val_size": 0.0}, "val", "without a validation split"),
         ({"script": "train_gone"}, "test", r"drawn by train_gone\.py"),
         ({"dataset": "mnist", "data_dir": "gone"}, "test", "gone.*; say where with --data-dir"),
-    ):
-        refused(expected, copy("r", **change), "--split", split)
-    for name in ("name", "selection", "train", "val", "checksum"):
-        record = records.read_record(copy("r"))
-        del record["data"][name]
-        records.write_json(run / "run.json", record)
-        refused(f"run.json is damaged: data has no {name}", run)
+        ({"data": {}}, "test", "run.json is damaged: data has no name"),
+    ],
+)
+def test_a_run_is_evaluated_on_its_own_images_or_not_at_all(copy, changes, split, expected):
+    """Whatever has become of the images, no figure is of others."""
+    refused(expected, copy("r", **changes), "--split", split)
 
 
-def test_images_that_moved_are_found(copy):
-    draw_photos()
-    directory, *_ = run(train_mnist, *ON_PHOTOS, *DENSE)
-    Path("p").rename("moved")
-    with pytest.raises(records.RunError, match="p; say where with --data-dir"):
-        evaluated(directory)
-    assert evaluated(directory, "--data-dir", "moved", "--quiet")["images"] == 4
+def test_weights_that_do_not_fit_or_are_missing_are_one_line(copy):
+    """Who has changed a model of common.py is told which file does not fit it."""
+    run = copy("r")
+    path = run / "best.pt"
+    state = records.load_checkpoint(path)
+    changes = [
+        {"weights": {}},
+        {"model": "other"},
+        {"l1": 5},
+    ]
+    for change in changes:
+        records.save_checkpoint(path, state | change)
+        refused(r"best\.pt does not fit", run)
+    path.unlink()
+    refused(r"best\.pt is missing", run)
 
 
 @pytest.mark.parametrize(
@@ -140,45 +138,53 @@ def test_images_that_moved_are_found(copy):
         ("a b --predict x", "take one run"),
         ("a --predict x --export onnx", "not allowed with"),
         ("a --top 2", "goes with --predict"),
-        ("a --predict ", "not an empty word"),
     ],
 )
 def test_flags_that_make_no_sense_are_refused_at_once(argv, expected, capsys):
+    """Nothing is looked for on the disk before."""
     with pytest.raises(SystemExit, match="2"):
-        evaluate.main(argv.split(" "))
+        evaluated(argv)
     assert expected in capsys.readouterr().err
 
 
 def test_runs_star_skips_what_is_no_run_and_tells_the_status_of_the_others(copy, capsys):
-    copy("running", status="running")
+    """`evaluate.py runs/*` works whatever lies there."""
+    # A directory of something else, a picture, a run that is trained, and one that was killed, with
+    # nothing in its run.json but what is needed.
+    Path("runs/empty").mkdir(parents=True)
+    Path("runs/picture.png").touch()
+    running = copy("running", status="running")
     killed = copy("killed", status="running")
     record = records.read_record(killed)
-    for name in ("argv", "host", "versions", "git", "device"):  # these are only shown
-        del record[name]
-    records.write_json(killed / "run.json", record)
-    Path("runs/empty").mkdir()
-    with records.locked(Path("runs/running/.lock")):
-        for _ in range(2):  # the second time, the first one's files are there
-            rows = compared(*Path("runs").iterdir(), "--json")
-            out, err = capsys.readouterr()
-            assert json.loads(out) == [*rows.values()]
-            found = {name: row["status"] for name, row in rows.items()}
-            assert found == {"killed": "killed", "running": "running"}
-            assert err.count("skipped") == 1 and "runs/empty is not a run" in err
-        with pytest.raises(records.RunError, match="still being trained"):
-            evaluated("runs/running")
+    needed = records.RECORD | {"format"}
+    records.write_json(killed / "run.json", {name: record[name] for name in needed})
+
+    with records.locked(running / ".lock"):
+        rows = compared(*Path("runs").iterdir(), "--json")
+        refused("still being trained", running)
+    out, err = capsys.readouterr()
+    assert json.loads(out) == [*rows.values()]
+    assert {name: row["status"] for name, row in rows.items()} == {
+        "killed": "killed",
+        "running": "running",
+    }
+    assert err.count("skipped") == 1
+    assert "runs/empty is not a run" in err
     assert Path("runs/compare.html").exists()
+
+    # The one run alone.
     evaluated(killed)
     assert "runs/killed: killed after 3 epochs" in capsys.readouterr().out
-    with pytest.raises(records.RunError, match="none of these"):
-        evaluated("runs/empty", "runs/empty")
-    for argv in (["none"], ["none", killed], ["none", "--predict", "x"]):
-        with pytest.raises(records.UsageError, match="none is not a run directory"):
-            evaluated(*argv)
+
+    # A name that is mistyped is told.
+    refused("none of these", "runs/empty runs/empty")
+    for argv in ("none", f"none {killed}", "none --predict x"):
+        refused("none is not a run directory", argv, error=records.UsageError)
 
 
 # ------------------------ Several runs ------------------------
 def test_the_runs_of_each_dataset_are_ranked(copy, trained, monkeypatch):
+    """The best comes first, and what cannot be compared fairly has no rank."""
     monkeypatch.setattr(common, "load_data", None)  # it reads no images
     data = records.read_record(trained)["data"] | {"name": "other"}
     views = {"loss": 1.0, "acc": 0.9, "plain_loss": 1.1, "plain_acc": 0.8}
@@ -190,156 +196,207 @@ def test_the_runs_of_each_dataset_are_ranked(copy, trained, monkeypatch):
         copy("worse", val_loss=0.3, val_acc=0.9, test={"acc": 0.85}, data=data),
         copy("better", val_loss=0.2, val_acc=0.8, test=views, tta="mirror", data=data),
     ]
-    log = records.read_log(trained)
-    changed = [json.dumps({**row, "val_loss": row["val_loss"] + 9}) for row in log]
-    Path("runs/worse/log.jsonl").write_text("\n".join(changed))
-    shown = show(Path("out"), *made, "--out", "out")
-    rows = {Path(row["run"]).name: row for row in shown.result["runs"]}
-    ranks = {"better": 1, "worse": 2, "smooth": 1, "plain": 2, "odd": None, "failed": None}
-    assert [(name, row["rank"]) for name, row in rows.items()] == [*ranks.items()]
-    assert rows["odd"]["not_ranked"] == "the runs differ in val images"
+    log = [row | {"val_loss": 9} for row in records.read_log(trained)]
+    Path("runs/worse/log.jsonl").write_text("\n".join(map(json.dumps, log)))
+    shown = show(Path("out"), *made, "--out out")
+
+    rows = shown.result["runs"]
+    assert [(Path(row["run"]).name, row["rank"]) for row in rows] == [
+        ("better", 1),
+        ("worse", 2),
+        ("smooth", 1),
+        ("plain", 2),
+        ("odd", None),
+        ("failed", None),
+    ]
     assert "as the runs differ in val images: runs/odd" in shown.out
+
     # Losses with smoothed labels and without cannot be compared, accuracies can.
     assert "differ in --label-smoothing, so they are ranked by validation accuracy" in shown.out
+
     # Accuracies of averaged views are told from plain ones.
-    found = [
-        (row["test_acc"], row["plain_test_acc"], row["test_time_augmentation"])
-        for row in rows.values()
-    ]
-    assert found[:2] == [(0.9, 0.8, "mirror"), (0.85, 0.85, None)]
+    names = ("test_acc", "plain_test_acc", "test_time_augmentation")
+    found = [[row[name] for name in names] for row in rows[:2]]
+    assert found == [[0.9, 0.8, "mirror"], [0.85, 0.85, None]]
+
+    # The page says it in words, with the flags that differ.
     table, different, *_ = page_of(Path("out/compare.html")).tables
-    assert "--label-smoothing" in different[0] and "--epochs" not in different[0]
-    assert [row[0] for row in table[1:]] == [f"runs/{name}" for name in ranks]
-    assert "76.54%" in table[3] and "failed" in table[6]
-    lines = [[*line.get_ydata()] for line in shown.axes["compare"][0].lines]
-    losses = [row["val_loss"] for row in log]
-    assert lines == [losses, [loss + 9 for loss in losses]]
+    assert "--label-smoothing" in different[0]
+    assert "--epochs" not in different[0]
+    assert "76.54%" in table[3]
+    assert "failed" in table[6]
+
+    # The picture has a line for each of the two runs, the better one first.
+    _, worse = shown.axes["compare"][0].lines
+    assert [*worse.get_ydata()] == [9, 9, 9]
 
 
-def test_runs_that_differ_in_their_seed_have_a_mean_with_an_interval(copy, capsys):
-    def figures(*values):
-        """Mean, deviation and interval of a run whose validation accuracies these are."""
-        made = [
-            copy(f"s{seed}", seed=seed, run_name=f"s{seed}", val_acc=value, test={"acc": value / 2})
-            for seed, value in enumerate(values)
-        ]
-        rows = compared(*made, *others, "--json")
-        assert [*rows.values()] == json.loads(capsys.readouterr().out)  # NaN is no JSON
-        names = [name for name, row in rows.items() if row["seeds"] == len(values)]
-        assert sorted(names) == [directory.name for directory in made]
-        assert {row["seeds"] for row in rows.values()} <= {len(values), None}
+def test_runs_that_differ_in_their_seed_have_a_mean_with_an_interval(copy):
+    """It is Student's interval, of the runs that came to their end."""
+
+    def figures(*accuracies, others=()):
+        """Mean, deviation and interval of runs with these validation accuracies."""
+        made = []
+        for seed, value in enumerate(accuracies):
+            name = f"s{seed}"
+            test = {"acc": value / 2}
+            made.append(copy(name, seed=seed, run_name=name, val_acc=value, test=test))
+        rows = compared(*made, *others)
+        counts = {name: row["seeds"] for name, row in rows.items() if row["seeds"]}
+        assert counts == {directory.name: len(made) for directory in made}
         row = rows["s0"]
         assert row["test_acc_mean"] == pytest.approx(row["val_acc_mean"] / 2)
         return [row[f"val_acc_{name}"] for name in ("mean", "sd", "low", "high")]
 
-    others = []
     assert figures(0.7, 0.7, 0.7) == pytest.approx([0.7, 0, 0.7, 0.7])
     assert figures(0.5, 0.9)[2:] == [None, None]
     assert figures(0.05, 0.6, 0.99)[2:] == [0, 1]
+
     # A seed counts once, by its better run; one that was killed does not, nor does another net.
-    others = [copy("again", seed=2, val_loss=9.0, val_acc=0.1), copy("wider", seed=4, l1=5)]
-    others.append(copy("killed", seed=5, status="killed"))
-    values = 0.91, 0.94, 0.92
+    others = [
+        copy("again", seed=2, val_loss=9.0, val_acc=0.1),
+        copy("wider", seed=4, l1=5),
+        copy("killed", seed=5, status="killed"),
+    ]
+    values = [0.91, 0.94, 0.92]
     interval = scipy.stats.ttest_1samp(values, 0).confidence_interval(0.95)
     expected = [np.mean(values), np.std(values, ddof=1), *interval]
-    assert figures(*values) == pytest.approx(expected)
+    assert figures(*values, others=others) == pytest.approx(expected)
     assert "{:.2%} to {:.2%}".format(*interval) in Path("runs/compare.html").read_text()
 
 
+# ------------------------ Pairs ------------------------
 def keep_predictions(directory, right, **changes):
     """What an evaluation would leave, with images that are right or not, in an order of its own."""
-    lines = [f"{index}.png,NA,0.5,{'NA' if yes else 'b'},0.5" for index, yes in enumerate(right)]
+    lines = [f"{index}.png,NA,{'NA' if yes else 'b'}" for index, yes in enumerate(right)]
     np.random.default_rng(len(directory.name)).shuffle(lines)
-    heading = "file,class,probability,predicted,predicted_probability"
-    (directory / "predictions.csv").write_text("\n".join([heading, *lines, ""]))
+    text = "\n".join(["file,class,predicted", *lines, ""])
+    (directory / "predictions.csv").write_text(text)
     epoch = records.read_record(directory)["best"]["epoch"]
-    metrics = {"epoch": epoch, "checksum": "same", "images": len(right)}
-    records.write_json(directory / "metrics.json", metrics | changes)
+    metrics = {"epoch": epoch, "checksum": "same", "images": len(right)} | changes
+    records.write_json(directory / "metrics.json", metrics)
 
 
-@pytest.mark.parametrize(("one", "other"), [(0, 5), (1, 7), (16, 6), (240, 261), (0, 0)])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (0, 0),
+        (0, 5),
+        (1, 7),
+        (16, 6),
+        (240, 261),
+    ],
+)
 def test_pairs_agree_with_what_was_published_and_with_scipy(copy, one, other):
-    first, second = copy("a", val_loss=0), copy("bb", val_loss=1)
-    keep_predictions(first, [True] * (other + 1) + [False] * (one + 12))
-    keep_predictions(second, [True] + [False] * other + [True] * one + [False] * 12)
+    """Whether one of two models is better by more than chance is told by McNemar's mid-p test."""
+    first = copy("a", val_loss=0)
+    second = copy("bb", val_loss=1)
+    both, neither = 1, 12
+    keep_predictions(first, [True] * (both + other) + [False] * (one + neither))
+    keep_predictions(second, [True] * both + [False] * other + [True] * one + [False] * neither)
     pair = compared(first, second, "--quiet")["bb"]
-    assert (pair["pair_only_this_right"], pair["pair_only_other_right"]) == (one, other)
-    p, images = 1.0, one + other + 13
-    assert pair["pair_images"] == images
+
+    images = both + one + other + neither
+    names = ("images", "only_this_right", "only_other_right")
+    assert [pair[f"pair_{name}"] for name in names] == [images, one, other]
     assert pair["pair_difference"] == pytest.approx((one - other) / images)
+
+    # The exact test, with half of the probability of what was seen.
+    p = 1.0
     if one + other:
         exact = scipy.stats.binomtest(one, one + other).pvalue
         p = exact - scipy.stats.binom.pmf(one, one + other, 0.5)
     assert pair["pair_mid_p"] == pytest.approx(min(p, 1))
-    if (one, other) == (1, 7):  # Bentur et al. in M. W. Fagerland et al. (2013)
+
+    # Bentur et al. in M. W. Fagerland et al. (2013).
+    if (one, other) == (1, 7):
         found = [pair[f"pair_{name}"] for name in ("mid_p", "low", "high")]
         assert found == pytest.approx([0.0391, -0.5084, -0.0134], abs=1e-4)
 
 
 def test_pairs_are_of_the_same_images_and_of_the_weights_that_there_are(copy, capsys):
+    """A run that cannot be compared image by image says why."""
+    changes = {
+        "b": {"checksum": "other"},
+        "c": {"epoch": 99},
+    }
+    damages = {
+        "d": "",
+        "e": "file,class\n",
+        "f": "\x00\x01",
+        "g": "file,class,predicted\na,b\n",
+    }
     made = [copy(name, val_loss=loss) for loss, name in enumerate("abcdefghi")]
     for directory in made[:-1]:
-        keep_predictions(directory, [True, False])
-    keep_predictions(made[1], [True, False], checksum="other")
-    keep_predictions(made[2], [True, False], epoch=99)
-    damages = "", "file,class\n", "\x00\x01", "file,class,predicted\na,b\n"
-    for directory, damage in zip(made[3:], damages, strict=False):
-        (directory / "predictions.csv").write_text(damage)
+        keep_predictions(directory, [True, False], **changes.get(directory.name, {}))
+    for name, damage in damages.items():
+        Path("runs", name, "predictions.csv").write_text(damage)
+
     rows = compared(*made)
     assert [name for name, row in rows.items() if row["pair_with"] == "runs/a"] == ["h"]
-    reasons = [row["not_paired"] for row in rows.values()]
-    assert reasons == [
-        None,
-        "evaluated on other test images than runs/a",
-        "trained on since the evaluation",
-        *(f"runs/{name}/predictions.csv is damaged" for name in "defg"),
-        None,
-        "not evaluated on the test images",
-    ]
+    assert {name: row["not_paired"] for name, row in rows.items() if row["not_paired"]} == {
+        "b": "evaluated on other test images than runs/a",
+        "c": "trained on since the evaluation",
+        **{name: f"runs/{name}/predictions.csv is damaged" for name in damages},
+        "i": "not evaluated on the test images",
+    }
     assert "not compared image by image, as trained on since" in capsys.readouterr().out
 
 
 def test_the_same_photos_in_two_sizes_are_a_pair():
+    """Which size of images is better can be asked."""
     draw_photos()
-    made = []
-    for side in (8, 12):
-        argv = [*ON_PHOTOS, *DENSE, "--image-size", side, "--run-name", f"side{side}"]
-        made.append(run(train_mnist, *argv)[0])
-        evaluated(made[-1], "--quiet")
+    made = [on_photos(f"{DENSE} --image-size {side} --run-name {side}") for side in (8, 12)]
+    for directory in made:
+        evaluated(directory, "--quiet")
     assert [row["pair_images"] for row in compared(*made).values()] == [None, 4]
 
 
 # ------------------------ Folds ------------------------
-def test_folds_give_a_mean_and_the_suspects_among_all_images(capsys, monkeypatch):
+def test_folds_give_a_mean_and_the_suspects_among_all_images(capsys):
+    """Each image is judged by the run that was not trained on it."""
+    # Three of forty images have a wrong label.
     draw_photos()
     for file, place in (("light/3", "dark"), ("dark/4", "light"), ("light/5", "dark")):
         shutil.move(f"p/{file}.png", f"p/{place}/wrong{file[-1]}.png")
-    argv = [*ON_PHOTOS, *DENSE, "--epochs", 12, "--lr", 0.003, "--run-name"]
-    folds = [run(train_mnist, *argv, f"f{k}", "--fold", f"{k}/5")[0] for k in range(1, 6)]
-    rows, out = compared(*folds), capsys.readouterr().out
-    accuracies = [records.read_record(path)["best"]["val_acc"] for path in folds]
-    row = rows["f1"]
-    assert (row["folds"], row["seeds"]) == (5, None)
-    assert row["fold_val_acc_mean"] == pytest.approx(np.mean(accuracies))
-    assert f"{np.mean(accuracies):.2%}" in out
-    suspects = rows_of("runs/suspects.csv")
-    names = [Path(row["file"]).name for row in suspects]
-    assert {*names[:3]} == {"wrong3.png", "wrong4.png", "wrong5.png"} and len(names) <= 4
-    assert all(Path(row["file"]).is_file() for row in suspects)
-    page = page_of(Path("runs/compare.html"))
-    assert [text.splitlines()[-1] for text in page.captions[: len(names)]] == names
-    counts = {name: str(len([*Path("p", name).iterdir()])) for name in ("dark", "light")}
-    assert {row[0]: row[1] for row in page.tables[-1][1:]} == counts
+    flags = f"{DENSE} --epochs 12 --lr 0.003"
+    folds = [on_photos(f"{flags} --run-name f{k} --fold {k}/5") for k in range(1, 6)]
 
-    # Each is ranked with its like. Where folds are missing, no images are read.
+    row = compared(*folds)["f1"]
+    mean = np.mean([records.read_record(path)["best"]["val_acc"] for path in folds])
+    assert (row["folds"], row["seeds"]) == (5, None)
+    assert row["fold_val_acc_mean"] == pytest.approx(mean)
+    assert f"{mean:.2%}" in capsys.readouterr().out
+
+    # They are found, as files that can be opened.
+    files = [Path(row["file"]) for row in rows_of("runs/suspects.csv")]
+    names = [file.name for file in files]
+    assert {*names[:3]} == {"wrong3.png", "wrong4.png", "wrong5.png"}
+    assert len(names) <= 4
+    assert all(file.is_file() for file in files)
+
+    # The page shows them, and how each class does.
+    page = page_of(Path("runs/compare.html"))
+    for text, name in zip(page.captions, names, strict=False):
+        assert text.endswith(name)
+    rows = [row[:2] for row in page.tables[-1]]
+    assert rows == [["class", "images"], ["dark", "21"], ["light", "19"]]
+
+
+def test_folds_are_ranked_with_their_like_even_where_some_are_missing(copy, monkeypatch, capsys):
+    """Two settings can be compared before all folds are trained; then no images are read."""
     monkeypatch.setattr(common, "load_data", None)
-    record = records.read_record(folds[0])
-    best = record["best"] | {"val_loss": record["best"]["val_loss"] + 1}
-    changed = record | {"best": best, "args": record["args"] | {"lr": 0.1}}
-    records.write_json(shutil.copytree(folds[0], Path("runs/other")) / "run.json", changed)
-    rows = compared(*folds[:4], "runs/other", "--out", "out")
+    made = [copy(f"f{k}", fold=f"{k}/5", files="data.csv") for k in range(1, 5)]
+    made.append(copy("other", fold="1/5", lr=0.1, val_loss=9.0))
+    rows = compared(*made)
+    assert {name: (row["rank"], row["folds"]) for name, row in rows.items()} == {
+        "f1": (1, 4),
+        "f2": (1, 4),
+        "f3": (1, 4),
+        "f4": (1, 4),
+        "other": (2, None),
+    }
     out = capsys.readouterr().out
-    assert "4 of 5 folds" in out and not Path("out/suspects.csv").exists()
-    assert "not ranked" not in out and "image by image" not in out
-    found = {name: (row["rank"], row["folds"]) for name, row in rows.items()}
-    assert found == {f"f{k}": (1, 4) for k in range(1, 5)} | {"other": (2, None)}
+    assert "4 of 5 folds" in out
+    assert "not ranked" not in out
+    assert "image by image" not in out

@@ -1,10 +1,9 @@
 """Images from files: data.csv, folders and CSV files, parts, folds, classes, endings, effects."""
 
-import contextlib
 import csv
 import hashlib
 import importlib.util
-import os
+import json
 import re
 import shutil
 import signal
@@ -18,23 +17,16 @@ import train_mnist
 
 import numpy as np
 import pytest
-import undrawn
 from conftest import check_same, run
 from forked import Forked
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps
 from test_data import load, pictures
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-TINY = ["--model", "dense", "--l1", 4, "--image-size", 8, "--epochs", 1, "--batch-size", 8]
-QUIET = [*TINY, "--quiet"]
-ON_P = ["--dataset", "p", *QUIET]
+pytestmark = pytest.mark.usefixtures("undrawn")
+
+TINY = "--dataset p --model dense --l1 4 --image-size 8 --epochs 1 --batch-size 8"
+ON_P = f"{TINY} --quiet"
 PARTS = ("train", "val", "test")
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_drawn(monkeypatch):
-    """The pictures are another file's tests, and take seconds."""
-    undrawn.nothing_is_drawn(monkeypatch.setattr)
 
 
 @pytest.fixture
@@ -49,12 +41,19 @@ def divided():
     pictures("p", {f"{part}/{name}": 10 for part in PARTS for name in "ab"})
 
 
+def words(*argv):
+    """The words of a command line, which is given in any pieces."""
+    return " ".join(map(str, argv)).split()
+
+
 def train(*argv):
-    return run(train_mnist, *ON_P, *argv)
+    """Train a tiny net, on the folder p unless another is given. Returns the run's directory."""
+    directory, *_ = run(train_mnist, *words(ON_P, *argv))
+    return directory
 
 
 def resume(directory, *argv):
-    return run(train_mnist, "--resume", directory, "--quiet", *argv)
+    run(train_mnist, *words("--resume", directory, "--quiet", *argv))
 
 
 def picture(path, level):
@@ -68,14 +67,14 @@ def rows_of(directory):
         return list(csv.DictReader(file))
 
 
-def files_of(directory, *parts):
-    """The files of these parts in a data.csv."""
-    return {row["file"] for row in rows_of(directory) if row["part"] in parts}
-
-
 def parts_of(directory):
     """The part of each file in a data.csv."""
     return {row["file"]: row["part"] for row in rows_of(directory)}
+
+
+def files_of(directory, wanted):
+    """The files of one part in a data.csv."""
+    return {file for file, part in parts_of(directory).items() if part == wanted}
 
 
 def classes_of(directory):
@@ -86,45 +85,37 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def evaluated(directory, *argv, out="evaluated"):
-    """What evaluate.py measures: metrics.json and the predictions, as bytes that can be compared."""
-    evaluate.main([str(directory), "--quiet", "--out", out, *map(str, argv)])
-    return records.read_json(Path(out, "metrics.json")), Path(out, "predictions.csv").read_bytes()
+def evaluated(directory, *argv):
+    """What evaluate.py measures: metrics.json, and the predictions as bytes."""
+    evaluate.main(words(directory, "--quiet --out evaluated", *argv))
+    out = Path("evaluated")
+    return records.read_json(out / "metrics.json"), (out / "predictions.csv").read_bytes()
 
 
 def exits_with_one_line(capsys, *argv, main=train_mnist.main):
     """The line with which a bad flag ends the program, with status 2."""
     capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        main([str(word) for word in argv])
+    with pytest.raises(SystemExit, match="2"):
+        main(words(*argv))
     out, err = capsys.readouterr()
-    assert ended.value.code == 2 and not out and err.count("\n") == 1, (out, err)
+    assert not out
+    assert err.count("\n") == 1
     return err
 
 
 def fails_with_one_line(*argv, main=None, kind=records.RunError):
     """The line with which a run, or `main`, ends."""
     with pytest.raises(kind) as failure:
-        main([str(word) for word in argv]) if main else run(train_mnist, *argv)
+        main(words(*argv)) if main else run(train_mnist, *words(*argv))
     assert "\n" not in str(failure.value)
     return str(failure.value)
 
 
-def fails_on_p(*argv, kind=records.RunError):
+def fails_on_p(argv="", **options):
     """The line with which a run on the folder p ends before it has a directory."""
-    line = fails_with_one_line(*ON_P, *argv, kind=kind)
+    line = fails_with_one_line(ON_P, argv, **options)
     assert not Path("runs").exists()
     return line
-
-
-@contextlib.contextmanager
-def at_each_step(call):
-    """Have `call` called before each step of an optimiser."""
-    hook = register_optimizer_step_pre_hook(lambda *_: call())
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 LITTLE_MEMORY = """
@@ -138,243 +129,261 @@ Path.read_text = read
 """
 
 
-def little_memory(monkeypatch):
-    """Have the machine say that it has a kB of memory left."""
-    monkeypatch.setattr(Path, "read_text", Path.read_text)
-    exec(LITTLE_MEMORY, {})
-
-
 # ------------------------ data.csv ------------------------
-def test_data_csv_has_each_file_with_its_class_part_and_checksum(folder):
-    for flags, val, unused in (
-        (["--no-test"], 4, 0),
-        (["--val-size", 0], 0, 0),
-        (["--limit-train", 9], 4, 23),
-    ):
-        directory, record, _ = train(*flags)
-        rows = rows_of(directory)
-        assert all(row["sha256"] == sha256(f"p/{row['file']}") for row in rows)
-        assert all(row["class"] == row["file"][0] for row in rows)
-        parts = Counter(parts_of(directory).values())
-        assert parts == Counter(train=36 - val - unused, val=val, test=4, unused=unused)
-        assert record["data"]["files_checksum"] == sha256(directory / "data.csv")
-        assert (record["test"] is None) == ("--no-test" in flags)
+@pytest.mark.parametrize(
+    ("flags", "train_images", "val_images", "unused"),
+    [
+        ("--no-test", 32, 4, 0),
+        ("--val-size 0", 36, 0, 0),
+        ("--limit-train 9", 9, 4, 23),
+    ],
+)
+def test_data_csv_has_each_file_with_its_class_part_and_checksum(
+    folder, flags, train_images, val_images, unused
+):
+    """data.csv lists every image of the folder, also those that a flag leaves out."""
+    rows = rows_of(train(flags))
+    for row in rows:
+        assert row["class"] == row["file"][0]
+        assert row["sha256"] == sha256(f"p/{row['file']}")
+    counts = Counter(row["part"] for row in rows)
+    assert counts == Counter(train=train_images, val=val_images, test=4, unused=unused)
+
+
+KILLED_AT_FIRST_STEP = "register_optimizer_step_post_hook(lambda *_: signal.raise_signal(9))"
 
 
 def test_a_run_keeps_to_the_files_that_it_has_written_down_before_its_first_step(folder):
-    def stop():
-        seen.append(sha256("runs/r/data.csv"))
-        raise KeyboardInterrupt("SIGINT")
-
-    seen = []
-    argv = ["--limit-train", 20]
-    whole, *_ = train(*argv)
-    with at_each_step(stop):
-        directory, record, rows = train(*argv, "--run-name", "r")
-    assert record["status"] == "interrupted"
-    assert rows == []
-    assert seen == [record["data"]["files_checksum"]]
+    """What comes into the folder later changes neither a run that goes on nor its evaluation."""
+    argv = words(ON_P, "--limit-train 20 --runs-dir runs --run-name")
+    whole, *_ = run(train_mnist, *argv, "whole")
+    killed = Forked("train_mnist", *argv, "killed", before=KILLED_AT_FIRST_STEP)
+    assert killed.finish()[0] == -signal.SIGKILL
     before = evaluated(whole)
     pictures("p", {"a/new": 30, "b/new": 30})
-    resume(directory)
-    check_same(whole, directory)
+    resume("runs/killed")
+    check_same(whole, Path("runs/killed"))
+    for part, count in zip(PARTS, (20, 4, 4), strict=True):
+        metrics, _ = evaluated(whole, "--split", part)
+        assert metrics["images"] == count
 
     # The test reads its own files alone.
     for path in Path("p").rglob("*.png"):
         if path.relative_to("p").as_posix() not in files_of(whole, "test"):
             path.unlink()
     assert evaluated(whole) == before
-    assert before[0]["images"] == 4
-
-
-def test_the_disk_may_be_full_when_data_csv_is_written(folder, monkeypatch):
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as context:
-        context.setattr(os, "fsync", full)
-        assert "No space left" in fails_with_one_line(
-            *ON_P, "--runs-dir", "runs", "--run-name", "r"
-        )
-    train("--run-name", "r")
 
 
 def test_the_test_images_follow_from_the_files_alone_and_a_new_one_changes_one_at_most():
+    """The same images test at every seed, and a folder that grows keeps nearly all of them."""
     pictures("p", {"a": 24, "b": 3, "c": 2})
-    runs = [train("--seed", seed)[0] for seed in range(3)]
+    runs = [train("--seed", seed) for seed in range(3)]
     test, *others = (files_of(directory, "test") for directory in runs)
-    assert others == [test] * 2
+    assert others == [test, test]
     assert sorted(file[0] for file in test) == ["a", "a", "b"]
+    # Those that validate are drawn with the seed.
     assert len({frozenset(files_of(directory, "val")) for directory in runs}) == 3
     for name in ("a/0new", "a/5new", "b/0new", "c/0new", "c/1new"):
         picture(f"p/{name}.png", 7)
-        before = test
-        test = files_of(train()[0], "test")
+        before, test = test, files_of(train(), "test")
         assert len(test - before) <= 1
         assert len(before - test) <= 1
 
 
-def test_files_that_have_changed_or_gone_are_named(folder, capsys, monkeypatch):
-    directory, *_ = train("--epochs", 2, "--stop-after", 1, "--run-name", "r")
-    for part in PARTS:
-        path = Path("p", min(files_of(directory, part)))
-        content = path.read_bytes()
-        for damage in ("the file has changed", "No such file"):
-            path.write_bytes(b"")
-            if damage == "No such file":
-                path.unlink()
-            for line in (
-                fails_with_one_line("--resume", directory),
-                fails_with_one_line(directory, "--split", part, main=evaluate.main),
-            ):
-                assert re.search(f"p: 1 of .* {path.relative_to('p')} .{damage}", line)
-        path.write_bytes(content)
+@pytest.mark.parametrize("gone", [False, True])
+def test_files_that_have_changed_or_gone_are_named(folder, capsys, gone):
+    """Neither a run that goes on nor an evaluation takes another image for one of the run's."""
+
+    def damage(path):
+        path.write_text("")
+        if gone:
+            path.unlink()
+
+    directory = train("--epochs 2 --stop-after 1 --run-name r")
+    reason = "No such file" if gone else "the file has changed"
+    for number, part in enumerate(PARTS, 1):
+        file = min(files_of(directory, part))
+        damage(Path("p", file))
+        line = fails_with_one_line("--resume", directory)
+        assert f"p: {number} of " in line
+        assert f"{file} ({reason}" in line
+        line = fails_with_one_line(directory, "--split", part, main=evaluate.main)
+        assert f"{file} ({reason}" in line
 
     # So is a data.csv.
-    path = directory / "data.csv"
-    content = path.read_text()
-    for damage in ("has changed", "is missing"):
-        path.write_text(content.replace("train", "val", 1))
-        if damage == "is missing":
-            path.unlink()
-        line = exits_with_one_line(capsys, "--resume", directory)
-        assert f"runs/r/data.csv {damage}" in line
-        assert f"data.csv {damage}" in fails_with_one_line(directory, main=evaluate.main)
-    path.write_text(content)
-    monkeypatch.chdir("p")  # a run names the same folder from wherever it is continued
-    assert resume(directory)[1]["status"] == "finished"
+    damage(directory / "data.csv")
+    expected = f"runs/r/data.csv {'is missing' if gone else 'has changed'}"
+    assert expected in exits_with_one_line(capsys, "--resume", directory)
+    assert expected in fails_with_one_line(directory, main=evaluate.main)
 
 
 def test_a_folder_that_has_moved_is_found_with_dataset_and_data_dir(folder, capsys, monkeypatch):
-    argv = ["--epochs", 3, "--augment"]
-    whole, *_ = train(*argv)
-    directory, *_ = train(*argv, "--stop-after", 1)
+    """A run goes on, and is evaluated, with images that lie elsewhere now."""
+    argv = "--epochs 3 --augment"
+    whole = train(argv)
+    directory = train(argv, "--stop-after 1")
     Path("p").rename("q")
     assert "are with --dataset" in fails_with_one_line("--resume", directory)
-    resume(directory, "--dataset", "q")
+    resume(directory, "--dataset q")
     check_same(whole, directory)
-    monkeypatch.chdir(directory)  # the run has its new place now, wherever it is seen from
+    for name, text in (("synthetic", "cannot change"), ("nowhere", "is no folder")):
+        assert text in exits_with_one_line(capsys, "--resume", directory, "--dataset", name)
+
+    # The run has its new place now, wherever it is seen from.
+    monkeypatch.chdir(directory)
     before = evaluated(directory)
     monkeypatch.chdir("../..")
     Path("q").rename("p")
     assert "with --data-dir" in fails_with_one_line(directory, main=evaluate.main)
-    assert evaluated(directory, "--data-dir", "p") == before
-    for name, text in (("synthetic", "cannot change"), ("nowhere", "is no folder")):
-        assert text in exits_with_one_line(capsys, "--resume", directory, "--dataset", name)
+    assert evaluated(directory, "--data-dir p") == before
 
 
 # ------------------------ CSV files ------------------------
 def write_csv(path, lines, delimiter=",", encoding="utf-8"):
     text = "".join(delimiter.join(line) + "\r\n" for line in lines)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(exist_ok=True)
     Path(path).write_bytes(text.encode(encoding))
 
 
-def labelled(**more):
-    """Lines of a CSV file for the files of `folder`."""
-    files = [(f"{name}/{i}.png", name) for name in "ab" for i in range(20)]
-    return [["file", "class", *more], *([*each, *more.values()] for each in files)]
+def labelled(*more, of=20):
+    """Lines of a CSV file for so many images of each class, with `more` empty columns."""
+    empty = [""] * len(more)
+    files = [[f"{name}/{i}.png", name, *empty] for name in "ab" for i in range(of)]
+    return [["file", "class", *more], *files]
 
 
 def test_a_csv_file_of_files_and_classes_is_cut_as_a_folder_is_and_read_once(folder):
+    """A CSV file gives the same parts as the folder, and a data.csv gives them to other runs."""
     write_csv("p/list.CSV", labelled())
-    argv = ["--epochs", 2, "--dataset", "p/list.CSV"]
-    whole, *_ = train(*argv)
-    assert parts_of(whole) == parts_of(train()[0])
-    directory, *_ = train(*argv, "--stop-after", 1)
-    write_csv("p/list.CSV", labelled()[:-1])  # what stands in it now does not matter
+    argv = "--epochs 2 --dataset p/list.CSV"
+    whole = train(argv)
+    assert parts_of(whole) == parts_of(train())
+    directory = train(argv, "--stop-after 1")
+    write_csv("p/list.CSV", labelled(of=19))  # what stands in it now does not matter
     resume(directory)
     check_same(whole, directory)
 
-    # A data.csv gives other runs the same parts.
+    # The data.csv of a run is such a file.
     shutil.copy(whole / "data.csv", "p")
     pictures("p", {"a/new": 9, "c": 9})
-    assert parts_of(train("--dataset", "p/data.csv", "--seed", 1)[0]) == parts_of(whole)
+    assert parts_of(train("--dataset p/data.csv --seed 1")) == parts_of(whole)
     before = evaluated(directory)
     Path("p").rename("q")
     for place in ("q", "q/list.CSV"):
         assert evaluated(directory, "--data-dir", place) == before
 
 
-def test_csv_files_are_read_as_spreadsheets_and_people_write_them():
-    pictures("p", {"x": 9})
-    parts = ["Training", "TRAIN", "", "train", "valid", "Validation", "VAL", "testing", "Test"]
-    expected = ["train"] * 4 + ["val"] * 3 + ["test"] * 2
-    for classes, delimiter, encoding in (
+@pytest.mark.parametrize(
+    ("classes", "delimiter", "encoding"),
+    [
         (["a", '"ü b"'], ";", "utf-8-sig"),
         (["a", "b"], ", ", "utf-8"),
-        ([" b", "a;b"], ",", "utf-8"),
-    ):
-        lines = [["note", "sha256", "part", "class", "file"]]
-        for i, part in enumerate(parts):
-            path = Path("p/x", f"{i}.png").absolute()
-            lines.append(["", sha256(path).upper(), part, classes[i % 2], str(path)])
-        write_csv("lists/list.csv", lines, delimiter, encoding)
-        directory, *_ = train("--dataset", "lists/list.csv")
-        assert classes_of(directory) == [name.strip('"') for name in classes]
-        assert [part for _, part in sorted(parts_of(directory).items())] == expected
+        ([" b", "a;b "], ",", "utf-8"),
+    ],
+)
+def test_csv_files_are_read_as_spreadsheets_and_people_write_them(classes, delimiter, encoding):
+    """Semicolons, a mark of the encoding, empty rows and several names of the parts are read."""
+    pictures("p", {"x": 9})
+    parts = ["Training", "TRAIN", "", "train", "valid", "Validation", "VAL", "testing", "Test"]
+    lines = [["note", "sha256", "part", "class", "file"]]
+    for i, part in enumerate(parts):
+        path = Path(f"p/x/{i}.png").absolute()
+        lines.append(["", sha256(path).upper(), part, classes[i % 2], str(path)])
+    write_csv("lists/list.csv", [*lines, [""] * 5], delimiter, encoding)
+    directory = train("--dataset lists/list.csv")
+    assert classes_of(directory) == [name.strip('"') for name in classes]
+    found = [part for _, part in sorted(parts_of(directory).items())]
+    assert found == ["train"] * 4 + ["val"] * 3 + ["test"] * 2
+
+
+WRONG_LINES = f"""
+0 | name,class,part, | line 2: expected a file and its class in columns
+3 | a/2.png,a,exam, | line 4: expected .* train, val or test
+4 | a/3.png,,train, | line 5: expected a file and its class
+25 | ./a/2.png,b,test, | line 26: a/2.png is there twice
+5 | a/none.png,a,train, | a/none.png .No such file or directory
+5 | a/4.png,a,train,{"0" * 64} | a/4.png .the file has changed
+9 | a,"{"x" * 200_000} | p/list.csv is no CSV file
+"""
 
 
 def test_what_is_wrong_in_a_csv_file_is_told_in_one_line(folder):
-    for place, line, expected in (
-        (0, ["name", "class", "part", ""], "line 2: expected a file and its class in columns"),
-        (3, ["a/2.png", "a", "exam", ""], "line 4: expected .* train, val or test"),
-        (4, ["a/3.png", "", "train", ""], "line 5: expected a file and its class"),
-        (25, ["./a/2.png", "b", "test", ""], "line 26: a/2.png is there twice"),
-        (5, ["a/none.png", "a", "train", ""], "a/none.png .No such file or directory"),
-        (5, ["a/4.png", "a", "train", "0" * 64], "a/4.png .the file has changed"),
-    ):
-        lines = labelled(part="train", sha256="")
-        lines[place] = line
+    """The line of the file is named, or the image that cannot be used."""
+    for case in WRONG_LINES.strip().splitlines():
+        index, line, expected = case.split(" | ")
+        lines = labelled("part", "sha256")
+        lines[int(index)] = line.split(",")
         write_csv("p/list.csv", lines)
-        assert re.search(expected, fails_on_p("--dataset", "p/list.csv"))
+        assert re.search(expected, fails_on_p("--dataset p/list.csv"))
 
 
 # ------------------------ Folds ------------------------
 def test_the_folds_follow_from_the_files_alone_and_are_apart_with_each_class_in_each():
+    """Each image validates in one fold, whatever the seed and however the files are listed."""
     counts = {"a": 10, "b": 11, "c": 4}
-    folds = []
     pictures("p", counts)
     files = [[f"{name}/{i}.png", name] for name in "cba" for i in range(counts[name])]
     write_csv("p/list.csv", [["file", "class"], *files])
+    validated = []
     for fold in ("1/3", "2/3", "3/3"):
-        directory, record, _ = train("--fold", fold)
-        other, *_ = train("--fold", fold, "--dataset", "p/list.csv", "--seed", 7)
+        directory = train("--fold", fold)
+        other = train("--fold", fold, "--dataset p/list.csv --seed 7")
         assert parts_of(directory) == parts_of(other)
-        assert len(parts_of(other)) == 25
-        assert record["test"] is None
-        assert not files_of(directory, "test")
-        folds += files_of(directory, "val")
-        found = Counter(file[0] for file in files_of(directory, "val"))
-        assert all(abs(found[name] - counts[name] / 3) < 1 for name in counts)
-    assert sorted(folds) == sorted(file for file, _ in files)
+        assert {*parts_of(other).values()} == {"train", "val"}
+        val = files_of(other, "val")
+        found = Counter(file[0] for file in val)
+        assert all(abs(found[name] - count / 3) < 1 for name, count in counts.items())
+        validated += val
+    assert sorted(validated) == sorted(file for file, _ in files) == sorted(parts_of(other))
     assert "has no test images" in fails_with_one_line(directory, main=evaluate.main)
 
 
-def test_a_fold_does_not_read_the_test_images(divided):
-    for path in Path("p/test").rglob("*.png"):
+def test_a_fold_does_not_read_the_test_images(capsys):
+    """The folder test is nothing to a fold, whatever is in it."""
+    pictures("p", {"train/a": 10, "train/b": 10, "test/other": 5})
+    for path in Path("p/test/other").iterdir():
         path.write_text("this is not read")
-    shutil.rmtree("p/val")
-    directory, record, _ = train("--fold", "2/4")
-    assert record["test"] is None
-    assert record["data"]["val"] == 5
-    assert len(parts_of(directory)) == 20
+    rows = rows_of(train("--fold 2/4 --no-quiet"))
+    assert Counter(row["part"] for row in rows) == {"train": 15, "val": 5}
+    assert "test has" not in capsys.readouterr().out
 
 
 def test_the_folds_of_a_dataset_with_a_name_are_apart_and_together_all_images(few_images):
-    argv = [train_mnist, "--dataset", "synthetic", "--fold"]
+    """Each training image of a named dataset validates in one fold, whatever the seed."""
     images = set()
     for fold in ("1/3", "2/3", "3/3"):
-        _, val = load(*argv, fold, part="both")
-        _, same = load(*argv, fold, "--seed", 7, part="both")
-        assert len(val) == 100
-        assert val.checksum == same.checksum
-        images |= {image.tobytes() for image in val.images.numpy()}
+        argv = ("--dataset", "synthetic", "--fold", fold, "--seed")
+        first, second = (load(train_mnist, *argv, seed, part="both")[1] for seed in (42, 7))
+        assert len(first) == 100
+        assert first.checksum == second.checksum
+        images |= {image.tobytes() for image in first.images.numpy()}
     assert len(images) == 300
+
+
+@pytest.mark.parametrize(
+    ("counts", "argv"),
+    [
+        ({"a": 9, "b": 9, "rare": 1}, "--fold 1/2"),
+        ({"a": 9, "b": 9, "rare": 1}, "--fold 2/2"),
+        ({"a": 30, "rare": 2, "c": 30}, "--limit-train 8"),
+    ],
+)
+def test_a_class_that_is_not_trained_is_still_one_of_the_classes(counts, argv):
+    """A run without images of a class goes on, and is evaluated on images of it."""
+    pictures("p", counts)
+    argv += " --epochs 2"
+    whole = train(argv)
+    directory = train(argv, "--stop-after 1")
+    resume(directory)
+    check_same(whole, directory)
+    metrics, _ = evaluated(directory, "--split val")
+    assert metrics["images"] == records.read_record(directory)["data"]["val"]
+    assert len(metrics["classes"]) == 3
 
 
 # ------------------------ Layouts ------------------------
 def test_broken_images_in_any_part_end_the_run_before_its_first_step(divided):
+    """All images are looked at first, those of a test that is not made, too; ten are named."""
     broken = [f"{part}/{name}/{i}.png" for part in sorted(PARTS) for name in "ab" for i in (2, 10)]
     for file in broken:
         Path("p", file).write_bytes(Path("p/train/a/0.png").read_bytes()[:-30])
@@ -384,23 +393,29 @@ def test_broken_images_in_any_part_end_the_run_before_its_first_step(divided):
     assert line.endswith(", and 2 more; remove or replace them")
 
 
-def test_the_folders_of_the_parts_have_several_spellings_and_may_be_missing():
-    for names, counts in (
-        (("Training", "VALID", "testing"), (8, 8, 8)),
-        (("TRAIN", "Validation"), (8, 8, None)),
-        (("train", "Test"), (7, 1, 8)),
-    ):
-        pictures("p", {f"{part}/{name}": 4 for part in (*names, "drafts") for name in "ab"})
-        picture(f"p/{names[0]}/stray.png", 3)
-        directory, record, _ = train()
-        assert tuple(record["data"][part] for part in PARTS) == counts
-        assert {file.split("/")[0] for file in parts_of(directory)} == {*names}
-        assert (record["test"] is None) == (counts[2] is None)
-        shutil.rmtree("p")
+@pytest.mark.parametrize(
+    ("folders", "counts"),
+    [
+        ("Training VALID testing", (8, 8, 8)),
+        ("TRAIN Validation", (8, 8, 0)),
+        ("train Test", (7, 1, 8)),
+    ],
+)
+def test_the_folders_of_the_parts_have_several_spellings_and_may_be_missing(folders, counts):
+    """What lies beside them, or in no class, is left out."""
+    names = folders.split()
+    pictures("p", {f"{part}/{name}": 4 for part in (*names, "drafts") for name in "ab"})
+    picture(f"p/{names[0]}/stray.png", 3)
+    directory = train()
+    parts = parts_of(directory)
+    assert Counter(parts.values()) == Counter(dict(zip(PARTS, counts, strict=True)))
+    assert {file.split("/")[0] for file in parts} == {*names}
+    assert bool(records.read_record(directory)["test"]) == bool(counts[-1])
 
 
 def test_what_is_read_of_folders_links_and_what_programs_leave_in_them(capsys):
-    counts = {"2": 3, "10/x/y": 5, "red ü": 3}
+    """Subfolders and links are read, hidden files are not, and 10 comes after 2."""
+    counts = {"00002": 2, "0002": 2, "002": 2, "02": 2, "2": 3, "10/x/y": 5, "red ü": 3}
     pictures("p", counts)
     pictures("far", {"away": 6})
     for link in ("p/10/linked", "p/c"):
@@ -408,142 +423,177 @@ def test_what_is_read_of_folders_links_and_what_programs_leave_in_them(capsys):
     for stray in ("__MACOSX/2/0.png", ".hidden/0.png", "2/.x/0.png", "2/._0.png", "2/.DS_Store"):
         Path("p", stray).parent.mkdir(parents=True, exist_ok=True)
         Path("p", stray).touch()
-    directory, *_ = run(train_mnist, "--dataset", "p", *TINY)
+    directory = train("--no-quiet")
     found = Counter(file.rpartition("/")[0] for file in parts_of(directory))
     assert found == {**counts, "10/linked": 6, "c": 6}
-    assert classes_of(directory) == ["2", "10", "c", "red ü"]
+    assert classes_of(directory) == ["00002", "0002", "002", "02", "2", "10", "c", "red ü"]
     assert "skipped" not in capsys.readouterr().out
 
 
+def test_the_names_of_parts_do_not_become_the_classes():
+    """A folder test without class folders is told, or is nothing where it has no image."""
+    pictures("p", {"train/cat": 10, "train/dog": 10, "test": 1})
+    assert "no folder test with class folders" in fails_on_p()
+    Path("p/test/0.png").rename("p/test/.0.png")
+    assert classes_of(train()) == ["cat", "dog"]
+
+
 def test_parts_and_classes_that_do_not_fit_are_refused_and_named(divided, capsys):
+    """What validates and tests is what was trained, or the line says what it is that does not."""
     for flag, value in (("--val-size", 0.2), ("--fold", "1/3")):
-        line = fails_on_p(flag, value, kind=records.UsageError)
+        line = fails_on_p(f"{flag} {value}", kind=records.UsageError)
         assert f"{flag} has no effect" in line
-    assert "only 20" in fails_on_p("--limit-train", 21)
+    assert "only 20" in fails_on_p("--limit-train 21")
     for part in ("val", "test"):
         Path("p", part, "a").rename(f"p/{part}/zebra")
         assert f"{part} has classes that train has not: zebra" in fails_on_p()
         Path("p", part, "zebra").rename(f"p/{part}/a")
     Path("few.csv").write_text("file,class\na/1.png,a\n")
     for name in ("p/test/a", "few.csv"):
-        assert "at least two classes" in fails_on_p("--dataset", name)
+        assert "at least two classes" in fails_on_p(f"--dataset {name}")
+    pictures("p/few", dict.fromkeys("abcdef", 2))  # of so few none is taken for the test
+    assert "too few images" in fails_on_p("--dataset p/few --val-size 0")
     shutil.copytree("p/val", "p/Valid")
     assert "two folders for one part" in fails_on_p()
+
+    # A class may be missing in the test.
     shutil.rmtree("p/Valid")
     shutil.rmtree("p/test/a")
-    directory, *_ = run(train_mnist, "--dataset", "p", *TINY)
+    directory = train("--no-quiet")
     assert "test has no images of a;" in capsys.readouterr().out
-    assert [each["support"] for each in evaluated(directory)[0]["classes"]] == [0, 10]
+    metrics, _ = evaluated(directory)
+    assert [each["support"] for each in metrics["classes"]] == [0, 10]
 
 
 def test_files_of_each_ending_are_read_and_others_counted(capsys):
-    first, later = (Image.new("L", (16, 16), level) for level in (40, 120))
-    codecs = {".jp2": "jpg_2000", ".avif": "avif"}
-    endings = [".jfif", ".JPG", ".PnG", ".bmp", ".tiff", ".gif", *codecs]
-    endings = [ending for ending in endings if features.check(codecs.get(ending, "jpg"))]
+    """The formats that Pillow reads are read; what cannot be read is counted, with a hint."""
+    endings = (".jfif", ".JPG", ".PnG", ".bmp", ".tiff", ".gif")
     for name in ("p/a", "p/b"):
         Path(name).mkdir(parents=True)
         for ending in endings:
-            more = {"save_all": True, "append_images": [later]} if ending == ".gif" else {}
-            first.save(f"{name}/photo{ending}", **more)
+            picture(f"{name}/photo{ending}", 40)
         Path(name, "photo.HEIC").touch()
     Path("p/b/notes.xyz").touch()
-    directory, *_ = run(train_mnist, "--dataset", "p", *TINY, "--normalize", "dataset")
+    directory = train("--no-quiet --normalize dataset")
     assert len(rows_of(directory)) == 2 * len(endings)
     if not importlib.util.find_spec("pillow_heif"):
         skipped = "3 files skipped: 2 .heic (pip install pillow-heif), 1 .xyz\n"
         assert skipped in capsys.readouterr().out
+
+    # Images that are all the same can be normalised, too.
     best = records.load_checkpoint(directory / "best.pt")
     assert best["mean"] == [pytest.approx(40 / 255, abs=0.004)]
     assert 0 < best["std"][0] < 0.01
 
 
 def test_each_way_to_the_square_is_pillows_own_and_predict_goes_it_too():
+    """--resize stretches, pads or crops, and what is predicted is made square in the same way."""
     photo = Image.new("RGB", (48, 16))
-    square = ((8, 8), Image.Resampling.BILINEAR)
     photo.paste((250, 40, 90), (0, 2, 12, 16))
     pictures("p", {"a": 5, "b": 5})
     for path in Path("p").glob("*/*"):
         photo.save(path)
+    square = ((8, 8), Image.Resampling.BILINEAR)
+    argv = words(ON_P, "--resize")
     for way, expected in (
         ("stretch", photo.resize(*square)),
         ("pad", ImageOps.pad(photo, *square)),
         ("crop", ImageOps.fit(photo, *square)),
     ):
-        image = load(train_cifar, *ON_P, "--resize", way).images[0]
+        image = load(train_cifar, *argv, way).images[0]
         assert np.array_equal(image.permute(1, 2, 0), expected)
-    directory, *_ = run(train_cifar, *ON_P, "--resize", way)
+
+    # Of the last way there is a run.
+    directory, *_ = run(train_cifar, *argv, way)
     expected.save("square.png")
-    answer = evaluate.main([str(directory), "--predict", str(path), "square.png", "--top", "1"])
+    answer = evaluate.main(words(directory, "--top 1 --predict square.png", path))
     one, other = answer["predictions"]
     assert one["probability"] == other["probability"]
 
 
 # ------------------------ Flags ------------------------
+WRONG_FLAGS = """
+--dataset p --model dense --c1 4 | --c1 has no effect
+--dataset p --momentum 0.9 | --momentum has no effect
+--dataset p --data-dir . | --data-dir has no effect with --dataset
+--dataset synthetic --data-dir . | --data-dir has no effect
+--dataset p --rotation 5 --no-augment | --rotation has no effect
+--dataset p --keep last --tolerance 5 | --tolerance has no effect
+--dataset p --augment --flip 0 --alternate-flip | --alternate-flip has no effect
+--dataset mnist --grey | --grey has no effect with --dataset mnist
+--dataset synthetic --image-size 8 | --image-size has no effect with --dataset
+--resize pad | --resize has no effect with --dataset mnist
+--dataset p --resize fit | --resize: expected stretch
+--resume runs/r --resize pad | --resize cannot change
+--dataset p --fold 1/3 --val-size 0.2 | has no effect beside --fold
+--dataset p --fold 1/3 --test | has no effect beside --fold
+--fold=0/3 | --fold: expected K/N
+--fold=4/3 | --fold: expected K/N
+--fold=1/1 | --fold: expected K/N
+--fold=x | --fold: expected K/N
+--fold=1/3/3 | --fold: expected K/N
+--dataset nowhere.csv | nowhere.csv is no folder
+--dataset file.txt | file.txt is no folder
+--resume= | --resume: expected a path
+--data-dir= | --data-dir: expected a path
+--dataset= | --dataset: expected a path
+"""
+
+
 def test_a_flag_that_cannot_be_met_or_has_no_effect_is_refused_in_one_line(folder, capsys):
-    directory, *_ = train("--resize", "crop", "--epochs", 2, "--stop-after", 1)
+    """No flag is dropped in silence."""
+    train("--resize crop --epochs 2 --stop-after 1 --run-name r")
     Path("file.txt").touch()
-    for argv, expected in {
-        "--dataset p --model dense --c1 4": "--c1 has no effect",
-        "--dataset p --momentum 0.9": "--momentum has no effect",
-        "--dataset p --data-dir .": "--data-dir has no effect with --dataset",
-        "--dataset synthetic --data-dir .": "--data-dir has no effect",
-        "--dataset p --rotation 5 --no-augment": "--rotation has no effect",
-        "--dataset p --keep last --tolerance 5": "--tolerance has no effect",
-        "--dataset p --augment --flip 0 --alternate-flip": "--alternate-flip has no effect",
-        "--dataset mnist --grey": "--grey has no effect with --dataset mnist",
-        "--dataset synthetic --image-size 8": "--image-size has no effect with --dataset",
-        "--resize pad": "--resize has no effect with --dataset mnist",
-        "--dataset p --resize fit": "--resize: expected stretch",
-        f"--resume {directory} --resize pad": "--resize cannot change",
-        "--dataset p --fold 1/3 --val-size 0.2": "has no effect beside --fold",
-        "--dataset p --fold 1/3 --test": "has no effect beside --fold",
-        **{
-            f"--fold={text}": "--fold: expected K/N" for text in ("0/3", "4/3", "1/1", "x", "1/3/3")
-        },
-        **{f"--dataset {name}": f"{name} is no folder" for name in ("nowhere.csv", "file.txt")},
-        "--resume=": "--resume: expected a path",
-        "--data-dir=": "--data-dir: expected a path",
-        "--dataset=": "--dataset: expected a path",
-    }.items():
-        assert expected in exits_with_one_line(capsys, *argv.split()), argv
-    line = exits_with_one_line(capsys, "x", "--data-dir", "", main=evaluate.main)
+    for case in WRONG_FLAGS.strip().splitlines():
+        argv, expected = case.split(" | ")
+        assert expected in exits_with_one_line(capsys, argv), case
+    line = exits_with_one_line(capsys, "x --data-dir=", main=evaluate.main)
     assert "--data-dir: expected a path" in line
 
 
-def test_an_amount_of_augmentation_switches_it_on(folder):
-    for flags, *expected in (("--rotation 45", True, 45), ("--shift 1", True, 10), ("", False, 10)):
-        args = train_mnist.parse_arguments(["--dataset", "p", *flags.split()])
-        assert [args.augment, args.rotation] == expected
-
-
-def test_a_tilde_is_the_home_directory(folder, monkeypatch, tmp_path):
+def test_a_folder_may_be_named_as_a_csv_file_and_be_below_the_home_directory(
+    folder, monkeypatch, tmp_path
+):
+    """A tilde is the home directory for the training and the evaluation."""
+    shutil.copytree("p", "photos.csv")
     monkeypatch.setenv("HOME", str(tmp_path))
-    directory, *_ = train("--dataset=~/p")
-    assert evaluated(directory, "--data-dir", "~/p")[0]["images"] == 4
+    directory = train("--dataset=~/photos.csv")
+    metrics, _ = evaluated(directory, "--data-dir ~/photos.csv")
+    assert metrics["images"] == 4
 
 
 # ------------------------ Twins, memory, rights ------------------------
 def test_the_same_picture_in_two_parts_is_a_warning_that_names_both_files(divided, capsys):
-    def told():
-        run(train_mnist, "--dataset", "p", *TINY)
-        return re.findall("the same picture is in .*", capsys.readouterr().out)
+    """Twins in one part, or of an image that is left out, are not worth a word."""
+
+    def told(argv=""):
+        directory = train("--no-quiet", argv)
+        return directory, re.findall("the same picture is in .*", capsys.readouterr().out)
 
     shutil.copy("p/train/a/0.png", "p/train/b/again.png")
-    assert told() == []
+    pictures("p", {"train/rare": 1, "val/rare": 1}, level=99)
+    _, lines = told("--limit-train 8")  # so few that the rare class is not trained
+    assert lines == []
     shutil.copy("p/train/a/3.png", "p/test/b/twin.png")
     shutil.copy("p/val/b/2.png", "p/test/b/copy.png")
-    (line,) = told()
-    assert "two parts, 2 times" in line
+    directory, (line,) = told()
+    assert "two parts, 3 times" in line
+    assert "train/rare/0.png (train) and val/rare/0.png (val)" in line
     assert "train/a/3.png (train) and test/b/twin.png (test)" in line
     assert "val/b/2.png (val) and test/b/copy.png (test)" in line
 
+    # An evaluation says so where no program reads it.
+    evaluate.main(words(directory, "--split val --json"))
+    out, err = capsys.readouterr()
+    assert json.loads(out)
+    assert "same picture" in err
 
-def left_of_pixels(root="runs"):
-    return list(Path(root).rglob(".pixels-*"))
+
+def left_of_pixels():
+    return list(Path("runs").rglob(".pixels-*"))
 
 
-KILLED = """
+KILLED_AT_AN_IMAGE = """
 from PIL import Image
 opened, count = Image.open, itertools.count()
 def open_or_die(*arguments, **options):
@@ -557,14 +607,19 @@ Image.open = open_or_die
 def test_a_folder_larger_than_the_memory_is_decoded_into_a_file_that_a_kill_does_not_leave(
     folder, monkeypatch, capsys
 ):
-    argv = ["--dataset", "p", *TINY, "--epochs", 2, "--runs-dir", "runs", "--run-name"]
-    whole, *_ = run(train_mnist, *argv, "whole")
+    """The run is the same to the bit, and the file is gone when the process is."""
+    argv = "--no-quiet --epochs 2 --run-name"
+    whole = train(argv, "whole")
     assert "fit the memory" not in capsys.readouterr().out
-    killed = Forked("train_mnist", *argv, "r", before=LITTLE_MEMORY + KILLED)
+    before = LITTLE_MEMORY + KILLED_AT_AN_IMAGE
+    killed = Forked("train_mnist", *words(ON_P, "--runs-dir runs", argv, "r"), before=before)
     assert killed.finish()[0] == -signal.SIGKILL
     assert not left_of_pixels()
-    little_memory(monkeypatch)
-    directory, *_ = run(train_mnist, *argv, "r", "--stop-after", 1)
+
+    # The same in this process: the machine says that it has a kB left.
+    monkeypatch.setattr(Path, "read_text", Path.read_text)
+    exec(LITTLE_MEMORY, {})
+    directory = train(argv, "r --stop-after 1")
     assert "do not fit the memory: they lie in runs/r" in capsys.readouterr().out
     resume(directory)
     check_same(whole, directory)
@@ -573,12 +628,13 @@ def test_a_folder_larger_than_the_memory_is_decoded_into_a_file_that_a_kill_does
 
 
 def test_directories_of_data_that_cannot_be_written_are_enough(folder, mnist_dir):
+    """Images are read from where nothing may be written, and nothing is."""
     places = [mnist_dir, Path("p"), *mnist_dir.rglob("*"), *Path("p").rglob("*")]
     for place in places:
         place.chmod(0o555)
     before = "os.getuid() or as_an_ordinary_user()\nassert not os.access('p', os.W_OK)"
-    for flags in (["--dataset", "p"], ["--data-dir", mnist_dir]):
-        argv = [*flags, "--model", "dense", "--epochs", 1, "--runs-dir", "runs"]
+    for flags in ("--dataset p", f"--data-dir {mnist_dir}"):
+        argv = words(flags, "--model dense --epochs 1 --runs-dir runs")
         assert Forked("train_mnist", *argv, before=before).finish() == (0, "")
     for place in places:
         place.chmod(0o755)

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("few_images")
 OLDER = dict.fromkeys(("c1", "c2", "c3", "l1", "d1", "kernel_size"))
 OLDER |= {"tutorial_layers": False, "momentum": 0.9, "aux_lr": 0.03, "weight_decay": 0.0}
 NEWER = ("loss", "resize", "fold", "threads")
-FAST = ["--recipe", "fast", "--dataset", "synthetic", "--batch-size", 90, "--c1", 8, "--c2", 8]
-FAST += ["--c3", 8, "--val-size", 0.1, "--quiet", "--epochs", 3]
+FAST = "--recipe fast --dataset synthetic --batch-size 90 --c1 8 --c2 8"
+FAST = f"{FAST} --c3 8 --val-size 0.1 --quiet --epochs 3".split()
 
 
 def made_older(directory, **changes):
@@ -38,6 +38,7 @@ def made_older(directory, **changes):
     ],
 )
 def test_an_older_run_goes_on_as_it_would_have(argv, changes):
+    """A run of before an update of the scripts ends as it would have without the update."""
     whole, *_ = run(train_cifar, *argv)
     cut, *_ = run(train_cifar, *argv, "--stop-after", 1)
     made_older(cut, **changes)
@@ -45,28 +46,38 @@ def test_an_older_run_goes_on_as_it_would_have(argv, changes):
     check_same(whole, cut)
 
 
-def test_what_a_run_cannot_go_on_with_is_refused_in_a_line(tmp_path, capsys):
-    argv = [*EVERYTHING_ON, "--epochs", 3, "--stop-after", 1]
-    for flags, changes, text in (
+@pytest.mark.parametrize(
+    ("flags", "changes", "expected"),
+    [
         (["--class-weights", "balanced"], {}, "--class-weights weighed the losses otherwise"),
         ([], {"shear": 3}, "has --shear, which is not here"),
-        ([], {"dataset": str(tmp_path)}, "did not write down its images"),
-    ):
-        directory, *_ = run(train_cifar, *argv, *flags)
-        record = made_older(directory, **changes)
-        line = exits_with_one_line(capsys, "--resume", directory, main=train_cifar.main)
-        assert text in line
+        ([], {"dataset": "/photos"}, "did not write down its images"),
+    ],
+)
+def test_what_a_run_cannot_go_on_with_is_refused_in_a_line(capsys, flags, changes, expected):
+    """The line says what the run has that this version lacks, or does otherwise."""
+    directory, *_ = run(train_cifar, *EVERYTHING_ON, "--epochs", 3, "--stop-after", 1, *flags)
+    made_older(directory, **changes)
+    line = exits_with_one_line(capsys, "--resume", directory, main=train_cifar.main)
+    assert expected in line
+
+
+def test_a_record_that_lacks_something_is_damaged(tmp_path, capsys):
+    """The line says what is not in run.json."""
     for name in records.RECORD:
-        lacking = {key: value for key, value in record.items() if key != name}
-        records.write_json(directory / "run.json", lacking)
-        line = exits_with_one_line(capsys, "--resume", directory)
+        lacking = dict.fromkeys(records.RECORD - {name})
+        records.write_json(tmp_path / "run.json", lacking | {"format": records.FORMAT})
+        line = exits_with_one_line(capsys, "--resume", tmp_path)
         assert f"run.json is damaged: it has no {name}" in line
 
 
 def test_the_sizes_of_training_images_are_parts_of_their_side():
+    """--sizes is for images of any side; the validation sees the whole ones."""
+
     def see(net, inputs, _):
-        if type(net) is common.MODELS["fastnet"] and inputs[0].device.type != "meta":
-            sides.append((net.training, inputs[0].shape[-1]))
+        images = inputs[0]
+        if type(net) is common.MODELS["fastnet"] and images.device.type != "meta":
+            sides.append((net.training, images.shape[-1]))
 
     sides = []
     pictures("p", {"a": 30, "b": 30})
@@ -78,24 +89,21 @@ def test_the_sizes_of_training_images_are_parts_of_their_side():
 
 
 def test_one_function_says_which_figures_of_two_runs_may_be_compared():
+    """It makes no difference which run comes first, and whether one is of an older version."""
     argv = [*EVERYTHING_ON, "--epochs", 1]
-    plain = run(train_cifar, *argv)[1]
-    older = made_older(run(train_cifar, *argv)[0])
-    for flags, *expected in (
-        ([], "", ""),
-        (["--lr", 0.02], "", ""),
-        (["--label-smoothing", 0.3], "--label-smoothing", ""),
-        (["--class-weights", "balanced"], "--class-weights", ""),
-        (["--seed", 7], "val images", "val images"),
-        (["--val-size", 0.2], "val images", "val images"),
+    directory, plain, _ = run(train_cifar, *argv)
+    older = made_older(directory)
+    figures = ("val_loss", "val_acc", "test_loss", "test_acc")
+    for flags, *reasons in (
+        ("", "", ""),
+        ("--lr 0.02", "", ""),
+        ("--label-smoothing 0.3", "--label-smoothing", ""),
+        ("--class-weights balanced", "--class-weights", ""),
+        ("--seed 7", "val images", "val images"),
+        ("--val-size 0.2", "val images", "val images"),
     ):
-        other = run(train_cifar, *argv, *flags)[1]
-        figures = ("val_loss", "val_acc", "test_loss", "test_acc")
-        for one in (plain, older):
-            found = [common.why_not_comparable(one, other, figure) for figure in figures]
-            assert found == [common.why_not_comparable(other, one, figure) for figure in figures]
-            assert [text.removeprefix("the runs differ in ") for text in found] == [
-                *expected,
-                "",
-                "",
-            ]
+        _, other, _ = run(train_cifar, *argv, *flags.split())
+        expected = [reason and f"the runs differ in {reason}" for reason in (*reasons, "", "")]
+        for pair in ((plain, other), (other, plain), (older, other), (other, older)):
+            found = [common.why_not_comparable(*pair, figure) for figure in figures]
+            assert found == expected

@@ -18,8 +18,8 @@ from test_data import pictures
 from test_files import evaluated, exits_with_one_line, fails_with_one_line
 from torchvision import models, transforms
 
-SMALL = ["--dataset", "p", "--image-size", 32, "--batch-size", 8, "--epochs", 3, "--quiet"]
-RESNET = [*SMALL, "--model", "resnet18", "--weights", "weights.pth"]
+SMALL = "--dataset p --image-size 32 --batch-size 8 --epochs 3 --quiet"
+RESNET = f"{SMALL} --model resnet18 --weights weights.pth"
 
 
 @pytest.fixture(autouse=True)
@@ -29,16 +29,22 @@ def photos(monkeypatch):
     pictures("p", {"a": 15, "b": 15})
 
 
-def weights_file(name="resnet18", path="weights.pth", wrap=lambda state: state, classes=1000):
-    """A file with random weights of a net of torchvision; returns them."""
+def weights_file(name="resnet18", classes=1000):
+    """Write random weights of a net of torchvision to weights.pth; returns them."""
     torch.manual_seed(7)
     state = models.get_model(name, num_classes=classes).state_dict()
-    torch.save(wrap(state), path)
+    torch.save(state, "weights.pth")
     return state
 
 
-def train(*argv):
-    return run(train_cifar, *argv)
+def train(flags):
+    """The directory, run.json and log of a run."""
+    return run(train_cifar, *flags.split())
+
+
+def fails(flags, **options):
+    """The line with which a run ends."""
+    return fails_with_one_line(*flags.split(), main=train_cifar.main, **options)
 
 
 def best(directory):
@@ -52,130 +58,132 @@ def changed(before, after):
 
 # ------------------------ Frozen ------------------------
 @pytest.mark.parametrize(
-    "name, head, key",
+    ("name", "head", "key"),
     [
         ("mobilenet_v3_small", "classifier.3", "state_dict"),
         ("squeezenet1_1", "classifier.1", "model"),  # a convolution
     ],
 )
 def test_a_frozen_net_trains_its_last_layer_alone_resumes_and_is_evaluated(name, head, key):
+    """It is a run as others are, but what it has not changed is saved once."""
     # The file has a level more, and the names of several GPUs.
-    state = weights_file(name, wrap=lambda state: {key: {f"module.{k}": state[k] for k in state}})
-    argv = [*SMALL, "--model", name, "--weights", "weights.pth", "--freeze", "--grey"]
-    whole, record, _ = train(*argv)
-    cut, *_ = train(*argv, "--stop-after", 1)
+    state = weights_file(name)
+    torch.save({key: {f"module.{name}": state[name] for name in state}}, "weights.pth")
+    flags = f"{SMALL} --model {name} --weights weights.pth --freeze --grey"
+    whole, record, _ = train(flags)
+    cut, *_ = train(f"{flags} --stop-after 1")
     Path("weights.pth").unlink()  # a run that goes on has its own
     (cut / "best.pt").unlink()
-    train("--resume", cut, "--quiet")
+    train(f"--resume {cut} --quiet")
     check_same(whole, cut)
 
-    # All but the head are those of the file, and are written once.
+    # All but the head are those of the file.
     weights = best(whole)["weights"]
-    trained = {f"{head}.weight", f"{head}.bias"}
     assert weights.keys() == state.keys()
-    assert changed(state, weights) == trained
+    assert changed(state, weights) == {f"{head}.weight", f"{head}.bias"}
     sizes = {path.name: path.stat().st_size for path in whole.glob("*.pt")}
     assert sizes["best.pt"] + sizes["last.pt"] < sizes["frozen.pt"] / 10
 
     # What was validated on features is what comes out of pixels, of one grey channel.
     assert best(whole)["image_shape"] == [1, 32, 32]
     for part, expected in (("val", record["best"]["val_acc"]), ("test", record["test"]["acc"])):
-        assert evaluated(whole, "--split", part)[0]["accuracy"] == pytest.approx(expected)
+        metrics, _ = evaluated(whole, "--split", part)
+        assert metrics["accuracy"] == pytest.approx(expected)
 
 
 def test_frozen_weights_that_were_changed_are_refused():
+    """Neither a training nor an evaluation goes on with another run's."""
     weights_file()
-    for name in ("one", "other"):
-        train(*RESNET, "--freeze", "--stop-after", 1, "--run-name", name, "--seed", len(name))
-    shutil.copy("runs/one/frozen.pt", "runs/other/frozen.pt")
-    for main, argv in (
-        (train_cifar.main, ["--resume", "runs/other"]),
-        (evaluate.main, ["runs/other", "--quiet"]),
-    ):
-        line = fails_with_one_line(*argv, main=main)
-        assert "runs/other/frozen.pt is not that of this run" in line
+    for seed in (1, 2):
+        train(f"{RESNET} --freeze --stop-after 1 --run-name r{seed} --seed {seed}")
+    shutil.copy("runs/r1/frozen.pt", "runs/r2/frozen.pt")
+    refusal = "runs/r2/frozen.pt is not that of this run"
+    assert refusal in fails("--resume runs/r2")
+    assert refusal in fails_with_one_line("runs/r2", main=evaluate.main)
 
 
 def test_a_frozen_net_learns_from_mirrored_images_too_but_not_at_flip_0():
-    # The classes are each other's mirror images: who has learnt from both cannot tell them apart.
-    shutil.rmtree("p")
-    for name, left in (("left", 0), ("right", 16)):
-        Path("p", name).mkdir(parents=True)
-        for number in range(20):
-            image = Image.new("RGB", (32, 32), (number, 60, 90))
-            image.paste((250, 200 - number, 160), (left, 0, left + 16, 32))
-            image.save(Path("p", name, f"{number}.png"))
+    """Classes that are each other's mirror images can be told apart at --flip 0 alone."""
+    for path in Path("p").glob("*/*"):
+        turned = 90 if path.parent.name == "a" else 270
+        Image.linear_gradient("L").rotate(turned).save(path)
     weights_file()
-    argv = [*RESNET, "--freeze", "--epochs", 20]
-    assert train(*argv)[2][-1]["train_acc"] < 0.7
-    assert train(*argv, "--flip", 0)[2][-1]["train_acc"] == 1
+    flags = f"{RESNET} --freeze --epochs 20 --lr 0.01"
+    _, _, rows = train(flags)
+    assert rows[-1]["train_acc"] < 0.7
+    _, _, rows = train(f"{flags} --flip 0")
+    assert rows[-1]["train_acc"] == 1
 
 
 # ------------------------ Fine-tuned ------------------------
 def test_a_net_that_is_fine_tuned_learns_its_new_layer_ten_times_as_fast_and_goes_on():
+    """The first and the last layer learn, and a run that goes on needs the file no more."""
     state = weights_file()
-    argv = [*RESNET, "--lr", 0.01, "--epochs", 2]
-    whole, *_ = train(*argv)
-    cut, *_ = train(*argv, "--stop-after", 1)
+    flags = f"{RESNET} --lr 0.01 --epochs 2"
+    whole, *_ = train(flags)
+    cut, *_ = train(f"{flags} --stop-after 1")
     last = records.load_checkpoint(cut / "last.pt")
-    groups = [last[f"optimizer_{index}"]["param_groups"][0] for index in (0, 1)]
-    rates = [(group["initial_lr"], len(group["params"])) for group in groups]
-    assert rates == [(0.01, 2), (0.001, len([*models.resnet18().parameters()]) - 2)]
-    del last["model"]["fc.weight"], last["model"]["fc.bias"]
+    rates = {}
+    for optimizer in ("optimizer_0", "optimizer_1"):
+        (group,) = last[optimizer]["param_groups"]
+        rates[group["initial_lr"]] = len(group["params"])
+    assert rates == {0.01: 2, 0.001: 60}
     assert changed(state, last["model"]) >= {"conv1.weight", "layer4.1.conv2.weight"}
     Path("weights.pth").unlink()
-    train("--resume", cut, "--quiet")
+    train(f"--resume {cut} --quiet")
     check_same(whole, cut)
 
 
 def test_the_last_layer_is_new_even_where_the_number_of_classes_agrees():
+    """The classes of a file have no names, so they are others."""
     state = weights_file(classes=2)
-    directory, *_ = train(*RESNET, "--freeze", "--lr", 1e-9)
+    directory, *_ = train(f"{RESNET} --freeze --lr 1e-9")
     assert changed(state, best(directory)["weights"]) == {"fc.weight", "fc.bias"}
 
 
 def test_a_file_that_does_not_fit_is_refused_with_the_name_of_a_tensor():
+    """Whoever gave the wrong file is told what is wrong in it, before anything is made."""
     state = weights_file()
     for content, expected in (
         (state | {"layer1.0.conv1.weight": torch.ones(2)}, "mismatch for layer1.0.conv1.weight"),
         (state | {"layer9.weight": torch.ones(2)}, 'Unexpected key(s) in state_dict: "layer9'),
         ({"epoch": 3, "net": state}, 'Missing key(s) in state_dict: "conv1.weight"'),
         ([1, 2], "weights.pth is no file of weights"),
-        (None, "weights.pth is no file of weights"),
     ):
         torch.save(content, "weights.pth")
-        if content is None:
-            Path("weights.pth").write_text("no weights")
-        assert expected in fails_with_one_line(*RESNET, main=train_cifar.main)
+        assert expected in fails(RESNET)
+    Path("weights.pth").write_text("no weights")
+    assert "weights.pth is no file of weights" in fails(RESNET)
     assert not Path("runs").exists()
 
 
 # ------------------------ Runs ------------------------
 def test_the_weights_of_a_run_bring_their_net_and_preprocessing():
-    argv = [*SMALL, "--model", "confignet", "--c1", 4, "--c2", 6, "--l1", 5, "--image-size", 24]
-    first, *_ = train(*argv, "--grey", "--resize", "pad", "--normalize", "dataset")
+    """--weights RUN is enough. With the same classes, its last layer stays, too."""
+    flags = "--model confignet --c1 4 --c2 6 --l1 5 --image-size 24"
+    first, *_ = train(f"{SMALL} {flags} --grey --resize pad --normalize dataset")
     before = best(first)
+    assert before["mean"] != [0.5]
     shutil.copytree("p", "q")
     Path("q/b").rename("q/c")
-    argv = ["--weights", first, "--epochs", 1, "--lr", 1e-9, "--quiet", "--freeze"]
-    for folder, kept in (("p", True), ("q", False)):
-        after = best(train("--dataset", folder, *argv)[0])
+    for folder, is_kept in (("p", True), ("q", False)):
+        flags = f"--dataset {folder} --weights {first} --freeze --epochs 1 --lr 1e-9 --quiet"
+        after = best(train(flags)[0])
         for name in ("model", "c1", "l1", "image_shape", "resize", "mean", "std"):
             assert after[name] == before[name], name
-        head = {name: after["weights"].pop(name) for name in ("fc2.weight", "fc2.bias")}
-        assert not changed(before["weights"], after["weights"])
-        moved = (head["fc2.weight"] - before["weights"]["fc2.weight"]).abs().max()
-        assert (moved < 1e-6) == kept  # the same classes: the last layer stays
-    assert before["mean"] != [0.5]
+        head = after["weights"].pop("fc2.weight")
+        moved = (head - before["weights"]["fc2.weight"]).abs().max()
+        assert (moved < 1e-6) == is_kept
+        assert changed(before["weights"], after["weights"]) <= {"fc2.bias"}
 
 
 @pytest.mark.parametrize("freeze", ["--freeze", "--no-freeze"])
 def test_what_a_net_learns_before_its_first_epoch_is_kept_too(freeze):
-    argv = ["--recipe", "fast", "--c1", 4, "--c2", 4, "--c3", 4, "--val-size", 0.2]
-    first, *_ = train(*SMALL, *argv)
+    """The whitening stays that of the images that the weights were trained on."""
+    first, *_ = train(f"{SMALL} --recipe fast --c1 4 --c2 4 --c3 4 --val-size 0.2")
     for path in Path("p").glob("*/*"):
         Image.effect_noise((8, 8), 80).save(path)
-    directory, *_ = train(*SMALL[:2], "--weights", first, freeze, "--epochs", 1, "--quiet")
+    directory, *_ = train(f"--dataset p --weights {first} {freeze} --epochs 1 --quiet")
     moved = changed(best(first)["weights"], best(directory)["weights"])
     assert "0.weight" not in moved
     assert ("2.weight" in moved) == (freeze == "--no-freeze")
@@ -183,13 +191,15 @@ def test_what_a_net_learns_before_its_first_epoch_is_kept_too(freeze):
 
 # ------------------------ Nets of torchvision ------------------------
 DOWNLOAD = "torchvision.models._api.load_state_dict_from_url"
+IMAGENET = "--dataset p --weights imagenet --quiet"
 
 
 def test_imagenet_weights_bring_side_square_mean_and_std(monkeypatch):
+    """What torchvision prepared their images with is done here, too."""
     state = models.mobilenet_v3_small().state_dict()
     monkeypatch.setattr(DOWNLOAD, lambda *_, **__: state)
-    argv = ["--dataset", "p", "--weights", "imagenet", "--model", "mobilenet_v3_small"]
-    config = best(train(*argv, "--freeze", "--epochs", 1, "--quiet")[0])
+    directory, *_ = train(f"{IMAGENET} --model mobilenet_v3_small --freeze --epochs 1")
+    config = best(directory)
     assert config["image_shape"] == [3, 224, 224]
     assert config["resize"] == "crop:0.875:bilinear"
     assert config["mean"] == [0.485, 0.456, 0.406]
@@ -197,50 +207,43 @@ def test_imagenet_weights_bring_side_square_mean_and_std(monkeypatch):
 
 
 def test_without_a_network_one_line_says_what_to_put_where(monkeypatch):
+    """The file can be brought by hand."""
+
     def fail(*_, **__):
         raise URLError("no route to host")
 
     monkeypatch.setattr(DOWNLOAD, fail)
-    argv = ["--dataset", "p", "--weights", "imagenet", "--quiet"]
-    line = fails_with_one_line(*argv, main=train_cifar.main)
+    line = fails(IMAGENET)
     assert "(no route to host); put https://" in line
     assert "checkpoints" in line
 
 
 def test_what_does_not_go_together_is_refused(capsys):
+    """One line says which flag it is."""
     weights_file()
-    frozen = [*RESNET, "--freeze"]
-    for argv, text in (
-        ([*SMALL, "--model", "resnet19"], "invalid choice: 'resnet19'"),
-        ([*SMALL, "--model", "fcn_resnet50"], "invalid choice"),
-        ([*SMALL, "--weights", "nowhere"], "is no file and no run"),
-        ([*SMALL, "--weights", "imagenet", "--model", "fastnet"], "not fastnet"),
-        ([*SMALL, "--freeze"], "--freeze has no effect without --weights"),
-        ([*frozen, "--shift", 2], "--shift has no effect with --freeze"),
-        ([*frozen, "--sizes", "1/2,1"], "--sizes has no effect with --freeze"),
-        (
-            ["--dataset", "p", "--weights", "imagenet", "--normalize", "half"],
-            "--normalize has no effect with --weights",
-        ),
+    for flags, text in (
+        (f"{SMALL} --model resnet19", "invalid choice: 'resnet19'"),
+        (f"{SMALL} --model fcn_resnet50", "invalid choice"),
+        (f"{SMALL} --weights nowhere", "is no file and no run"),
+        (f"{SMALL} --weights imagenet --model fastnet", "not fastnet"),
+        (f"{SMALL} --freeze", "--freeze has no effect without --weights"),
+        (f"{RESNET} --freeze --shift 2", "--shift has no effect with --freeze"),
+        (f"{RESNET} --freeze --sizes 1/2,1", "--sizes has no effect with --freeze"),
+        (f"{IMAGENET} --normalize half", "--normalize has no effect with --weights"),
     ):
-        assert text in exits_with_one_line(capsys, *argv, main=train_cifar.main)
-    argv = [*SMALL, "--model", "googlenet"]
-    line = fails_with_one_line(*argv, main=train_cifar.main, kind=records.UsageError)
+        assert text in exits_with_one_line(capsys, *flags.split(), main=train_cifar.main)
+    line = fails(f"{SMALL} --model googlenet", kind=records.UsageError)
     assert "googlenet" in line
     assert "more than one output" in line
 
 
 def test_the_square_is_that_of_torchvision():
+    """A photo is cut out and resized as the photos of ImageNet were for the weights."""
     noise = Image.effect_noise((45, 30), 200)
     image = noise.resize((450, 300), Image.Resampling.BICUBIC)
     image.save("wide.png")
-    bicubic = transforms.InterpolationMode.BICUBIC
-    theirs = transforms.CenterCrop(224)(transforms.Resize(256, bicubic)(image))
+    shorter = transforms.Resize(256, transforms.InterpolationMode.BICUBIC)
+    theirs = transforms.CenterCrop(224)(shorter(image))
     theirs = transforms.functional.pil_to_tensor(theirs).float()
-
-    def difference(way):
-        ours = common.read_image(Path("wide.png"), 224, True, way)
-        return (ours - theirs).abs().mean()
-
-    assert difference("crop:0.875:bicubic") < 1.5
-    assert difference("crop") > 10
+    ours = common.read_image(Path("wide.png"), 224, True, "crop:0.875:bicubic")
+    assert (ours - theirs).abs().mean() < 1.5

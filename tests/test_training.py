@@ -1,7 +1,6 @@
 """Whole runs, in this process: what they write, that they learn, repeat and continue."""
 
-import contextlib
-import copy
+import functools
 import itertools
 import math
 import os
@@ -9,7 +8,9 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import common
 import records
@@ -17,17 +18,18 @@ import train_cifar
 import train_mnist
 
 import forked
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import EVERYTHING_ON, ROOT, check_same, read_run, run, states_are_equal, without_times
+from test_files import exits_with_one_line, fails_with_one_line
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 pytestmark = pytest.mark.usefixtures("few_images")
 
-DENSE = ["--dataset", "synthetic", "--model", "dense", "--schedule", "constant", "--quiet"]
+DENSE = "--dataset synthetic --model dense --schedule constant"
+EVERYTHING = " ".join(EVERYTHING_ON)
 RECORD = (
     "format name script argv args status error started ended seconds seed device precision "
     "threads versions host git data parameters frozen epochs best test"
@@ -35,7 +37,26 @@ RECORD = (
 ROW = "epoch train_loss train_acc val_loss val_acc lr seconds images_per_second"
 
 
-@contextlib.contextmanager
+def dense(flags, **options):
+    """A run of the dense net."""
+    return run(train_mnist, *DENSE.split(), "--quiet", *flags.split(), **options)
+
+
+def everything(flags, **options):
+    """A run with everything on."""
+    return run(train_cifar, *EVERYTHING_ON, *flags.split(), **options)
+
+
+def resume(directory, flags="", **options):
+    """Go on with a run, by the script that began it."""
+    script = sys.modules[records.read_record(directory)["script"]]
+    return run(script, "--resume", directory, "--quiet", *flags.split(), **options)
+
+
+def best_of(directory):
+    return records.load_checkpoint(directory / "best.pt")
+
+
 def at_step(number, action):
     """Call `action()` after the `number`-th step of a training, after each where that is None."""
     count = itertools.count(1)
@@ -45,181 +66,168 @@ def at_step(number, action):
         if not fits_temperature and number in (None, next(count)):
             action()
 
-    handle = register_optimizer_step_post_hook(event)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return register_optimizer_step_post_hook(event)
 
 
-@contextlib.contextmanager
+def is_model(net):
+    """Whether this module is a whole net, and no layer of one."""
+    return type(net) in common.MODELS.values()
+
+
 def at_test(action):
     """Call `action()` when a net sees the sixty test images."""
 
     def event(net, inputs, logits):
-        if type(net) in common.MODELS.values() and len(logits) == 60 and not net.training:
+        if is_model(net) and len(logits) == 60 and not net.training:
             action()
 
-    handle = register_module_forward_hook(event)
-    try:
-        yield
-    finally:
-        handle.remove()
+    return register_module_forward_hook(event)
 
 
 def interrupt():
-    assert callable(signal.getsignal(signal.SIGTERM)), "it would end the tests"
     signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.fixture
 def batches(monkeypatch):
-    """What nets and F.cross_entropy see: [the net as it was then, images, logits, labels]."""
+    """The logits and labels of each batch of `training` and `evaluation`."""
+    seen = SimpleNamespace(training=[], evaluation=[])
+    cross_entropy = F.cross_entropy
 
     def forward(net, inputs, logits):
-        if type(net) in common.MODELS.values() and logits.device.type != "meta":
-            batches.append([copy.deepcopy(net), inputs[0], logits.detach().float()])
+        if is_model(net) and logits.device.type != "meta":
+            seen.last = SimpleNamespace(logits=logits.detach().float(), labels=None)
+            part = seen.training if net.training else seen.evaluation
+            part.append(seen.last)
 
     def loss(logits, labels, **options):
-        if len(batches[-1]) == 3:  # the fit of the temperature computes its loss again and again
-            batches[-1].append(labels)
+        if seen.last.labels is None:  # the fit of the temperature computes its loss again and again
+            seen.last.labels = labels
         return cross_entropy(logits, labels, **options)
 
-    batches, cross_entropy, handle = [], F.cross_entropy, register_module_forward_hook(forward)
     monkeypatch.setattr(F, "cross_entropy", loss)
-    yield batches
-    handle.remove()
+    with register_module_forward_hook(forward):
+        yield seen
 
 
+# ------------------------ What a run writes ------------------------
 def test_a_run_directory_holds_what_the_contract_says():
-    directory, record, rows = run(train_mnist, *DENSE, "--epochs", 2, "--device", "cpu")
-    assert directory.parent == Path("runs").absolute() and directory.name == record["name"]
-    assert re.fullmatch(r"train_mnist-\d{8}T\d{6}Z-[0-9a-f]{8}", directory.name)
-    files = {".lock", "best.pt", "last.pt", "log.jsonl", "run.json"}
-    assert {path.name for path in directory.iterdir()} == files
-    assert records.read_json(directory / "run.json") == record and " ".join(record) == RECORD
-    found = [record[name] for name in ("status", "error", "epochs", "format")]
-    assert found == ["finished", None, 2, 2]
-    assert record["argv"][-4:] == ["--epochs", "2", "--device", "cpu"]
-    assert record["args"]["batch_size"] == 64
-    assert all(os.path.isabs(record["args"][name]) for name in ("runs_dir", "data_dir"))
-    assert [record["data"][part] for part in ("train", "val", "test")] == [270, 30, 60]
-    assert [" ".join(row) for row in rows] == [ROW, ROW] and [row["epoch"] for row in rows] == [
-        1,
-        2,
-    ]
+    """Programs may rely on the names of the files, and of what is in run.json and the log."""
+    directory, record, rows = dense("--epochs 2 --device cpu")
+    name = record["name"]
+    assert re.fullmatch(r"train_mnist-\d{8}T\d{6}Z-[0-9a-f]{8}", name)
+    assert directory == Path("runs", name).absolute()
+    files = ".lock best.pt last.pt log.jsonl run.json"
+    assert sorted(os.listdir(directory)) == files.split()
+
+    # What was run, on what, and how it ended.
+    assert records.read_json(directory / "run.json") == record
+    assert " ".join(record) == RECORD
+    assert (record["format"], record["status"], record["error"]) == (2, "finished", None)
+    assert record["argv"][-2:] == ["--device", "cpu"]
+    for path in ("runs_dir", "data_dir"):
+        assert os.path.isabs(record["args"][path])
+
+    # The epochs, and the best of them.
+    assert [" ".join(row) for row in rows] == [ROW] * 2
+    assert [row["epoch"] for row in rows] == [1, 2]
     best = min(rows, key=lambda row: row["val_loss"])
-    state = records.load_checkpoint(directory / "best.pt")
     expected = {name: best[name] for name in ("epoch", "val_loss", "val_acc")}
-    expected["temperature"] = state["temperature"]
-    assert record["best"] == expected == {name: state[name] for name in expected}
+    assert record["best"] == expected | {"temperature": 1}
+    assert record["best"].items() <= best_of(directory).items()
+
     # The commit is that of the scripts, and not of the current directory.
     git = ["git", "-C", ROOT, "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     assert (record["git"] or "").removesuffix("-dirty") == commit
 
 
-@pytest.mark.parametrize("script", [train_cifar, train_mnist])
-def test_nets_learn(monkeypatch, script):
-    draw, argv = train_mnist.synthetic_digits, ["--c1", 8, "--c2", 16, "--optimizer", "muon"]
-    if script is train_cifar:
-        draw, argv = train_cifar.synthetic_shapes, ["--c1", 4, "--c2", 16, "--lr", 0.003]
-    monkeypatch.setattr(script, "synthetic", lambda train: draw(1500 if train else 300, int(train)))
-    argv += ["--dataset", "synthetic", "--l1", 64, "--batch-size", 32, "--epochs", 6, "--quiet"]
-    _, record, rows = run(script, *argv)
-    assert rows[-1]["train_loss"] < rows[0]["train_loss"] and record["test"]["acc"] > 0.35
+# ------------------------ What is learnt ------------------------
+SGD = functools.partial(torch.optim.SGD, momentum=0.5, nesterov=True)
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("flags", "theirs"),
     [
-        ("SGD", {"momentum": 0.5, "weight_decay": 0.1, "nesterov": True}),
-        ("Adam", {"weight_decay": 0.1}),
-        ("AdamW", {"weight_decay": 0.1}),
+        ("--optimizer sgd --momentum 0.5", SGD),
+        ("--optimizer adam", torch.optim.Adam),
+        ("--optimizer adamw", torch.optim.AdamW),
     ],
 )
-def test_optimizers_do_what_those_of_torch_do(batches, name, options):
-    argv = ["--optimizer", name.lower(), "--lr", 0.1, "--epochs", 1, "--d1", 0, "--no-test"]
-    argv += ["--precision", "fp32", "--weight-decay", 0.1]
-    if "momentum" in options:
-        argv += ["--momentum", 0.5]
-    directory, _, _ = run(train_mnist, *DENSE, *argv)
-    training, net = [batch for batch in batches if batch[0].training], batches[0][0]
-    optimizer = getattr(torch.optim, name)(net.parameters(), lr=0.1, **options)
-    for _, images, _, labels in training:
+def test_optimizers_do_what_those_of_torch_do(flags, theirs):
+    """A loop of one's own, with torch's optimiser, comes to the same weights."""
+    flags += " --lr 0.1 --weight-decay 0.1 --d1 0 --batch-size 64 --epochs 1 --no-test"
+    directory, *_ = dense(f"{flags} --precision fp32")
+
+    # The same net at first, and the same batches.
+    args = train_mnist.parse_arguments([*DENSE.split(), *flags.split()])
+    data = common.load_data(args, train_mnist.synthetic)
+    net = common.new_model(args, data.train)
+    loader = common.Loader(data.train, 64, net.config, args.seed)
+    optimizer = theirs(net.parameters(), lr=0.1, weight_decay=0.1)
+    for images, labels in loader.batches(1):
         optimizer.zero_grad()
         F.cross_entropy(net(images), labels).backward()
         optimizer.step()
-    weights = records.load_checkpoint(directory / "best.pt")["weights"]
-    assert len(training) == 5
-    for name, found in net.named_parameters():
-        assert torch.allclose(found, weights[name], rtol=1e-3, atol=1e-5)
+    weights = best_of(directory)["weights"]
+    torch.testing.assert_close(dict(net.state_dict()), weights, rtol=1e-3, atol=1e-5)
 
 
-def means(batches, smoothing=0.0):
-    """Loss and accuracy over all images of `batches`."""
-    logits, labels = (torch.cat([batch[column] for batch in batches]) for column in (2, 3))
-    targets = F.one_hot(labels, 10) * (1 - smoothing) + smoothing / 10
-    loss = -(logits.log_softmax(1) * targets).sum(1).mean().item()
-    return pytest.approx((loss, (logits.argmax(1) == labels).double().mean().item()), rel=1e-4)
+EQUAL = torch.ones(10)
 
 
-def test_losses_are_means_per_image_of_labels_smoothed_but_in_the_test(batches):
-    argv = [*EVERYTHING_ON, "--epochs", 1, "--lr", 0.05, "--label-smoothing", 0.4]
-    _, record, (row,) = run(train_cifar, *argv)
-    assert (row["train_loss"], row["train_acc"]) == means(batches[:3], 0.4)
-    assert (row["val_loss"], row["val_acc"]) == means(batches[3:4], 0.4)
-    assert (record["test"]["loss"], record["test"]["acc"]) == means(batches[5:])
-    # The validation images are seen once more, for the temperature.
-    assert [len(batch[3]) for batch in batches] == [64, 64, 22, 30, 30, 60]
-
-
-def test_a_temperature_is_fitted_on_a_hundred_validation_images_when_a_training_ends(batches):
-    argv = [*EVERYTHING_ON, "--label-smoothing", 0.4, "--lr", 0.01, "--tolerance", 0]
-    argv += ["--epochs", 12, "--no-test", "--val-size"]
-    _, record, _ = run(train_cifar, *argv, 99 / 300)
-    assert record["data"]["val"] == 99 and record["best"]["temperature"] == 1
-    directory, record, _ = run(train_cifar, *argv, 100 / 300, "--stop-after", 11)
-    assert record["best"]["temperature"] == 1
-    _, record, _ = run(train_cifar, "--resume", directory, "--quiet")
-    *_, (net, _, logits, labels) = batches
-    weights = records.load_checkpoint(directory / "best.pt")["weights"]
-    assert states_are_equal(dict(net.state_dict()), weights) and len(labels) == 100
-    # The temperature of the highest likelihood, among a thousand.
-    temperatures = torch.logspace(-1, 1, 1001).tolist()
-    losses = [F.cross_entropy(logits / one, labels).item() for one in temperatures]
-    expected = temperatures[int(np.argmin(losses))]
-    assert record["best"]["temperature"] == pytest.approx(expected, rel=0.01) != 1
+def means(batches, weights=EQUAL, margins=0, smoothing=0.0):
+    """Loss and accuracy over all images; they count by the `weights` of their classes."""
+    logits = torch.cat([batch.logits for batch in batches])
+    labels = torch.cat([batch.labels for batch in batches])
+    losses = F.cross_entropy(logits + margins, labels, label_smoothing=smoothing, reduction="none")
+    loss = (losses * weights[labels]).sum() / weights[labels].sum()
+    accuracy = (logits.argmax(1) == labels).float().mean()
+    return pytest.approx([loss.item(), accuracy.item()], rel=1e-4)
 
 
 @pytest.mark.parametrize("way", ["balanced", "margin"])
-def test_a_rare_class_counts_as_much_as_the_others_with_class_weights(batches, monkeypatch, way):
+def test_losses_are_means_per_image_of_smoothed_labels_but_in_the_test(batches, monkeypatch, way):
+    """With --class-weights a rare class counts as the others do, but in the test."""
+
     def rare(train):
         drawn = forked.few_shapes(train)
-        return drawn.select((drawn.labels != 3) | (torch.arange(len(drawn)) % 4 == 0))
+        is_kept = (drawn.labels != 3) | (torch.arange(len(drawn)) % 4 == 0)
+        return drawn.select(is_kept)
 
     monkeypatch.setattr(train_cifar, "synthetic", rare)
-    argv = [*EVERYTHING_ON[:2], *EVERYTHING_ON[4:], "--epochs", 1, "--class-weights", way]
-    _, record, (row,) = run(train_cifar, *argv)
-    training = [batch for batch in batches if batch[0].training]
-    counts = torch.cat([labels for *_, labels in training]).bincount(minlength=10)
-    shares = counts / counts.sum()
+    _, record, (row,) = everything(f"--epochs 1 --lr 0.05 --class-weights {way}")
+    labels = torch.cat([batch.labels for batch in batches.training])
+    shares = labels.bincount(minlength=10) / len(labels)
     assert shares.argmin() == 3
-    weights, margins = 1 / shares, torch.zeros(10)
-    if way == "margin":
-        weights, margins = torch.ones(10), shares.log()  # the head start of common classes
+    weighed = {
+        "balanced": (1 / shares, 0),
+        "margin": (EQUAL, shares.log()),  # the head start of common classes
+    }[way]
+    expected = means(batches.training, *weighed, smoothing=0.1)
+    assert [row["train_loss"], row["train_acc"]] == expected
+    expected = means(batches.evaluation[:1], *weighed, smoothing=0.1)
+    assert [row["val_loss"], row["val_acc"]] == expected
+    assert [*record["test"].values()] == means(batches.evaluation[-1:])
 
-    def mean(batches):
-        """Images count by the weights of their classes; torch weighs the smoothing by them, too."""
-        logits, labels = (torch.cat([batch[column] for batch in batches]) for column in (2, 3))
-        losses = F.cross_entropy(logits + margins, labels, label_smoothing=0.1, reduction="none")
-        mean = (losses * weights[labels]).sum() / weights[labels].sum()
-        return pytest.approx(mean.item(), 1e-4)
 
-    assert row["train_loss"] == mean(training)
-    assert row["val_loss"] == mean(batches[len(training) : len(training) + 1])
-    *_, (_, _, logits, labels) = batches
-    assert record["test"]["loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
+def test_a_temperature_is_fitted_on_a_hundred_validation_images_when_a_training_ends(batches):
+    """It makes the probabilities of the weights that are kept as likely as they can be."""
+    flags = "--label-smoothing 0.4 --lr 0.01 --tolerance 0 --epochs 12 --no-test --val-size"
+    _, record, _ = everything(f"{flags} {99 / 300}")
+    assert record["best"]["temperature"] == 1
+    directory, record, _ = everything(f"{flags} {100 / 300} --stop-after 11")
+    assert record["best"]["temperature"] == 1
+    _, record, _ = resume(directory)
+
+    # They were seen once more, and no other temperature among a thousand does better.
+    last = batches.evaluation[-1]
+    assert len(last.labels) == 100
+    best = record["best"]
+    assert [best["val_loss"], best["val_acc"]] == means([last], smoothing=0.4)
+    temperatures = torch.logspace(-1, 1, 1001).tolist()
+    expected = min(temperatures, key=lambda one: F.cross_entropy(last.logits / one, last.labels))
+    assert best["temperature"] == pytest.approx(expected, rel=0.01) != 1
 
 
 CHANGES = [
@@ -253,211 +261,216 @@ CHANGES = [
 
 
 def test_what_is_to_change_the_training_does():
-    argv = [*EVERYTHING_ON, "--epochs", 1, "--no-test", "--precision", "fp32"]
-    losses = {
-        flags: run(train_cifar, *argv, *flags.split())[2][0]["train_loss"]
-        for flags in ("", *CHANGES)
-    }
-    assert [flags for flags, loss in losses.items() if loss == losses[""]] == [""]
+    """None of these flags is taken and forgotten."""
+    losses = {}
+    for change in ("", *CHANGES):
+        _, _, (row,) = everything(f"--epochs 1 --no-test --precision fp32 {change}")
+        losses[change] = row["train_loss"]
+    unchanged = [change for change, loss in losses.items() if loss == losses[""]]
+    assert unchanged == [""]
 
 
 @pytest.mark.parametrize(
-    ("side", "batch", "largest"), [(28, 64, 1000), (64, 64, 250), (64, 300, 300)]
+    ("side", "batch_size", "largest"),
+    [
+        (28, 64, 1000),
+        (64, 64, 250),
+        (64, 300, 300),
+    ],
 )
 def test_validation_and_test_are_means_over_batches_of_so_many_pixels(
-    monkeypatch, batches, side, batch, largest
+    monkeypatch, batches, side, batch_size, largest
 ):
+    """What is evaluated at once takes no more memory for larger images."""
+
     def noise(train):
         images = torch.randint(256, (2102 if train else 1051, 1, side, side), dtype=torch.uint8)
         return common.ImageSet(images, torch.arange(len(images)) % 10, list("abcdefghij"))
 
     monkeypatch.setattr(train_mnist, "synthetic", noise)
-    argv = ["--l1", 4, "--epochs", 1, "--val-size", 0.5, "--batch-size", batch]
-    _, record, (row,) = run(train_mnist, *DENSE, *argv)
-    seen = [batch for batch in batches if not batch[0].training]
-    third = len(seen) // 3  # the validation, that for the temperature, and the test
-    assert [row["val_loss"], row["val_acc"]] == means(seen[:third])
-    assert [*record["test"].values()] == means(seen[-third:])
-    for part in (seen[:third], seen[-third:]):
-        sizes = [len(labels) for *_, labels in part]
-        assert max(sizes) == largest and sum(sizes) == 1051
+    _, record, (row,) = dense(f"--l1 4 --epochs 1 --val-size 0.5 --batch-size {batch_size}")
+    third = len(batches.evaluation) // 3  # the validation, that for the temperature, and the test
+    for part, found in (
+        (batches.evaluation[:third], [row["val_loss"], row["val_acc"]]),
+        (batches.evaluation[-third:], [*record["test"].values()]),
+    ):
+        assert found == means(part)
+        sizes = [len(batch.labels) for batch in part]
+        assert max(sizes) == largest
+        assert sum(sizes) == 1051
 
 
-SMALL = ["--dataset", "synthetic", "--batch-size", 64, "--c1", 8, "--c2", 8, "--quiet"]
-FAST = ["--recipe", "fast", *SMALL, "--c3", 8, "--val-size", 0.1, "--sizes", "1/2,3/4,1"]
+@pytest.mark.parametrize(("size", "is_told"), [(269, False), (270, True)])
+def test_a_last_batch_of_one_is_not_trained_on_and_one_of_all_images_is_remarked_upon(
+    batches, capsys, size, is_told
+):
+    """Batch norm needs two images; and who makes one step an epoch hardly learns."""
+    run(train_mnist, *DENSE.split(), "--epochs", 1, "--no-test", "--batch-size", size)
+    assert [len(batch.labels) for batch in batches.training] == [size]
+    assert ("try --batch-size 13" in capsys.readouterr().out) == is_told
 
 
-def test_the_images_grow_over_the_epochs_and_come_in_another_order(batches):
-    for epochs, sides in ((5, [16, 24, 24, 32, 32]), (1, [32])):
-        batches.clear()
-        run(train_cifar, *FAST, "--epochs", epochs, "--batch-size", 300, "--no-test")
-        training = [batch for batch in batches if batch[0].training]
-        assert [images.shape[-1] for _, images, *_ in training] == sides
-        assert len({tuple(labels.tolist()) for *_, labels in training}) == epochs
+def test_a_compiled_model_trains_and_its_weights_load_without_compilation(monkeypatch):
+    """--compile changes the speed alone."""
+
+    def without_a_compiler(net, **options):
+        compiled.append(net)
+        return compile_(net, backend="eager", **options)
+
+    compiled = []
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", without_a_compiler)
+    _, _, plain = dense("--epochs 2")
+    assert not compiled
+    directory, _, rows = dense("--epochs 2 --compile")
+    assert len(compiled) == 1
+    assert without_times(rows) == without_times(plain)
+    best = best_of(directory)
+    common.build_model(best).load_state_dict(best["weights"])
+
+
+# ------------------------ Going on ------------------------
+SMALL = "--dataset synthetic --batch-size 64 --c1 8 --c2 8 --quiet"
+GROWING = "--c3 8 --val-size 0.1 --sizes 1/2,3/4,1"
 
 
 @pytest.mark.parametrize(
-    ("script", "argv", "epochs", "precision"),
+    ("script", "flags"),
     [
-        (train_cifar, EVERYTHING_ON, 4, "fp32"),
-        (train_cifar, EVERYTHING_ON, 4, "bf16"),
-        (train_cifar, ["--recipe", "tutorial", *EVERYTHING_ON], 3, "fp32"),
-        (train_cifar, FAST, 4, "fp32"),
-        (train_mnist, ["--recipe", "fast", *SMALL], 2, "fp32"),
-        (train_mnist, ["--recipe", "fast996", *SMALL, "--c3", 8], 3, "fp32"),
+        (train_cifar, f"{EVERYTHING} --epochs 4 --precision fp32"),
+        (train_cifar, f"{EVERYTHING} --epochs 4 --precision bf16"),
+        (train_cifar, f"{EVERYTHING} --epochs 3 --recipe tutorial"),
+        (train_cifar, f"{SMALL} --epochs 4 --precision fp32 --recipe fast {GROWING}"),
+        (train_mnist, f"{SMALL} --epochs 2 --precision fp32 --recipe fast"),
+        (train_mnist, f"{SMALL} --epochs 3 --precision fp32 --recipe fast996 --c3 8"),
     ],
 )
-def test_an_interrupted_run_continues_bit_for_bit(script, argv, epochs, precision):
-    argv = [*argv, "--epochs", epochs, "--precision", precision]
-    whole, record, _ = run(script, *argv)
-    assert record["status"] == "finished" and record["test"]
-    cut, record, rows = run(script, *argv, "--stop-after", 1)
+def test_an_interrupted_run_continues_bit_for_bit(script, flags):
+    """Its weights, log and results are those of a run that nothing has disturbed."""
+    whole, *_ = run(script, *flags.split())
+
+    # One process ends after an epoch, one by a signal in the middle of an epoch, one at the end.
+    cut, record, rows = run(script, *flags.split(), "--stop-after", 1)
     assert (record["status"], record["test"], len(rows)) == ("interrupted", None, 1)
     records.write_json(cut / "run.json", {**record, "seconds": 1000})
-    with at_step(2, interrupt):  # in the middle of an epoch
-        _, record, rows = run(script, "--resume", cut, "--quiet")
+    with at_step(2, interrupt):
+        _, record, rows = resume(cut)
     assert (record["status"], record["error"], len(rows)) == ("interrupted", "SIGTERM", 1)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert run(script, "--resume", cut, "--quiet")[1]["seconds"] > 1000
+    _, record, _ = resume(cut)
+    assert record["seconds"] > 1000
     check_same(whole, cut)
 
 
 def test_epochs_can_be_raised_and_a_finished_run_is_left_alone(capsys):
-    whole, _, _ = run(train_mnist, *DENSE, "--epochs", 3)
-    directory, before, _ = run(train_mnist, *DENSE, "--epochs", 2)
+    """A run with more epochs is the one that had them from the start."""
+    whole, *_ = dense("--epochs 3")
+    directory, before, _ = dense("--epochs 2")
     for more in ([], ["--epochs", 8, "--stop-after", 1], ["--epochs", 8, "--stop-after", 2]):
-        assert run(train_mnist, "--resume", directory, *more)[1] == before
+        _, record, _ = run(train_mnist, "--resume", directory, *more)
+        assert record == before
         assert "nothing to do" in capsys.readouterr().out
+
+    # What was tested were other weights, so that is forgotten.
+    tests = []
 
     def look(row):
         tests.append(read_run(directory)[0]["test"])
 
-    tests = []
-    argv = ["--resume", directory, "--epochs", 3, "--quiet"]
-    _, record, _ = run(train_mnist, *argv, on_epoch=look)
+    _, record, _ = resume(directory, "--epochs 3", on_epoch=look)
+    assert record["args"]["epochs"] == 3
+    assert tests == [None]
     check_same(whole, directory)
-    assert record["args"]["epochs"] == 3 and before["test"] and record["test"]
-    assert tests == [None]  # what was tested were other weights
 
 
-def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_lifted(capsys):
-    # The validation is the test, which is told.
-    argv = [*DENSE[:-1], "--lr", 0.03, "--val-size", 0, "--epochs", 40, "--tolerance", 3]
-    whole, record, rows = run(train_mnist, *argv)
-    assert "the test set validates" in capsys.readouterr().out
-    found = [record["data"][name] for name in ("selection", "train", "val", "test")]
-    assert found == ["test set", 300, 60, 60]
-    losses = [row["val_loss"] for row in rows]
-    assert record["status"] == "stopped_early" and record["epochs"] == len(rows) < 40
-    assert record["best"]["val_loss"] == min(losses) == losses[-4]
-    assert record["best"]["epoch"] == len(rows) - 3
-    expected = pytest.approx([losses[-4], rows[-4]["val_acc"]], rel=1e-5)
-    assert [record["test"]["loss"], record["test"]["acc"]] == expected
+def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_lifted():
+    """--tolerance epochs after the best the training ends, and has the weights of the best."""
+    # The validation is the test: so the weights that are tested can be told.
+    flags = "--lr 0.03 --val-size 0 --epochs 40 --tolerance 3"
+    whole, record, rows = dense(flags)
+    assert record["status"] == "stopped_early"
+    assert len(rows) < 40
+    best = rows[-4]
+    assert best["val_loss"] == min(row["val_loss"] for row in rows)
+    assert record["best"]["epoch"] == best["epoch"]
+    expected = [best["val_loss"], best["val_acc"]]
+    assert [*record["test"].values()] == pytest.approx(expected, rel=1e-5)
 
-    cut, _, _ = run(train_mnist, *argv, "--stop-after", len(rows) - 1)
-    run(train_mnist, "--resume", cut, "--quiet")
+    # A run that goes on has counted the epochs before.
+    cut, *_ = dense(f"{flags} --stop-after {len(rows) - 1}")
+    resume(cut)
     check_same(whole, cut)
-    for tolerance in (1, 2, 3):  # with less patience there is nothing to do
-        run(train_mnist, "--resume", whole, "--tolerance", tolerance)
-        assert "stopped early after" in capsys.readouterr().out
-    assert read_run(whole)[0] == record
-    _, record, more = run(train_mnist, "--resume", whole, "--epochs", 60, "--quiet")
-    assert more[: len(rows)] == rows and len(more) > len(rows) and record["test"]
-    _, record, more = run(train_mnist, "--resume", cut, "--tolerance", 0, "--quiet")
-    assert len(more) == 40 and record["status"] == "finished" and record["test"]
+
+    # With less patience there is nothing to do; with more epochs, or endless patience, there is.
+    for tolerance in (1, 2, 3):
+        assert resume(whole, f"--tolerance {tolerance}")[1] == record
+    _, record, more = resume(whole, "--epochs 60")
+    assert more[: len(rows)] == rows
+    assert len(more) > len(rows)
+    assert record["test"]
+    _, record, more = resume(cut, "--tolerance 0")
+    assert len(more) == 40
+    assert record["status"] == "finished"
     assert record["args"]["tolerance"] == 0
+    assert record["test"]
 
 
-def test_the_last_epoch_is_kept_where_that_is_asked_for(capsys):
-    # At this rate a later epoch is worse than an earlier one.
-    argv = [*DENSE[:-1], "--lr", 0.03, "--tolerance", 0, "--epochs", 6]
-    _, best_of_all, rows = run(train_mnist, *argv)
-    assert best_of_all["best"]["epoch"] < 6
-    argv[argv.index("--tolerance") :] = ["--keep", "last", "--epochs", 6]
-    capsys.readouterr()
-    whole, record, last_rows = run(train_mnist, *argv)
-    assert without_times(last_rows) == without_times(rows)
-    assert record["best"]["epoch"] == 6 and record["best"]["val_loss"] == rows[-1]["val_loss"]
-    assert "last epoch 6: validation loss" in capsys.readouterr().out
-    kept, last = (records.load_checkpoint(whole / name) for name in ("best.pt", "last.pt"))
-    assert states_are_equal(kept["weights"], last["model"])
-    assert record["test"]["loss"] != best_of_all["test"]["loss"]
+def test_the_last_epoch_is_kept_where_that_is_asked_for():
+    """With --keep last, its weights are tested and saved, whatever the validation says."""
+    # At this rate a later epoch is worse than an earlier one. The validation is the test.
+    flags = "--lr 0.03 --epochs 6 --keep last --val-size 0"
+    whole, record, rows = dense(flags)
+    losses = [row["val_loss"] for row in rows]
+    assert losses[-1] > min(losses)
+    assert record["test"]["loss"] == pytest.approx(losses[-1], rel=1e-5)
+    assert record["best"]["epoch"] == 6
+    last = records.load_checkpoint(whole / "last.pt")
+    assert states_are_equal(best_of(whole)["weights"], last["model"])
 
     # So it is for a run that goes on.
-    cut, record, _ = run(train_mnist, *argv, "--stop-after", 4, "--quiet")
+    cut, record, _ = dense(f"{flags} --stop-after 4")
     assert record["best"]["epoch"] == 4
-    run(train_mnist, "--resume", cut, "--quiet")
+    resume(cut)
     check_same(whole, cut)
 
 
-@pytest.mark.parametrize("end", [["--epochs", 3], ["--epochs", 40, "--lr", 0.03, "--tolerance", 2]])
+@pytest.mark.parametrize("end", ["--epochs 3", "--epochs 40 --lr 0.03 --tolerance 2"])
 def test_a_run_killed_between_its_last_epoch_and_its_test_is_only_tested(end):
-    whole, expected, _ = run(train_mnist, *DENSE, *end)
+    """Nothing is trained again, whether it had finished or stopped early."""
+    whole, *_ = dense(end)
     with at_test(interrupt):
-        cut, record, _ = run(train_mnist, *DENSE, *end)
-    assert record["status"] == "interrupted" and record["test"] is None
+        cut, record, _ = dense(end)
+    assert (record["status"], record["test"]) == ("interrupted", None)
     records.write_json(cut / "run.json", {**record, "status": "running", "error": None})
     with at_step(1, pytest.fail):
-        run(train_mnist, "--resume", cut, "--quiet")
+        resume(cut)
     check_same(whole, cut)
-    # And so is one whose best.pt is gone.
+
+    # A best.pt that is gone is written again.
     (cut / "best.pt").unlink()
-    assert run(train_mnist, "--resume", cut, "--quiet")[1]["test"] == expected["test"]
+    resume(cut)
     check_same(whole, cut)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize(("training", "epoch"), [(True, 1), (True, 2), (False, 1), (False, 2)])
-def test_a_loss_that_is_not_finite_ends_the_run_before_it_touches_the_weights(
-    monkeypatch, training, epoch, value
-):
-    loss, steps, bad = F.cross_entropy, [], []
-
-    def poisoned(*arguments, **options):
-        if torch.is_grad_enabled() == training and len(steps) >= 3 * epoch - 2:
-            bad.append(value)
-        return loss(*arguments, **options) * (value if bad else 1)
-
-    with monkeypatch.context() as patch, at_step(None, lambda: steps.append(bool(bad))):
-        patch.setattr(F, "cross_entropy", poisoned)
-        directory, record, rows = run(train_cifar, *EVERYTHING_ON, "--epochs", 3)
-    assert record["status"] == "diverged" and record["test"] is None
-    assert f"epoch {epoch}" in record["error"]
-    assert bad and not any(steps)
-    assert len(rows) == record["epochs"] == epoch - 1
-    assert len(list(directory.glob("*.pt"))) == 2 * len(rows)
-    for path in directory.glob("*.pt"):
-        assert len(records.load_checkpoint(path).get("history", rows)) == 1
-    with pytest.raises(records.RunError, match="would again"):
-        run(train_cifar, "--resume", directory)
-
-
-def test_the_test_images_are_used_once_after_the_training_if_at_all():
-    def events_of(epochs, *argv, on_epoch=None):
-        events.clear()
-        argv = [*EVERYTHING_ON, "--epochs", epochs, *argv]
-        return run(train_cifar, *argv, on_epoch=on_epoch)
-
-    events = []
-    with at_step(None, lambda: events.append("step")), at_test(lambda: events.append("test")):
-        events_of(2)
-        assert events == [*["step"] * 6, "test"]
-        directory, record, (row,) = events_of(1, "--no-test", on_epoch=events.append)
-        assert events == [*["step"] * 3, row | {"directory": str(directory)}]
-        assert record["test"] is None and record["status"] == "finished"
-        events_of(2, "--no-test", on_epoch=lambda row: "no")
-        assert events == ["step"] * 6, "True alone ends it"
-        _, record, rows = events_of(3, on_epoch=lambda row: row["epoch"] == 2)
-        assert events == ["step"] * 6 and len(rows) == 2
-    assert record["best"] and record["test"] is None and record["status"] == "pruned"
+def test_a_run_goes_on_with_its_threads_and_says_where(monkeypatch):
+    """More threads would round otherwise, so a run keeps to its number on another machine, too."""
+    torch.set_num_threads(2)
+    directory, *_ = dense("--epochs 2 --stop-after 1")
+    torch.set_num_threads(1)
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    threads = []
+    with at_step(1, lambda: threads.append(torch.get_num_threads())):
+        _, record, _ = resume(directory)
+    assert threads == [2]
+    assert (record["threads"], record["host"]) == (2, "elsewhere")
 
 
 def test_resume_refuses_what_would_not_be_the_same_run(monkeypatch, capsys):
-    directory, before, _ = run(train_cifar, *EVERYTHING_ON, "--epochs", 4, "--stop-after", 2)
-    argv = ["--model", "patchnet", "--c1", 2, "--c2", 2, "--schedule", "constant", "--epochs", 2]
-    argv += [*DENSE[:2], "--sizes", "1/2,1", "--stop-after", 1, "--quiet"]
-    growing, *_ = run(train_cifar, *argv)
-    for cut, argv, message in (
+    """A flag, or images, with which it would compute something else are named in one line."""
+    directory, before, _ = everything("--epochs 4 --stop-after 2")
+    flags = "--recipe fast --schedule constant --epochs 2 --stop-after 1"
+    growing, *_ = run(train_cifar, *f"{SMALL} {GROWING} {flags}".split())
+    for cut, flags, message in (
         (directory, "--lr 0.1", "--lr cannot change"),
         (directory, "--batch-size 32", "--batch-size cannot change"),
         (directory, "--model cnn", "--model cannot change"),
@@ -467,55 +480,76 @@ def test_resume_refuses_what_would_not_be_the_same_run(monkeypatch, capsys):
         (directory, "--epochs 1", "the run already has 2 epochs"),
         (growing, "--epochs 3", "--epochs cannot change under --sizes"),
     ):
-        with pytest.raises(SystemExit, match="2"):
-            run(train_cifar, "--resume", cut, *argv.split())
-        error = capsys.readouterr().err
-        assert message in error and error.count("\n") == 1
-    with pytest.raises(SystemExit, match="2"):
-        run(train_mnist, "--resume", directory)
-    assert "is a run of train_cifar.py" in capsys.readouterr().err
-    in_use = pytest.raises(records.RunError, match="in use by another process")
-    with records.locked(directory / ".lock"), in_use:
-        run(train_cifar, "--resume", directory)
+        argv = ["--resume", cut, *flags.split()]
+        assert message in exits_with_one_line(capsys, *argv, main=train_cifar.main)
+    argv = ["--resume", directory]
+    assert "is a run of train_cifar.py" in exits_with_one_line(capsys, *argv)
+
+    # Another process has it, or other images lie there.
+    with records.locked(directory / ".lock"):
+        line = fails_with_one_line(*argv, main=train_cifar.main)
+    assert "in use by another process" in line
     other = train_cifar.synthetic_shapes(300, 99)
     monkeypatch.setattr(train_cifar, "synthetic", lambda train: other)
-    with pytest.raises(records.RunError, match="checksums differ"):
-        run(train_cifar, "--resume", directory)
+    assert "checksums differ" in fails_with_one_line(*argv, main=train_cifar.main)
     assert read_run(directory)[0] == before
 
 
-def test_a_run_goes_on_with_its_threads_and_says_where(monkeypatch):
-    threads = []
-    torch.set_num_threads(2)
-    directory, record, _ = run(train_mnist, *DENSE, "--epochs", 2, "--stop-after", 1)
-    assert record["threads"] == 2 and record["host"] == socket.gethostname()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
-    with at_step(1, lambda: threads.append(torch.get_num_threads())):
-        _, record, _ = run(train_mnist, "--resume", directory, "--quiet")
-    assert threads == [2] and record["threads"] == 2 and record["host"] == "elsewhere"
-
-
-def test_a_last_batch_of_one_is_not_trained_on_and_one_of_all_images_is_remarked_upon(
-    batches, capsys
+# ------------------------ How a run ends ------------------------
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("epoch", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_touches_the_weights(
+    monkeypatch, training, epoch, value
 ):
-    run(train_mnist, *DENSE[:-1], "--epochs", 1, "--batch-size", 269)
-    assert [len(labels) for net, *_, labels in batches if net.training] == [269]
-    assert "--batch-size" not in capsys.readouterr().out
-    run(train_mnist, *DENSE[:-1], "--epochs", 1, "--batch-size", 270)
-    text = "--batch-size 270: the 270 training images .* try --batch-size 13"
-    assert re.search(text, capsys.readouterr().out)
+    """The run says in which epoch it diverged; the epochs before are whole."""
+    cross_entropy = F.cross_entropy
+    bad = []
+    steps = []
+
+    def poisoned(*arguments, **options):
+        if torch.is_grad_enabled() == training and len(steps) >= 3 * epoch - 2:
+            bad.append(value)
+        return cross_entropy(*arguments, **options) * (value if bad else 1)
+
+    monkeypatch.setattr(F, "cross_entropy", poisoned)
+    with at_step(None, lambda: steps.append(bool(bad))):
+        directory, record, rows = everything("--epochs 3")
+    assert (record["status"], record["test"]) == ("diverged", None)
+    assert f"epoch {epoch}" in record["error"]
+    assert not any(steps)
+    assert len(rows) == record["epochs"] == epoch - 1
+
+    # No checkpoint is of the epoch that failed, and to go on would fail again.
+    assert len([*directory.glob("*.pt")]) == 2 * len(rows)
+    if rows:
+        assert records.load_checkpoint(directory / "last.pt")["history"] == rows
+        assert best_of(directory)["epoch"] == 1
+    with pytest.raises(records.RunError, match="would again"):
+        resume(directory)
 
 
-def test_a_compiled_model_trains_and_its_weights_load_without_compilation(monkeypatch):
-    def without_a_compiler(net, **options):
-        compiled.append(net)
-        return compile_(net, backend="eager", **options)
+def test_the_test_images_are_used_once_after_the_training_if_at_all():
+    """They are not looked at before the end, nor with --no-test, nor by a trial that is pruned."""
+    events = []
 
-    compiled, compile_ = [], torch.compile
-    monkeypatch.setattr(torch, "compile", without_a_compiler)
-    _, _, plain = run(train_mnist, *DENSE, "--epochs", 2)
-    directory, _, rows = run(train_mnist, *DENSE, "--epochs", 2, "--compile")
-    assert len(compiled) == 1 and without_times(rows) == without_times(plain)
-    best = records.load_checkpoint(directory / "best.pt")
-    common.build_model(best).load_state_dict(best["weights"])
+    def events_of(flags, on_epoch=None):
+        events.clear()
+        return everything(flags, on_epoch=on_epoch)
+
+    with at_step(None, lambda: events.append("step")), at_test(lambda: events.append("test")):
+        events_of("--epochs 2")
+        assert events == [*["step"] * 6, "test"]
+
+        # Each epoch is told as it ends.
+        directory, record, (row,) = events_of("--epochs 1 --no-test", events.append)
+        assert events == [*["step"] * 3, row | {"directory": str(directory)}]
+        assert (record["status"], record["test"]) == ("finished", None)
+
+        # True alone, as an answer to that, ends the run.
+        events_of("--epochs 2 --no-test", lambda row: "no")
+        assert events == ["step"] * 6
+        _, record, rows = events_of("--epochs 3", lambda row: row["epoch"] == 2)
+        assert events == ["step"] * 6
+        assert len(rows) == 2
+    assert (record["status"], record["test"]) == ("pruned", None)

@@ -30,8 +30,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self):
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        body = {}  # of telemetry, in several lines
-        if content.startswith(b"{") and b"\n{" not in content:
+        body = {}
+        with contextlib.suppress(ValueError):  # of telemetry, in several lines
             body = json.loads(content)
         if self.path.endswith("file_stream"):
             self.server.take_stream(self.path.split("/")[-2], body)
@@ -63,10 +63,6 @@ class WandbServer(http.server.ThreadingHTTPServer):
         self.history, self.sweeps = {}, []
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def close(self):
-        self.shutdown()
-        self.server_close()
-
     def take_stream(self, run, body):
         lines = body.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
         self.history.setdefault(run, []).extend(map(json.loads, lines))
@@ -75,21 +71,22 @@ class WandbServer(http.server.ThreadingHTTPServer):
         query, variables = body["query"], body.get("variables") or {}
         kind = next(kind for kind in ANSWERS if kind in query)
         answer = json.loads(ANSWERS[kind])
-        if kind == "upsertSweep":
-            self.sweeps.append(variables["config"])
-        elif kind == "GetSweep":
-            answer["project"]["sweep"]["config"] = self.config
-            answer = answer if self.config else {"project": {"sweep": None}}
-        elif kind == "agentHeartbeat":
-            commands = self.commands(json.loads(variables["runState"]))
-            answer[kind]["commands"] = json.dumps(commands)
-        elif kind == "upsertBucket":
-            answer[kind]["bucket"].update(name=variables.get("name"))
-        elif kind == "createRunFiles":
-            files = [
-                {"name": file, "uploadUrl": f"{self.url}/{file}"} for file in variables["files"]
-            ]
-            answer[kind]["files"] = files
+        match kind:
+            case "upsertSweep":
+                self.sweeps.append(variables["config"])
+            case "GetSweep" if self.config:
+                answer["project"]["sweep"]["config"] = self.config
+            case "GetSweep":
+                answer["project"]["sweep"] = None
+            case "agentHeartbeat":
+                commands = self.commands(json.loads(variables["runState"]))
+                answer[kind]["commands"] = json.dumps(commands)
+            case "upsertBucket":
+                answer[kind]["bucket"]["name"] = variables.get("name")
+            case "createRunFiles":
+                files = variables["files"]
+                urls = [{"name": file, "uploadUrl": f"{self.url}/{file}"} for file in files]
+                answer[kind]["files"] = urls
         return answer
 
     def commands(self, running):
