@@ -478,7 +478,7 @@ def why_not_comparable(one: dict, other: dict, figure: str) -> str:
     args = [recorded_arguments(run) for run in (one, other)]
     names = {"image_size", "resize", "grey"} if kind == "loss" else set()
     if figure == "val_loss":
-        names |= {"loss", "class_weights"}.union(*(options_of(LOSSES[a["loss"]]) for a in args))
+        names |= {"loss", "class_weights", *options_of(LOSSES[args[0]["loss"]])}
     reasons = [as_flag(name) for name in sorted(names) if args[0].get(name) != args[1].get(name)]
 
     # An older run has no checksum of the images that validate; they follow from the others.
