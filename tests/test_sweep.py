@@ -236,6 +236,7 @@ def test_trials_that_diverge_are_results():
     before = Path("runs/s/trials.jsonl").read_text()
     go_on("--retry-failed")
     assert Path("runs/s/trials.jsonl").read_text() == before
+    assert Path("runs/s/trial-0001/run.json").exists()
     journal = Path("runs/s/study.journal")
     first, rest = journal.read_text().split("\n", 1)
     journal.write_text(f'{first}\n{{"op_co\n{rest}')
