@@ -8,7 +8,6 @@ does the same: the number of its runs is the last argument, and the last line th
 {"accuracy": [...], "seconds": [...]}. Results are appended to benchmarks/results/gpu.jsonl.
 """
 
-import argparse
 import json
 import shlex
 import statistics
@@ -20,6 +19,7 @@ from pathlib import Path
 from measuring import ROOT, machine, write_result
 
 # isort: split
+import common
 import records
 import train_cifar
 import train_mnist
@@ -85,9 +85,7 @@ def exact_resume(args, few, runs):
 
 def main() -> int:
     """Measure all, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=20, help="runs of the fast recipe")
     parser.add_argument("--against", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--data-dir", type=Path, default=ROOT / "data")

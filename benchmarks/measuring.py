@@ -63,7 +63,7 @@ def in_a_process(*words: Any, **environment: str) -> dict:
     command = [sys.executable, *map(str, words)]
     env = os.environ | environment
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def alternately(names: Iterable[str], rounds: int, measure: Callable) -> dict[str, list]:
@@ -76,19 +76,14 @@ def alternately(names: Iterable[str], rounds: int, measure: Callable) -> dict[st
     return results
 
 
-def ratio_of_pairs(ours: list[float], theirs: list[float]) -> tuple[float, list[float]]:
-    """Geometric mean of ours / theirs over pairs, and Student's 95% interval [low, high] of it."""
+def ratio_as_text(ours: list[float], theirs: list[float]) -> str:
+    """Geometric mean of ours / theirs over pairs, and Student's 95% interval of it."""
     from scipy import stats
 
     logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-    mean, error = statistics.fmean(logs), stats.sem(logs)
-    low, high = stats.t.interval(0.95, len(logs) - 1, mean, error)
-    return math.exp(mean), [math.exp(low), math.exp(high)]
-
-
-def ratio_as_text(ours: list[float], theirs: list[float]) -> str:
-    """The same for the screen."""
-    if len(ours) < 2:
-        return f"{ours[0] / theirs[0]:.2f} (n = 1)"
-    mean, (low, high) = ratio_of_pairs(ours, theirs)
-    return f"{mean:.2f} (95% interval {low:.2f} to {high:.2f}, n = {len(ours)})"
+    mean = statistics.fmean(logs)
+    if len(logs) < 2:
+        return f"{math.exp(mean):.2f} (n = 1)"
+    ends = stats.t.interval(0.95, len(logs) - 1, mean, stats.sem(logs))
+    low, high = map(math.exp, ends)
+    return f"{math.exp(mean):.2f} (95% interval {low:.2f} to {high:.2f}, n = {len(logs)})"

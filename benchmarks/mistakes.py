@@ -20,6 +20,7 @@ from pathlib import Path
 from measuring import find_result, results_file, write_result
 
 # isort: split
+import common
 import evaluate
 import records
 import train_cifar
@@ -98,9 +99,7 @@ def print_table() -> None:
 
 def main() -> int:
     """Measure what is not measured yet, and print the table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = common.ArgumentParser(description=__doc__)
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -7,9 +7,9 @@
 The trial is short: `train_mnist.py --model dense` on 2,000 images, one epoch, without the test.
 `alone` calls the script's main() again and again in one process, the data loaded once; `grid` and
 `bayes` are sweep.py over the same script, with one job; `loop` is `python train_mnist.py` for each
-trial. A trial takes the time from one printed line to the next, the whole from the command to its
-end, with sweep.py's report. All ways alternate. Results are appended to
-benchmarks/results/sweep_overhead.jsonl.
+trial. A trial takes the time from one printed line to the next (sweep.py looks every fifth of a
+second), the whole from the command to its end, with sweep.py's report. All ways alternate. Results
+are appended to benchmarks/results/sweep_overhead.jsonl.
 """
 
 import itertools

@@ -149,8 +149,9 @@ def main() -> int:
     figures = {"matrix_gflops": rate / 1e9, "part_of_matrix_rate": part}
     write_result("throughput", about | {"images_per_second": rates} | figures)
     print(f"{args.task}, {images:,} images, {machine()}, torch {torch.__version__}, {precision}")
-    print(f"tutorial {median['tutorial']:.0f} images/s, ours {median['ours']:.0f}: {part:.0%} of")
-    print(f"the machine's matrix rate, {ratio_as_text(*rates.values())} times as fast")
+    print(f"tutorial: {median['tutorial']:.0f} images/s")
+    print(f"ours: {median['ours']:.0f} images/s, {part:.0%} of the machine's matrix rate;")
+    print(f"{ratio_as_text(*rates.values())} times as fast")
     return 0
 
 

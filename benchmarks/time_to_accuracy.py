@@ -43,9 +43,11 @@ from scipy import stats
 
 
 def timed(command: list[str]) -> tuple[str, float]:
-    """What a command prints, and its seconds. CalledProcessError where it fails."""
+    """What a command prints, and its seconds. RunError where it fails."""
     began = time.perf_counter()
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT, check=True)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    if done.returncode:
+        raise records.RunError(f"{shlex.join(command)} ended with status {done.returncode}")
     return done.stdout, time.perf_counter() - began
 
 
@@ -68,7 +70,7 @@ def measure_ours(recipe: list[str], seed: int) -> dict:
 def measure_reference(command: str, seed: int) -> dict:
     """A run of the other implementation."""
     printed, wall = timed([*shlex.split(command), str(seed)])
-    last = json.loads(printed.splitlines()[-1])
+    last = json.loads(printed.strip().splitlines()[-1])
     return {"accuracy": last["accuracy"], "seconds": last["seconds"], "wall": wall}
 
 

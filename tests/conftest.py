@@ -1,4 +1,4 @@
-"""MNIST in small, and a script that is run in this process. (In a process of its own: forked.py.)"""
+"""MNIST in small, and a script that is run in this process; forked.py runs one in its own."""
 
 import os
 import signal
@@ -32,7 +32,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @pytest.fixture(autouse=True)
 def a_place_of_its_own(tmp_path, monkeypatch):
-    """Each test begins in an empty directory, with one thread, and without the images of the last."""
+    """Each test begins in an empty directory, with one thread, and without images of the last."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(common, "search_directory", None)
     monkeypatch.setattr(common, "images_read", {})

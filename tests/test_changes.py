@@ -75,7 +75,8 @@ CHANGES = [
     inside = (down >= 0) & (down < pixels) & (right >= 0) & (right < pixels)
     return images.masked_fill(inside, 0)
 ''',
-        '    "shift": (number(int, 0), "PIXELS", "move by up to so many along each axis", shift),\n',
+        '    "shift": (number(int, 0), "PIXELS", '
+        '"move by up to so many along each axis", shift),\n',
         '    "cut_out": (number(int, 0), "PIXELS", "black square of so many pixels", cut_out),\n',
         "--cut-out=8",
     ),

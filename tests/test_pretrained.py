@@ -11,7 +11,6 @@ import train_cifar
 
 import pytest
 import torch
-import undrawn
 from conftest import check_same, run
 from PIL import Image
 from test_data import pictures
@@ -23,9 +22,8 @@ RESNET = f"{SMALL} --model resnet18 --weights weights.pth"
 
 
 @pytest.fixture(autouse=True)
-def photos(monkeypatch):
+def photos(undrawn):
     """Two classes of 15 small pictures, in the folder p. Others' pictures are not drawn."""
-    undrawn.nothing_is_drawn(monkeypatch.setattr)
     pictures("p", {"a": 15, "b": 15})
 
 

@@ -33,9 +33,13 @@ import common, records, torch
 
 def parse_arguments(argv):
     parser = common.ArgumentParser(prog="toy.py")
-    for name, kind, default in (("x", float, 0.0), ("lr", float, 0.1), ("k", int, 1), ("seed", int, 0),
-                                ("epochs", str, "8"), ("run-name", str, ""), ("fail", str, "")):
-        parser.add_argument(f"--{name}", type=kind, default=default, required=name == "run-name" and "--resume" not in argv)
+    parser.add_argument("--x", type=float, default=0.0)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--k", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", default="8")
+    parser.add_argument("--run-name", required="--resume" not in argv)
+    parser.add_argument("--fail", default="")
     for name in ("--resume", "--runs-dir"):
         parser.add_argument(name, type=pathlib.Path)
     for name in ("--test", "--quiet"):
@@ -50,7 +54,8 @@ def main(argv, on_epoch=None):
         vars(args).update(old)
     directory.mkdir(exist_ok=True)
     before, status, error = len(rows), "finished", None
-    record = {"args": {key: getattr(args, key) for key in ("x", "k", "lr", "epochs", "seed", "fail")}}
+    kept = "x", "k", "lr", "epochs", "seed", "fail"
+    record = {"args": {key: getattr(args, key) for key in kept}}
     records.write_json(directory / "run.json", record)
     pathlib.Path(f"gpu-{os.environ['CUDA_VISIBLE_DEVICES']}-{torch.get_num_threads()}").touch()
     for _ in range(6000):
@@ -64,14 +69,16 @@ def main(argv, on_epoch=None):
             (directory / "run.json").write_text("{")
         if args.fail == "all" or args.fail in ("raise", "torn") and args.k == 2:
             raise ValueError(f"k is {args.k}")
-        if args.k == 2 and (args.fail == "die" or args.fail.endswith("once") and before == 0 and epoch == 3):
+        dies_once = args.fail.endswith("once") and before == 0 and epoch == 3
+        if args.k == 2 and (args.fail == "die" or dies_once):
             os.kill(os.getpid(), signal.SIGTERM if args.fail == "stop-once" else signal.SIGKILL)
         if args.fail == "diverge" and args.x > 0.5:
             status, error = "diverged", "the loss became nan"
             break
         spike = 1 if args.k == 1 and epoch == 4 else 0
         loss = (args.x - 0.3) ** 2 + args.k / 10 + 1 / epoch - args.seed / 1000 + spike
-        rows.append({"epoch": epoch, "val_loss": loss, "val_acc": 1 / (1 + loss), "went_on_from": before})
+        row = {"epoch": epoch, "val_loss": loss, "val_acc": 1 / (1 + loss)}
+        rows.append({**row, "went_on_from": before})
         log = "".join(json.dumps(row) + chr(10) for row in rows)
         records.write_atomically(directory / "log.jsonl", log.encode())
         (directory / "best.pt").touch()
@@ -583,7 +590,7 @@ def test_a_directory_holds_one_search_and_never_another():
     assert column("run", "moved", ".") == ["trial-0000"]
 
 
-# ---------------- Many machines: each is a process with a runs directory of its own ----------------
+# ------------------------ Many machines, each a process with its own runs ------------------------
 @pytest.fixture(scope="module")
 def postgresql():
     """A PostgreSQL server: its URL, and what stops and starts it."""
@@ -720,7 +727,8 @@ DYING = f"""{FEW}
 import os, records
 write_results = records.Run.write_results
 def dying(self, parts):
-    if self.record["name"] == "trial-0001" and len(self.history) == 2 and not os.path.exists("died"):
+    is_there = self.record["name"] == "trial-0001" and len(self.history) == 2
+    if is_there and not os.path.exists("died"):
         open("died", "w").close()
         os.kill(os.getpid(), 9)
     write_results(self, parts)

@@ -116,7 +116,8 @@ JOIN = "--name s --runs-dir runs --sweep-id nobody/project/sweep1"
 def test_a_sweep_is_joined_with_the_script_and_the_flags_of_the_one_who_made_it():
     server = WandbServer(
         [{"l1": 8}, {"l1": 16}],
-        config="""{program: mine.py, method: random, run_cap: 2, parameters: {l1: {values: [8, 16]}},
+        config="""{program: mine.py, method: random, run_cap: 2,
+            parameters: {l1: {values: [8, 16]}},
             metric: {name: best_val_acc, goal: maximize}, command: ["${env}", "${interpreter}",
             "${program}", --dataset=synthetic, --model=dense, --epochs, 1, "${args}"]}""",
     )
