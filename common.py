@@ -57,7 +57,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Keeps the lines of the description, and ends the help of each flag with its default."""
 
     def _get_help_string(self, action):
-        unset = action.default in (None, False, [], argparse.SUPPRESS)
+        unset = action.default is False or action.default in (None, [], argparse.SUPPRESS)
         return (action.help or "") + ("" if unset else " (%(default)s)")
 
 
@@ -256,12 +256,12 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
         "crop:0.875:bicubic takes this part of the shorter side, with this filter",
         "stretch",
     )
-    flag("--grey", bool, "images of files without their colours")
+    flag("--grey", bool, "read image files without their colours")
     flag("--val-size PART", PART, "part of the training images that validates; 0: test set", 0.1)
     flag(
         "--fold K/N",
         fold,
-        "validate with the K-th of N parts of all images; not those of a folder test",
+        "validate with the K-th of N parts of all images; those of a folder test are left out",
     )
     flag("--limit-train N", COUNT, "use only N training images")
     flag("--normalize", ("half", "dataset"), "mean and std: 0.5, or the training images'", "half")
@@ -271,7 +271,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
         "--weights WEIGHTS",
         weights_source,
         "weights to begin with: imagenet (torchvision downloads them), a file, or a run; "
-        "only the last layer is new",
+        "the last layer is new, unless the run has the same classes",
     )
     flag("--freeze", bool, "train the last layer alone, without augmentation but --flip", False)
 
@@ -280,7 +280,12 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     )
     for name, (kind, metavar, text, _) in AUGMENTATIONS.items():
         flag(f"{as_flag(name)} {metavar}", kind, text, 0)
-    flag("--alternate-flip", bool, "mirrored images: drawn once, then all others in turn", False)
+    flag(
+        "--alternate-flip",
+        bool,
+        "mirror each image in every other epoch, from the first or second on",
+        False,
+    )
 
     group = parser.add_argument_group("training")
     flag("--optimizer", OPTIMIZERS, "optimiser; sgd has Nesterov momentum", "adam")
@@ -305,11 +310,15 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
         "best",
     )
     flag("--test", bool, "test with the weights that are kept, at the end", True)
-    flag("--tta", TTA, "views to average of the test images that the model is not sure of")
+    flag("--tta", TTA, "average these views of each test image of which the model is unsure")
 
     group = parser.add_argument_group("machine and run")
     flag("--precision", ("auto", *PRECISIONS), "auto: what the hardware computes fast", "auto")
-    flag("--threads N", COUNT, "CPU threads; another number changes the last digits (all cores)")
+    flag(
+        "--threads N",
+        COUNT,
+        "CPU threads; another number changes the results' last digits (all cores)",
+    )
     flag("--compile", bool, "torch.compile: a slow start, faster steps on a GPU", False)
     flag("--runs-dir DIR", absolute_path, "directory for run directories", records.HERE / "runs")
     flag("--stop-after N", COUNT, "last epoch of this process; --resume goes on")
@@ -1333,9 +1342,13 @@ def room_for(shape, files, args):
 
 
 def mapped(file, shape):
-    """An uint8 tensor of this shape whose memory is the open `file`. OSError where it is full."""
-    size = math.prod(shape)
-    os.posix_fallocate(file.fileno(), 0, size)
+    """An uint8 tensor of this shape whose memory is the open `file`. OSError where the disk is
+    full."""
+    # It is filled with zeros first: to touch memory for which there is no room would be a crash.
+    size, piece = math.prod(shape), 2**24
+    for start in range(file.seek(0, os.SEEK_END), size, piece):
+        file.write(bytes(min(piece, size - start)))
+    file.flush()
     return torch.frombuffer(mmap.mmap(file.fileno(), size), dtype=torch.uint8).view(shape)
 
 

@@ -149,7 +149,11 @@ def build_parser() -> common.ArgumentParser:
 
     group = parser.add_argument_group("the search")
     flag("--method", DEFAULT_SEARCH, "grid: all combinations; bayes: Optuna proposes")
-    flag("--script FILE", str, "training script: one with main(argv, on_epoch)")
+    flag(
+        "--script FILE",
+        str,
+        "training script, with main(argv, on_epoch) (grid: train_cifar.py, else train_mnist.py)",
+    )
     group.add_argument(
         "--param",
         action="append",
@@ -162,9 +166,9 @@ def build_parser() -> common.ArgumentParser:
         "--metric NAME", str, "val_loss or val_acc; a trial has that of its best epoch", "val_loss"
     )
     flag("--goal", ("minimize", "maximize"), "for a metric of a script of your own")
-    flag("--target VALUE", common.number(float), "end the search when a trial is so good")
+    flag("--target VALUE", common.number(float), "end the search when a trial reaches this")
     flag("--count N", count, "configurations in all (a grid: every combination; else 20)")
-    flag("--seed N", whole, "of the parameters that are drawn, and of every training", 42)
+    flag("--seed N", whole, "seed of the drawn parameters, and of every training", 42)
     flag(
         "--seeds K",
         number_of_seeds,
@@ -181,12 +185,14 @@ def build_parser() -> common.ArgumentParser:
 
     group = parser.add_argument_group("running it")
     flag("--jobs N", count, "trials at a time, each in a process; several GPUs are shared out", 1)
-    flag("--threads N", count, "CPU threads of a trial (cores / --jobs): other last digits")
+    flag(
+        "--threads N", count, "CPU threads of a trial (cores / --jobs); they change the last digits"
+    )
     flag("--max-failures N", count, "stop after so many failed trials in a row", 3)
     flag("--runs-dir DIR", path, "where the sweep's folder is", records.HERE / "runs")
-    flag("--name NAME", common.run_name, "of the sweep; one that exists is continued")
+    flag("--name NAME", common.run_name, "name of the sweep; one that exists is continued")
     flag("--resume SWEEP", path, "continue the sweep in this folder, or make its report anew")
-    flag("--retry-failed", bool, "also run the trials again that failed", False)
+    flag("--retry-failed", bool, "run failed trials again, too", False)
     flag("--dry-run", bool, "print the trials, run none", False)
     flag("--quiet", bool, "print only errors", False)
 

@@ -83,6 +83,7 @@ def test_help_shows_the_defaults_of_the_recipe(script, capsys, recipe, model):
     text = " ".join(capsys.readouterr().out.split())
     assert re.search(rf"classifier of torchvision \({model}\)", text)
     assert "(None)" not in text
+    assert re.search(r"0: never \(\d\)", text)
 
 
 def test_a_run_without_a_terminal_prints_a_line_per_epoch_and_last_the_directory(few_images, capfd):

@@ -149,8 +149,14 @@ def test_a_name_is_free_when_its_run_was_killed_before_it_began(few_images):
             "; try a smaller --batch-size or model",
             "RuntimeError: ",
         ),
+        (
+            [],
+            "register_optimizer_step_post_hook(lambda *_: bytearray(2**60))",
+            "error: out of memory; try a smaller --batch-size or model",
+            "MemoryError: ",
+        ),
     ],
-    ids=["a loss that is not finite", "too little memory"],
+    ids=["a loss that is not finite", "too little for torch", "too little for Python"],
 )
 def test_a_training_that_fails_is_one_line_and_status_1(flags, before, message, error):
     """The line says what to do, and run.json what was the matter."""
