@@ -837,7 +837,8 @@ def load_data(
         files = "../data.csv" if args.listing else "data.csv"
         listing = args.listing.read_bytes() if args.listing else as_csv(parts)
         say_twins(parts, args.quiet)
-    val = parts.get("val", None if args.val_size else parts.get("test"))
+    stand_in = parts.get("test") if wanted == PARTS and not args.val_size else None
+    val = parts.get("val", stand_in)
     test = parts.get("test") if args.test else None
     data = Data(parts.get("train"), val, test, files, listing)
     if wanted == PARTS:

@@ -201,12 +201,10 @@ def load_images(trained: Trained, split: str, asked: Namespace) -> ImageSet:
     args = Namespace(**record["args"])
     args.script, args.typed, args.quiet = record["script"], set(), asked.quiet
     args.directory, args.listing = directory, common.listing_of(directory, record)
-    args.test, args.device = True, trained.device
+    args.test, args.device = True, "cpu"
     args.data_dir = asked.data_dir or Path(args.data_dir)
     if asked.data_dir and args.dataset not in common.DATASETS:
         args.dataset = str(asked.data_dir)
-    if split == "val" and not args.val_size:
-        raise RunError(f"{where} was trained with --val-size 0, without a validation split")
 
     # Are they there? Those of a dataset with a name would be downloaded.
     synthetic, place = None, common.place_of_images(args)
@@ -226,9 +224,9 @@ def load_images(trained: Trained, split: str, asked: Namespace) -> ImageSet:
         data = common.load_data(args, synthetic, wanted)
     images = getattr(data, split)
     if not images:
-        raise RunError(f"{where} has no {split} images; try --split val")
+        raise RunError(f"{where} has no {split} images of its own; try another --split")
     data.check(record["data"], place or args.dataset, directory)
-    return images.to("cpu")
+    return images
 
 
 def find_convolution(model: nn.Module, args: Namespace) -> tuple[str | None, nn.Conv2d | None]:
@@ -453,7 +451,7 @@ def gallery(title: str, images: ImageSet, answers: DataFrame, is_suspect: bool =
 def caption(answer: dict, is_suspect: bool) -> str:
     """Lines about an image: its class, and what is predicted how surely; of a suspect also how
     likely its class is, and the file."""
-    name, other = shorten(answer["class"], 16), shorten(answer["predicted"], 16)
+    name, other = shorten(answer["class"], 12), shorten(answer["predicted"], 12)
     confidence = f"({answer['predicted_probability']:.0%})"
     if is_suspect:
         file = Path(answer["file"]).name
@@ -679,9 +677,9 @@ def draw_gallery(images: Gallery, title: str) -> Figure:
         if is_wrong:
             axis.bar(left, 0.9, 0.9, top, align="edge", fill=False, edgecolor=colour, linewidth=3)
 
-        # The words above it.
-        lines = "\n".join(shorten(line) for line in words.splitlines())
-        axis.text(left + 0.45, top - 0.04, lines, ha="center", fontsize=8, color=colour)
+        # The words above it; the names of files differ at their ends.
+        lines = "\n".join(shorten(line[-23:]) for line in words.splitlines())
+        axis.text(left + 0.45, top - 0.04, lines, ha="center", fontsize=7, color=colour)
     axis.set(xlim=(0, columns), ylim=(rows * height, 0))
     return figure
 
@@ -695,7 +693,7 @@ def draw_image(axis, pixels: Tensor, vmin: float = 0, vmax: float = 255, **optio
 def draw_calibration(metrics: dict, title: str) -> Figure:
     """Accuracy against confidence, and how often each confidence occurs."""
     # Accuracy, and where it was before the temperature.
-    figure = new_figure(6, 6.5, title)
+    figure = new_figure(8, 6.5, title)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     bins, before = metrics["calibration"].dropna(), metrics["calibration_before"].dropna()
     look = {"width": 1 / CALIBRATION_BINS, "align": "edge", "color": BLUE, "edgecolor": "white"}
@@ -1055,7 +1053,11 @@ def compare(args: Namespace) -> DataFrame:
         if len(group) < parts:
             remarks.append(f"{len(group)} of {parts} folds: with all, wrong labels are looked for")
         elif group.record.iloc[0]["data"]["files"] and not galleries:
-            answers, images = judge_out_of_fold(group, args)
+            try:
+                answers, images = judge_out_of_fold(group, args)
+            except RunError as error:  # the other runs can be compared without images
+                remarks.append(f"wrong labels are not looked for: {error}")
+                continue
             confusion = confusion_of(answers, images.classes)
             tables["Classes, over all folds"] = for_people(class_metrics(confusion)[CLASS])
             verdict = "a run that was not trained on them finds unlikely"
@@ -1100,8 +1102,7 @@ def different_flags(runs: DataFrame) -> DataFrame:
     """The flags that are not the same in all runs; empty where there are none."""
     from pandas import DataFrame
 
-    settings = map(common.recorded_arguments, runs.record)
-    table = DataFrame(settings, dtype=object).fillna("-").map(str)
+    table = DataFrame([run["args"] for run in runs.record], dtype=object).fillna("-").map(str)
     names = [name for name in table if table[name].nunique() > 1 and name not in ELSEWHERE]
     flags = table[names].rename(columns=common.as_flag)
     flags.insert(0, "run", list(runs.run))
@@ -1122,14 +1123,17 @@ def rank_and_pair(runs: DataFrame, split: str) -> tuple[DataFrame, list[str]]:
 
     parts, remarks = [], []
     for (dataset, _), part in runs.groupby(["dataset", "fold"]):
-        # Compare with a run that was validated on the same images as most.
-        most = part.val_images.map(part.val_images.value_counts(dropna=False)).idxmax()
+        # Compare with a run that was validated on the same images as most. One without an epoch
+        # has nothing to compare.
+        counts = part.val_images.map(part.val_images.value_counts(dropna=False))
+        most = counts.where(part.val_loss.notna(), 0).idxmax()
         why_not = functools.partial(common.why_not_comparable, part.record[most])
         part["not_ranked"] = [why_not(run, "val_acc") or None for run in part.record]
-        ranked = part[part.not_ranked.isna()]
+        ranked = part[part.not_ranked.isna() & part.val_loss.notna()]
 
         # Rank by the losses, or by the accuracies where the losses are of different things.
-        figures, reason = ranked.val_loss, max(why_not(run, "val_loss") for run in ranked.record)
+        figures = ranked.val_loss
+        reason = max((why_not(run, "val_loss") for run in ranked.record), default="")
         if reason:
             figures = -ranked.val_acc
             remarks.append(f"{dataset}: {reason}, so they are ranked by validation accuracy")
@@ -1197,7 +1201,7 @@ def read_evaluation(run: Any, split: str) -> Series:
     if not (directory / "metrics.json").exists():
         raise RunError(f"not evaluated on the {split} images")
     metrics = records.read_json(directory / "metrics.json")
-    if metrics.get("epoch") != run.best_epoch:
+    if metrics.get("epoch") != (run.record["best"] or {}).get("epoch"):
         raise RunError("trained on since the evaluation")
 
     # Read it. A class may be called NA.

@@ -104,7 +104,7 @@ def test_the_files_of_a_split_are_called_stale_after_another_epoch(copy, capsys)
     [
         ({"test_checksum": "0"}, "test", "not what .* was tested on"),
         ({"checksum": "0"}, "val", "not what .* was trained on"),
-        ({"val_size": 0.0}, "val", "without a validation split"),
+        ({"val_size": 0.0}, "val", "has no val images of its own"),
         ({"script": "train_gone"}, "test", r"drawn by train_gone\.py"),
         ({"dataset": "mnist", "data_dir": "gone"}, "test", "gone.*; say where with --data-dir"),
         ({"data": {}}, "test", "run.json is damaged: data has no name"),
@@ -231,6 +231,20 @@ def test_the_runs_of_each_dataset_are_ranked(copy, trained, monkeypatch):
     assert [*worse.get_ydata()] == [9, 9, 9]
 
 
+def test_a_run_without_an_epoch_does_not_decide_how_the_others_are_ranked(copy):
+    """It has no figure, so it does not matter what its loss and its images were."""
+    failed = [
+        copy("failed", best=None, label_smoothing=0.2),
+        copy("ended", best=None, val_checksum="1"),
+    ]
+    others = [copy("good", val_loss=0.1), copy("sure", val_loss=0.9, val_acc=1.0)]
+    for directory in failed + others:
+        keep_predictions(directory, [True, False])
+    for more in failed:
+        rows = compared(more, *others)
+        assert [rows[name]["rank"] for name in ("good", "sure", more.name)] == [1, 2, None]
+
+
 def test_runs_that_differ_in_their_seed_have_a_mean_with_an_interval(copy):
     """It is Student's interval, of the runs that came to their end."""
 
@@ -272,7 +286,8 @@ def keep_predictions(directory, right, **changes):
     np.random.default_rng(len(directory.name)).shuffle(lines)
     text = "\n".join(["file,class,predicted", *lines, ""])
     (directory / "predictions.csv").write_text(text)
-    epoch = records.read_record(directory)["best"]["epoch"]
+    best = records.read_record(directory)["best"] or {"epoch": 1}
+    epoch = best["epoch"]
     metrics = {"epoch": epoch, "checksum": "same", "images": len(right)} | changes
     records.write_json(directory / "metrics.json", metrics)
 
@@ -283,6 +298,7 @@ def keep_predictions(directory, right, **changes):
         (0, 0),
         (0, 5),
         (1, 7),
+        (5, 5),
         (16, 6),
         (240, 261),
     ],
@@ -301,9 +317,9 @@ def test_pairs_agree_with_what_was_published_and_with_scipy(copy, one, other):
     assert [pair[f"pair_{name}"] for name in names] == [images, one, other]
     assert pair["pair_difference"] == pytest.approx((one - other) / images)
 
-    # The exact test, with half of the probability of what was seen.
+    # The exact test, with half of the probability of what was seen. It is 1 at a tie.
     p = 1.0
-    if one + other:
+    if one != other:
         exact = scipy.stats.binomtest(one, one + other).pvalue
         p = exact - scipy.stats.binom.pmf(one, one + other, 0.5)
     assert pair["pair_mid_p"] == pytest.approx(min(p, 1))
@@ -381,6 +397,12 @@ def test_folds_give_a_mean_and_the_suspects_among_all_images(capsys):
         assert text.endswith(name)
     rows = [row[:2] for row in page.tables[-1]]
     assert rows == [["class", "images"], ["dark", "21"], ["light", "19"]]
+
+    # Where the images have gone, the rest of a comparison is as before.
+    Path("p").rename("q")
+    assert compared(*folds)["f1"]["fold_val_acc_mean"] == pytest.approx(mean)
+    out = capsys.readouterr().out
+    assert "wrong labels are not looked for: the images of runs/f1 are not in" in out
 
 
 def test_folds_are_ranked_with_their_like_even_where_some_are_missing(copy, monkeypatch, capsys):

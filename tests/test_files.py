@@ -552,6 +552,14 @@ def test_a_flag_that_cannot_be_met_or_has_no_effect_is_refused_in_one_line(folde
     assert "--data-dir: expected a path" in line
 
 
+def test_a_run_that_may_validate_with_the_test_is_evaluated_on_its_own_parts(divided):
+    """The tutorials' recipe takes the test set to validate, but not where there are others."""
+    directory = train("--recipe tutorial")
+    for part in PARTS:
+        metrics, _ = evaluated(directory, "--split", part)
+        assert metrics["images"] == 20
+
+
 def test_a_folder_may_be_named_as_a_csv_file_and_be_below_the_home_directory(
     folder, monkeypatch, tmp_path
 ):
