@@ -1014,7 +1014,8 @@ def read_files(args: Namespace, wanted: tuple) -> dict[str, ImageSet]:
     # Look at all that are needed, part by part; they share the pixels.
     classes = classes_of(files, args.dataset)
     files = [file for part in PARTS for file in files if file.part == part and part in wanted]
-    key = args.dataset, args.image_size, args.grey, args.resize, args.device, wanted, len(files)
+    key = args.dataset, args.image_size, args.grey, args.resize, args.device
+    key += tuple(file.name for file in files)
     if key not in images_read:
         pixels = read_pixels(files, args)
         labels = torch.tensor([classes.index(file.label) for file in files], dtype=torch.long)
@@ -1333,7 +1334,7 @@ def room_for(shape, files, args):
     # For a search: a file for each choice of images, size and way to the square. Its name is the
     # final one when all are in it.
     with records.locked(directory / ".pixels.lock", wait=True):
-        key = random_seed([file.name for file in files], shape, args.resize)
+        key = random_seed([str(file.path) for file in files], shape, args.resize)
         path = directory / f".pixels-{key:x}"
         decoded, temporary = path.exists(), path.with_suffix(".tmp")
         with open(path if decoded else temporary, "ab+") as file:

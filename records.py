@@ -468,13 +468,13 @@ def check_wandb(mode: str, quiet: bool) -> None:
 
 
 def has_wandb_key(quiet):
-    """Whether W&B has an API key. UsageError where it has something else in its place."""
+    """Whether W&B has an API key, and is online. UsageError where its settings are not valid."""
     import wandb
 
-    wandb.setup(settings=wandb.Settings(silent=quiet))
     try:
+        wandb.setup(settings=wandb.Settings(silent=quiet))
         return bool(wandb.login(prompt=False, verify=False))
-    except wandb.errors.Error as error:
+    except (wandb.errors.Error, ValueError) as error:
         raise UsageError(f"Weights & Biases: {error}") from error
 
 

@@ -36,7 +36,7 @@ import traceback
 import urllib.error
 import urllib.request
 import warnings
-from argparse import SUPPRESS, Namespace
+from argparse import SUPPRESS, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,8 +113,6 @@ def main(argv: list[str] | None = None) -> dict:
     except StorageInternalError as error:
         text = storage_problem(search, error)
         raise RunError(f"{text}; go on with: {how_to_go_on(search)}") from error
-    for path in search.directory.glob(".pixels-*"):
-        path.unlink()
     if not (best or stopped):
         error = lines[-1]["error"] if lines else "W&B gave none out"
         raise RunError(f"{shown(search.directory)}: no trial finished; the last with: {error}")
@@ -127,9 +125,11 @@ def dry_run(search: "Search") -> dict:
     """Print the command line of each trial; of a Bayesian search the space. OSError."""
     trials: list = []
     for number in range(search.total if search.method != "bayes" else 0):
-        trials.append(search.trial(number, propose(search, trials)))
-        command = search.command(trials[-1].user_attrs["params"], number)
-        say(f"trial {number:4}  {command}", search.quiet, needed=True)
+        params = propose(search, trials)
+        if params:
+            trials.append(search.trial(number, params))
+            command = search.command(trials[-1].user_attrs["params"], number)
+            say(f"trial {number:4}  {command}", search.quiet, needed=True)
     if not trials:
         text = f"{counted(search.total, 'trial')} of {shown(search.script)}, proposed one by one"
         say("\n  ".join([text, *search.param]), search.quiet, needed=True)
@@ -214,6 +214,8 @@ def build_parser() -> common.ArgumentParser:
 def number_of_seeds(text: str) -> int | list[int]:
     """An argparse `type`: how many seeds, or which, as in 50,60."""
     seeds = [common.number(int, 0)(word) for word in text.split(",")]
+    if len({*seeds}) < len(seeds):
+        raise ArgumentTypeError(f"expected seeds that differ, not {text!r}")
     return seeds if len(seeds) > 1 else common.number(int, 1)(text)
 
 
@@ -233,8 +235,8 @@ def parse_arguments(argv: list[str]) -> "Search":
     if "--grace" in given and not search.storage:
         raise UsageError("--grace has no effect without --storage")
     if search.resume:
-        for word in given + names_of(flags):
-            if word not in RUNNING | PLACES:
+        for word in given + split_places(flags)[1]:
+            if word not in RUNNING:
                 raise UsageError(f"--resume takes the search from its folder: leave out {word}")
 
     # A configuration is read as flags; what is on the command line comes after them, and wins.
@@ -243,6 +245,9 @@ def parse_arguments(argv: list[str]) -> "Search":
         try:
             config = load_yaml(search.config) if search.config else wandb_config(search)
             more_words, more_flags = read_config(config, search.config)
+            if "--metric" in given:  # another metric has another goal, too
+                metric = "--goal=", "--target="
+                more_words = [word for word in more_words if not word.startswith(metric)]
             parsed(parser.parse_args, more_words)
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from error
@@ -275,15 +280,15 @@ def split_places(flags: list[str]) -> tuple[list[str], list[str]]:
     """The flags of a trial: those that name a place, as seen from anywhere, and the others."""
     parser = common.ArgumentParser(add_help=False, argument_default=SUPPRESS)
     for name in PLACES:
-        parser.add_argument(name, type=place)
+        parser.add_argument(name, type=common.absolute_path if name == "--data-dir" else place)
     places, others = parser.parse_known_args(flags)
     return [f"{common.as_flag(name)}={value}" for name, value in vars(places).items()], others
 
 
 def place(text: str) -> str:
-    """The absolute path of a file or folder that is here; any other text as it is."""
-    path = Path(text).expanduser().absolute()
-    return str(path) if text and path.exists() else text
+    """The absolute path of a file or folder that is here; a name, and any other text, as it is."""
+    path, is_name = Path(text).expanduser().absolute(), text in (*common.DATASETS, "imagenet", "")
+    return str(path) if path.exists() and not is_name else text
 
 
 # ------------------------ A configuration in W&B's schema ------------------------
@@ -380,7 +385,7 @@ def read_parameters(parameters: Any) -> list[str]:
         raise UsageError("parameters must have at least one entry")
     words = []
     for path, entry in parameters.items():
-        name = path.rpartition(".")[2]
+        name = str(path).rpartition(".")[2]
         text = f"{name}={json.dumps(entry, default=str)}"
         if not isinstance(entry, dict):
             raise UsageError(f"parameter {path}: expected value, values, or min and max")
@@ -543,7 +548,7 @@ class Search(Namespace):
 
     SAME = ("script", "method", "param", "flags", "metric", "goal", "target", "seed", "seeds")
     SAME += ("eta", "bands")
-    KEPT = (*SAME, "places", "epochs", "has_idle", "count", "threads", "sweep_id")
+    KEPT = (*SAME, "places", "epochs", "has_idle", "count", "threads", "sweep_id", "wandb_project")
     epochs = 0  # of a trial at most, if the script tells
     has_idle = False  # whether a parameter has no effect in some trials
 
@@ -560,6 +565,11 @@ class Search(Namespace):
     def distributions(self) -> dict:
         """The same as Optuna knows it."""
         return {name: parameter.distribution for name, parameter in self.parameters.items()}
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the script is one of this repository, which is kept by its name alone."""
+        return self.script == Path(self.script).name
 
     @property
     def size(self) -> float:
@@ -618,7 +628,8 @@ class Search(Namespace):
 
     def command(self, params: dict, number: int) -> str:
         """The same, to be copied."""
-        return shlex.join(["python", shown(self.script), *self.words(params, number)])
+        script = shown(records.HERE / self.script)
+        return shlex.join(["python", script, *self.words(params, number)])
 
 
 # ------------------------ Checks before the first trial ------------------------
@@ -628,13 +639,12 @@ def complete(search: Search) -> None:
     if not search.method:
         raise UsageError("--method grid, random or bayes is needed")
     default, space, flags = DEFAULT_SEARCH[search.method]
-    search.script = str(find_script(search.script or default))
+    search.script = find_script(search.script or default)
     if not search.param:
-        if search.script != str(records.HERE / default):
+        if search.script != default:
             needs = "needs its own search: --param NAME=SPEC or --config FILE"
             raise UsageError(f"--script {search.script} {needs}")
         search.param, search.flags = space, flags + search.flags
-    search.is_ours = Path(search.script).parent == records.HERE
     for at, text in enumerate(search.param):
         name, parameter = parse_parameter(text)
         if common.as_flag(name) in PLACES:
@@ -668,6 +678,8 @@ def check_flags(search: Search) -> None:
             raise UsageError(f"{word} is set by the sweep for every trial; {hint}")
         if word in fixed and word.replace("--no-", "--") in searched:
             raise UsageError(f"{word} is searched: leave it out of the flags after --")
+    if "--no-prune" in search.given:
+        search.bands = None
     asked, prunes = search.goal, search.prune or search.bands
     search.goal = METRICS.get(search.metric, None if search.is_ours else asked)
     metric = f"--metric {search.metric}: "
@@ -722,18 +734,19 @@ def check_trials(search: Search) -> None:
         search.bands = sorted(bands - {0})
 
 
-def find_script(script: str) -> Path:
-    """The path of a training script, here or beside this file. UsageError where there is none."""
-    for path in (Path(script), records.HERE / script):
+def find_script(script: str) -> str:
+    """The path of a training script that is here, or the name of one beside this file. UsageError
+    where there is none."""
+    for path in (Path(script).resolve(), records.HERE / script):
         if path.is_file() and path.suffix == ".py":
-            return path.resolve()
+            return path.name if path.parent == records.HERE else str(path)
     raise UsageError(f"--script {script}: there is no such Python file")
 
 
 @functools.cache
 def load_script(script: str) -> Any:
     """The module of a training script. UsageError where it is not one."""
-    path = Path(script)
+    path = records.HERE / script
     try:
         if path.parent == records.HERE:
             return importlib.import_module(path.stem)
@@ -924,7 +937,9 @@ def take_over(search: Search, held: dict) -> None:
     if "--count" in search.given and count < held["count"]:
         raise UsageError(f"--count {count}: the search has {held['count']} already")
     threads = search.threads or (None if search.storage else held["threads"])
-    vars(search).update({**held, "threads": threads, "places": search.places or held["places"]})
+    places = dict(word.split("=", 1) for word in held["places"] + search.places)
+    places = [f"{flag}={value}" for flag, value in places.items()]
+    vars(search).update({**held, "threads": threads, "places": places})
     search.count = max(held["count"], int(min(count, search.size)))
 
 
@@ -1008,6 +1023,8 @@ def run_trials(search: Search, lines: list[dict]) -> str | None:
         for worker in workers.values():
             worker.kill()
             worker.join()
+        for path in search.directory.glob(".pixels-*"):  # the images that they have shared
+            path.unlink()
     failed = failed_in_a_row(search, lines)
     if failed:
         text = f"{len(failed)} trials in a row failed, the last with: {failed[-1]['error']}"
@@ -1172,13 +1189,18 @@ def take(search: Search) -> FrozenTrial | None:
             # Make a new one; but not while --jobs trials are claimed, by processes about to die.
             here = [trial for trial in left if machine_of(trial) == search.machine]
             if missing > 0 and len(here) < search.jobs:
-                search.study.add_trial(search.trial(len(trials), propose(search, trials)))
-                continue
+                params = propose(search, trials)
+                if params:
+                    search.study.add_trial(search.trial(len(trials), params))
+                    continue
+                if not left:
+                    return None
         time.sleep(0.5)
 
 
-def propose(search: Search, trials: list[FrozenTrial]) -> dict:
-    """The parameters of the trial after these: they follow from --seed and the results."""
+def propose(search: Search, trials: list[FrozenTrial]) -> dict | None:
+    """The parameters of the trial after these: they follow from --seed and the results. None where
+    all configurations are used up."""
     # The same once more, with the next seed; or the next of a grid.
     number = len(trials)
     if number % len(search.seeds):
@@ -1186,7 +1208,7 @@ def propose(search: Search, trials: list[FrozenTrial]) -> dict:
     known = [trial.user_attrs["params"] for trial in trials]
     new = (params for params in search.combinations() if search.effective(params) not in known)
     if search.method == "grid":
-        return next(new)
+        return next(new, None)
 
     # A Gaussian process with few random trials before it finds better points sooner; its cost
     # grows with the cube of the trials, and past 200 the tree-structured estimator takes over.
@@ -1205,13 +1227,15 @@ def propose(search: Search, trials: list[FrozenTrial]) -> dict:
             if trial.state in (TrialState.COMPLETE, TrialState.RUNNING):
                 study.add_trial(trial)
 
-    # Nothing runs twice, not even in a small space.
-    for _ in range(10):
+    # Nothing runs twice, not even in a small space. Where the proposals are all known, draw.
+    for attempt in range(100):
+        if attempt == 10:
+            study.sampler = RandomSampler(seed=seed)
         drawn = study.ask(search.distributions).params
         params = {name: p.tidy(drawn[name]) for name, p in search.parameters.items()}
         if search.effective(params) not in known:
             return params
-    return next(new, params)
+    return next(new, None)
 
 
 def release_silent(search: Search, silent: dict[int, float]) -> None:
@@ -1276,8 +1300,8 @@ def run(search: Search, trial: FrozenTrial) -> None:
         "run": f"{search.machine}/{directory.name}".lstrip("/"),
         "status": "finished" if status == "stopped_early" else status,
         **{name: best.get(name) for name in (*METRICS, search.metric)},
-        "epochs": record.get("epochs", 0),
-        "seconds": record.get("seconds", 0.0),
+        "epochs": record.get("epochs") or 0,
+        "seconds": record.get("seconds") or 0.0,
         "seed": search.seeds[number % len(search.seeds)],
         "params": trial.user_attrs["params"],
         "error": record.get("error"),
@@ -1333,7 +1357,8 @@ def train(search: Search, trial: FrozenTrial, directory: Path) -> dict:
         if rows and on_epoch(rows[-1]):
             best = min(rows, key=lambda row: row["val_loss"])
             return {**record, "status": "pruned", "best": best, "epochs": len(rows)}
-        argv = ["--resume", str(directory), "--quiet", *search.places]
+        places = [word for word in search.places if not word.startswith("--weights=")]
+        argv = ["--resume", str(directory), "--quiet", *places]
     else:
         shutil.rmtree(directory, ignore_errors=True)
         argv = [*search.words(trial.user_attrs["params"], number), "--no-test", "--quiet"]
@@ -1390,19 +1415,18 @@ def choose_engine(search: Search) -> None:
     """Settle whether W&B drives a new search, or Optuna. UsageError, RunError."""
     if search.resume:
         return
-    is_auto = search.engine == "auto"
+    is_auto, is_fit = search.engine == "auto", not search.storage and len(search.seeds) == 1
     if search.sweep_id:
         search.engine = "wandb"
-    elif is_auto and search.method == "bayes" and not search.storage and search.is_ours:
-        online = os.environ.get("WANDB_MODE", "online") == "online"
-        key = online and importlib.util.find_spec("wandb") and records.has_wandb_key(quiet=True)
+    elif is_auto and search.method == "bayes" and is_fit and search.is_ours:
+        key = importlib.util.find_spec("wandb") and records.has_wandb_key(quiet=True)
         search.engine = "wandb" if key else "local"
         name = "W&B, with its API key" if key else "local, Optuna, without an API key of W&B"
         say(f"engine: {name} (--engine chooses)", search.quiet)
-    if search.engine == "wandb":
+    if search.engine == "wandb" and not is_fit:
+        raise UsageError("--storage and --seeds go with --engine local")
+    if search.engine == "wandb" and not search.sweep_id:  # else it has answered already
         reach_wandb(search)
-        if search.storage or len(search.seeds) > 1:
-            raise UsageError("--storage and --seeds go with --engine local")
 
 
 def reach_wandb(search: Namespace) -> None:
@@ -1460,8 +1484,10 @@ def run_agent(search: Search) -> None:
     import wandb
 
     def run_given():
-        # The agent leaves the parameters of the run in this file.
+        # The agent leaves the parameters of the run in this file, by their names at W&B.
         given = load_yaml(Path(os.environ["WANDB_SWEEP_PARAM_PATH"]))
+        given = {path.rpartition(".")[2].replace("-", "_"): given[path] for path in given}
+        given.setdefault("lr", given.get("learning_rate"))
         params = {name: given[name]["value"] for name in search.parameters}
         with records.locked(search.directory / ".queue.lock", wait=True):
             number = len(trials_of(search))
@@ -1543,7 +1569,7 @@ def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
         if (directory / best["run"]).is_dir():
             link.symlink_to(best["run"])
             if complete and (link / "best.pt").exists():
-                remarks.append(f"  {test_winner(directory, best['run'])}")
+                remarks.append(f"  {test_winner(search, best['run'])}")
     say("\n".join(remarks), search.quiet)
 
     # The files.
@@ -1557,12 +1583,18 @@ def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
     return best if best["status"] == "finished" else None
 
 
-def test_winner(directory: Path, run: str) -> str:
+def test_winner(search: Search, run: str) -> str:
     """Test the weights of the winner's best epoch; say for which trials the test set was read."""
+    # Where the images are now: they may have moved since it was trained.
+    places = [re.sub("^--dataset=/", "--data-dir=/", word) for word in search.places]
+    where = [word for word in places if word.startswith("--data-dir=")]
+
+    # Test it, unless that was done before.
+    directory = search.directory
     before = sorted(path.parent.name for path in directory.glob("trial-*/metrics.json"))
     try:
         if run not in before:
-            evaluate.main([str(directory / run), "--quiet"])
+            evaluate.main([str(directory / run), "--quiet", *where])
     except (UsageError, RunError) as error:
         return f"not tested: {error}"
     content = records.read_json(directory / run / "metrics.json")
@@ -1606,17 +1638,9 @@ def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
     if len(board) and search.method == "grid" and len(search.parameters) == 2:
         pictures["grid"] = evaluate.render(draw_grid(search, board))
 
-    # Optuna draws a study of what is to be seen.
-    seen, distributions = optuna.create_study(direction=search.goal), search.distributions
-    for name, parameter in search.parameters.items():
-        if isinstance(distributions[name], CategoricalDistribution):
-            words = dict.fromkeys(map(as_label, parameter.values))
-            distributions[name] = CategoricalDistribution([*words])
+    # Optuna's, of what is to be seen.
     losses, note = cut_off(search, board.loss)
-    for params, value in zip(board.params, search.sign * losses, strict=True):
-        known = {name: distributions[name] for name in params}
-        params = {name: as_label(params[name]) for name in params}
-        seen.add_trial(optuna.create_trial(params=params, distributions=known, value=value))
+    seen = study_to_draw(search, board.params, search.sign * losses)
     drawings = {"slices": optunas.plot_slice, "parallel": optunas.plot_parallel_coordinate}
     if len(board) >= 8:
         # PED-ANOVA (S. Watanabe et al., 2023) with the best quarter: a tenth is a trial or two.
@@ -1626,8 +1650,10 @@ def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
         importance = functools.partial(optunas.plot_param_importances, evaluator=evaluator)
         drawings |= {"history": optunas.plot_optimization_history, "importance": importance}
     for name, draw in drawings.items() if len(board) > 1 else ():
-        # They set a style, and write powers of ten. What is narrow there gets room.
-        with matplotlib.rc_context({"text.parse_math": True, "savefig.bbox": "tight"}):
+        # They set a style, write powers of ten, and warn where all trials are alike. What is narrow
+        # there gets room.
+        look = {"text.parse_math": True, "savefig.bbox": "tight"}
+        with matplotlib.rc_context(look), warnings.catch_warnings(action="ignore"):
             draw(seen, target_name=search.metric)
             figure = pyplot.gcf()
             for axis in figure.axes:
@@ -1639,6 +1665,24 @@ def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
             pictures[name] = evaluate.render(figure)
             pyplot.close()
     return pictures
+
+
+def study_to_draw(search: Search, configurations: Any, values: Any) -> optuna.Study:
+    """A study of these configurations and their metrics, with short words, and without what is the
+    same in all of them."""
+    distributions = {}
+    for name, parameter in search.parameters.items():
+        if len(parameter.values) != 1:
+            distributions[name] = parameter.distribution
+            if isinstance(parameter.distribution, CategoricalDistribution):
+                words = dict.fromkeys(map(as_label, parameter.values))
+                distributions[name] = CategoricalDistribution([*words])
+    study = optuna.create_study(direction=search.goal)
+    for params, value in zip(configurations, values, strict=True):
+        known = {name: distributions[name] for name in params if name in distributions}
+        params = {name: as_label(params[name]) for name in known}
+        study.add_trial(optuna.create_trial(params=params, distributions=known, value=value))
+    return study
 
 
 def draw_curves(search: Search, board: Any) -> Any:
@@ -1670,10 +1714,11 @@ def draw_curves(search: Search, board: Any) -> Any:
 
 def draw_grid(search: Search, board: Any) -> Any:
     """A grid of two parameters as a heatmap, the best bright."""
+    from numpy import ndenumerate
     from pandas import DataFrame
 
     down, across = search.parameters
-    table = DataFrame([*board.params]).assign(loss=[*board.loss])
+    table = DataFrame([*board.params], dtype=object).fillna("-").assign(loss=[*board.loss])
     cells = table.pivot(index=down, columns=across, values="loss")
     height, width = cells.shape
     figure = evaluate.new_figure(2.5 + width, 2 + 0.7 * height, search.metric)
@@ -1683,10 +1728,9 @@ def draw_grid(search: Search, board: Any) -> Any:
     axis.set_xticks(range(width), cells.columns, rotation=45)
     axis.set_yticks(range(height), cells.index)
     axis.set(xlabel=across, ylabel=down)
-    for (row, column), loss in cells.stack().items():
-        text = as_text(search.sign * loss, search.metric)
-        place = cells.columns.get_loc(column), cells.index.get_loc(row)
-        axis.text(*place, text, ha="center", va="center", bbox={"facecolor": "white", "pad": 1.5})
+    for (row, column), loss in ndenumerate(cells):
+        look = {"ha": "center", "va": "center", "bbox": {"facecolor": "white", "pad": 1.5}}
+        axis.text(column, row, as_text(search.sign * loss, search.metric), **look)
     return figure
 
 

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import records
 import sweep
+import train_mnist
 
 import pytest
 import undrawn
+from conftest import run
 from PIL import Image
 from test_data import pictures
 from test_files import (
@@ -32,6 +34,12 @@ def counting(*arguments, **options):
 Image.open = counting
 """
 GRID = "--method grid --param lr=0.01,0.001"
+# A main that fails when it has read the images.
+FAILING = """
+    import common
+    common.load_data(parse_arguments(_[0]), synthetic)
+    raise ValueError
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +82,13 @@ def test_a_search_has_one_data_csv_and_the_same_files_from_wherever_it_goes_on(
     # A folder that has moved is given anew, and other images are not taken for it.
     shutil.move("p", "moved")
     go_on("3 -- --dataset moved")
+    shutil.move("moved", "again")
+    for path in Path("runs/s").glob("*/metrics.json"):
+        path.unlink()
+    go_on("3 -- --dataset again")
+    assert evaluated("runs/s/best", "--data-dir again")[0] == records.read_json(
+        Path("runs/s/best/metrics.json")
+    )
     listing = Path("runs/s/data.csv")
     assert [*Path("runs/s").rglob("data.csv")] == [listing]
     listing.write_text(listing.read_text().replace(",test,", ",train,"))
@@ -87,6 +102,52 @@ def test_a_search_has_one_data_csv_and_the_same_files_from_wherever_it_goes_on(
     assert len({trial["checksum"] for trial in trials}) == 1
     assert trials[0]["files"] == "../data.csv"
     assert trials[0]["train"] + trials[0]["val"] == 36
+
+
+# It is killed once, after an epoch, when the weights that it began with are elsewhere.
+DYING = """
+import os, pathlib, signal
+import train_mnist
+from train_mnist import parse_arguments, synthetic
+def main(argv, on_epoch):
+    def look(row):
+        ends = on_epoch(row)
+        if pathlib.Path("weights").exists():
+            pathlib.Path("weights").rename("moved")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return ends
+    return train_mnist.main(argv, look)
+"""
+
+
+def test_weights_are_needed_when_a_trial_begins_and_kept_when_the_images_move():
+    """A trial that goes on has its own; those that follow begin with the ones of before."""
+    pictures("p", {"a": 20, "b": 20})
+    run(train_mnist, *f"{TINY} --quiet".split())[0].rename("weights")
+    Path("dying.py").write_text(DYING)
+    argv = "--script dying.py --method grid --param lr=0.1,0.01,0.001 --runs-dir runs --name s"
+    sweep.main(f"{argv} --count 1 --quiet -- {TINY} --weights weights --epochs 3".split())
+    go_on("2 -- --weights moved")
+    Path("p").rename("q")
+    go_on("3 -- --dataset q")
+    trials = [records.read_record(path) for path in sorted(Path("runs/s").glob("trial-*"))]
+    assert [trial["epochs"] for trial in trials] == [3, 3, 3]
+    moved = str(Path("moved").absolute())
+    assert [trial["args"]["weights"] for trial in trials[1:]] == [moved, moved]
+
+
+def test_folders_with_the_same_names_of_files_are_told_apart():
+    """A search for the better of two folders trains on each."""
+    losses = {}
+    for name, level in (("p", 10), ("q", None)):
+        pictures(name, {"a": 20, "b": 20}, level)
+        flags = f"{TINY} --lr 0.01 --dataset {name} --seed 42 --quiet"
+        losses[name] = run(train_mnist, *flags.split())[1]["best"]["val_loss"]
+    argv = "--script train_mnist.py --method grid --param dataset=p,q --metric val_acc --threads 1"
+    flags = TINY.replace("--dataset p", "--lr 0.01")
+    result = sweep.main(f"{argv} --runs-dir runs --name s --quiet -- {flags}".split())
+    found = {Path(line["params"]["dataset"]).name: line["val_loss"] for line in result["trials"]}
+    assert found == losses
 
 
 def test_a_search_tells_of_a_broken_image_before_its_first_trial(capsys):
@@ -122,3 +183,9 @@ def test_a_search_larger_than_the_memory_decodes_its_images_once_and_leaves_none
     assert decoded.stat().st_size <= 40 + 4
     assert found == expected
     assert len(found) == 2
+
+    # Nor does one that ends with an error.
+    Path("frugal.py").write_text("from train_mnist import *\ndef main(*_):\n" + FAILING)
+    with pytest.raises(records.RunError, match="in a row failed"):
+        search(f"{GRID} --script frugal.py --max-failures 1", "fails")
+    assert not left_of_pixels()

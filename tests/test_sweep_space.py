@@ -22,7 +22,7 @@ def a_script_that_takes_everything(monkeypatch):
 def planned(text):
     """The flags of the trials that a search would run, and what else it says."""
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        sweep.main([*text.split(), "--dry-run"])
+        sweep.main(["--dry-run", *text.split()])
     text = out.getvalue()
     said = [line for line in text.splitlines() if ".py " not in line]
     return re.findall(r"(?<=\.py ).*", text), said
@@ -116,9 +116,9 @@ def test_the_tutorials_searches_are_the_defaults():
 
 
 def test_an_idle_parameter_is_left_out_and_nothing_runs_twice():
-    trials, said = planned(
-        "--method grid --script train_mnist.py --param optimizer=adam,sgd --param momentum=0.8,0.9"
-    )
+    argv = "--script train_mnist.py --param optimizer=adam,sgd --param momentum=0.8,0.9 --method"
+    trials, said = planned(f"{argv} grid")
+    assert sorted(planned(f"{argv} random")[0]) == sorted(trials)
     assert [trial.removesuffix(" --seed 42") for trial in trials] == [
         "--optimizer=adam",
         "--optimizer=sgd --momentum=0.8",
@@ -156,6 +156,15 @@ def test_a_file_works_unchanged_and_the_command_line_wins(monkeypatch):
         assert "--model=confignet --c1=" in trial and "--c2=" in trial
     assert {trial.split("--c1=")[1].split()[0] for trial in trials} == {"24", "100"}
     assert len(configured(CONFIG, "--count 2")[0]) == 2
+    assert len(configured(CONFIG, "--metric val_loss")[0]) == 4  # its goal is not the file's
+
+
+def test_a_place_is_kept_as_seen_from_anywhere_and_a_name_is_a_name():
+    """A folder that is called as a dataset is not taken for it; one that is not there is kept."""
+    Path("mnist").mkdir()
+    (trial,), _ = planned("--method random --count 1 -- --dataset mnist --data-dir none")
+    assert f"--data-dir={Path('none').absolute()}" in trial
+    assert "--dataset=mnist " in trial
 
 
 def test_values_and_seeds_of_a_file_in_a_folder_with_its_script():
@@ -203,6 +212,7 @@ run_cap: 4 => early_terminate: {type: hyperband, min_iter: 1, strict: 1} | stric
 c2: => depth: | --depth
 c2: => bs: | --bs: did you mean --batch-size?
 c2: => seed: | parameter seed
+c2: => 1: | --param 1
 from-a-file => a/b | sweep.yaml: sweep.py: error: argument --name
 """
 
@@ -256,6 +266,7 @@ WRONG_SEARCHES = """
 --method grid --prune -- --epochs=2 | at least --eta 3
 --method grid --prune --param epochs=5,10 | one number of epochs
 --method grid --eta 2 | --eta has no effect without --prune
+--method grid --seeds 50,50 | seeds that differ
 --method grid --grace 20 | --grace has no effect without --storage
 --method grid --param c9=1,2 | --c9
 --method grid --param c1=48,-3 | --c1

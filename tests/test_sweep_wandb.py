@@ -104,10 +104,13 @@ def test_a_trial_that_was_running_at_ctrl_c_is_no_result():
 
 def test_a_search_that_goes_on_takes_no_more_than_its_count():
     given = [{"lr": 0.001 * number, "epochs": 2} for number in range(1, 9)]
-    assert len(drive(WandbServer(given[:1]), SEARCH.replace("--count 4", "--count 2"))) == 1
+    first = SEARCH.replace("--count 4", "--count 2 --wandb-project mine")
+    assert len(drive(WandbServer(given[:1]), first)) == 1
     rows = drive(WandbServer(given[1:]), "--resume runs/s --count 4")
     assert [row["params"] for row in rows] == given[:4]
     assert not Path("runs/s/trial-0004").exists()
+    projects = [records.read_record(path) for path in Path("runs/s").glob("trial-*")]
+    assert {project["args"]["wandb_project"] for project in projects} == {"mine"}
 
 
 JOIN = "--name s --runs-dir runs --sweep-id nobody/project/sweep1"
@@ -115,15 +118,15 @@ JOIN = "--name s --runs-dir runs --sweep-id nobody/project/sweep1"
 
 def test_a_sweep_is_joined_with_the_script_and_the_flags_of_the_one_who_made_it():
     server = WandbServer(
-        [{"l1": 8}, {"l1": 16}],
+        [{"net.l1": 8, "batch-size": 50}, {"net.l1": 16, "batch-size": 50}],
         config="""{program: mine.py, method: random, run_cap: 2,
-            parameters: {l1: {values: [8, 16]}},
+            parameters: {net.l1: {values: [8, 16]}, batch-size: {value: 50}},
             metric: {name: best_val_acc, goal: maximize}, command: ["${env}", "${interpreter}",
             "${program}", --dataset=synthetic, --model=dense, --epochs, 1, "${args}"]}""",
     )
     rows = drive(server, JOIN)
     assert not server.sweeps
-    assert [row["params"] for row in rows] == [{"l1": 8}, {"l1": 16}]
+    assert [row["params"] for row in rows] == [{"l1": l1, "batch_size": 50} for l1 in (8, 16)]
     record = records.read_record(Path("runs/s/trial-0001"))
     assert (record["args"]["dataset"], record["args"]["l1"]) == ("synthetic", 16)
     assert record["epochs"] == 1
@@ -165,3 +168,19 @@ def test_auto_says_which_engine_drives_a_bayesian_search_and_why(more, engine, s
     assert all(line.startswith("wandb: ") for line in before)
     assert found == status
     assert expected in last
+
+
+@pytest.mark.parametrize(
+    ("more", "flags", "expected"),
+    [(KEY, "--seeds 2", "runs/s exists"), (f"WANDB_MODE='of', {KEY}", "", "W")],
+)
+def test_what_wandb_cannot_do_is_done_without_it_and_its_settings_are_one_line(
+    more, flags, expected
+):
+    """Its sweeps know no seeds, so Optuna drives such a search; a mode that is mistyped is told."""
+    Path("runs/s").mkdir(parents=True)
+    Path("runs/s/taken").touch()
+    argv = f"--method bayes {flags} --name s --runs-dir runs -- --dataset synthetic"
+    status, error = start("http://127.0.0.1:1", argv, more).finish()
+    assert status == 2
+    assert expected in error.splitlines()[-1]
