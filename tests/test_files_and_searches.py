@@ -141,13 +141,14 @@ def test_folders_with_the_same_names_of_files_are_told_apart():
     losses = {}
     for name, level in (("p", 10), ("q", None)):
         pictures(name, {"a": 20, "b": 20}, level)
-        flags = f"{TINY} --lr 0.01 --dataset {name} --seed 42 --quiet"
+        flags = f"{TINY} --tutorial-layers --dataset {name} --quiet"
         losses[name] = run(train_mnist, *flags.split())[1]["best"]["val_loss"]
     argv = "--script train_mnist.py --method grid --param dataset=p,q --metric val_acc --threads 1"
-    flags = TINY.replace("--dataset p", "--lr 0.01")
+    flags = TINY.replace("--dataset p", "--tutorial-layers")
     result = sweep.main(f"{argv} --runs-dir runs --name s --quiet -- {flags}".split())
     found = {Path(line["params"]["dataset"]).name: line["val_loss"] for line in result["trials"]}
     assert found == losses
+    assert found["p"] != found["q"]
 
 
 def test_a_search_tells_of_a_broken_image_before_its_first_trial(capsys):

@@ -289,11 +289,11 @@ def test_the_bands_end_what_is_not_among_the_best_by_its_best():
     assert [row["trial"] for row in board()] == ["0", "3", "2", "1"]  # by what they survived
     rule = "max_iter: 8, s: 2"
     assert banded("config", rule, "x: {values: [0.3, 0.5, 0.4, 0.35]}") == [8, 2, 4, 8]
+    search("--config sweep.yaml --no-prune", "all")
+    assert column("epochs", "all") == [8, 8, 8, 8]
     # What counts is the best so far: at the band the loss of k = 1 is higher than before.
     both = "x: {values: [0.9, 0.3]}, k: {values: [3, 1]}"
     assert banded("best", "min_iter: 4", both) == [8, 8, 8, 8]
-    search("--config sweep.yaml --no-prune", "all")
-    assert column("epochs", "all") == [8, 8, 8, 8]
 
 
 def test_a_trial_that_begins_again_is_not_judged_at_a_band_that_it_has_passed():
@@ -440,6 +440,8 @@ def test_what_a_script_gives_that_is_no_record_is_a_failed_trial():
     search("--method grid --param k=0,1,2,3,4 --max-failures 9", script="odd.py")
     assert column("status") == ["failed"] * 4 + ["finished"]
     assert all("returned no record" in error for error in column("error")[:4])
+    search("--method grid --param k=4", "one", script="odd.py")
+    assert column("epochs", "one") == [0]
 
 
 STUBS = """
