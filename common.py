@@ -157,7 +157,8 @@ def weights_source(text: str) -> str:
     path = absolute_path(text)
     if not path.exists():
         raise argparse.ArgumentTypeError(f"{path} is no file and no run; or say imagenet")
-    return str(path)
+    is_of_run = path.name == "best.pt" and path.with_name("run.json").exists()
+    return str(path.parent if is_of_run else path)
 
 
 def resize(text: str) -> str:
@@ -451,8 +452,11 @@ def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
     if "weights" in typed:
         recipe |= ANY_MODEL_DEFAULTS | (FREEZE_DEFAULTS if typed.get("freeze") else {})
         recipe |= preprocessing_of(typed["weights"], typed.get("model", IMAGENET_MODEL))
-    if typed.get("optimizer") == "muon" and recipe.get("optimizer") != "muon":
+    before, after = recipe.get("optimizer"), typed.get("optimizer")
+    if after == "muon" != before:
         recipe |= MUON_DEFAULTS
+    elif before == "muon" and after in ("adam", "adamw"):
+        recipe |= {"lr": ANY_MODEL_DEFAULTS["lr"]}
     return recipe
 
 
@@ -512,7 +516,11 @@ def refuse_what_has_no_effect(values, typed):
         ({"tolerance"}, values["keep"] == "best", "with --keep last"),
         ({"wandb_project"}, values["wandb"] != "disabled", "without --wandb"),
         ({"freeze"}, values["weights"], "without --weights"),
-        ({"sizes", *AUGMENTATIONS} - {"flip"}, not values["freeze"], "with --freeze"),
+        (
+            {"sizes", "alternate_flip", *AUGMENTATIONS} - {"flip"},
+            not values["freeze"],
+            "with --freeze",
+        ),
         ({"normalize"}, not values["mean"], "with --weights, which have a mean and std"),
     ]
     for name, owners in owners_of_options().items():
@@ -849,7 +857,9 @@ def load_data(
 def say_census(data: Data, args: Namespace) -> None:
     """Say what a training is to know of its images. RunError where they are too few."""
     if not data.val or len(data.train) < 2:
-        raise RunError(f"{args.dataset}: too few images to train and to validate with")
+        raise RunError(
+            f"{args.dataset}: too few images to train and validate with; see --val-size and --fold"
+        )
     classes, counts = data.train.classes, data.train.labels.bincount()
     rarest, count = counts.argmin(), len(data.train)
     say(
@@ -901,8 +911,6 @@ def divide(images: ImageSet, args: Namespace, draw: bool) -> dict[str, ImageSet]
     elif draw:
         size = round(count * args.val_size)
         val = stratified_sample(labels, size, generator_for(args.seed, "validation"))
-    if draw and args.val_size and not val.any():
-        raise RunError(f"--val-size or --fold of {count} images leaves none for validation")
 
     # Of the others, train with as many as --limit-train says.
     train = ~val
@@ -1142,6 +1150,10 @@ def read_csv(path: Path, root: Path) -> list[File]:
     source = io.StringIO(text, newline="")
     lines = csv.DictReader(source, delimiter=delimiter, skipinitialspace=spaced)
 
+    lacking = ", ".join(sorted({"file", "class"}.difference(lines.fieldnames or ())))
+    if lacking:
+        raise RunError(f"{shown(path)} has no column {lacking} in its first line")
+
     # Take the lines one by one, with one spelling of each part and path.
     files = {}
     try:
@@ -1186,6 +1198,13 @@ def list_folder(root: Path, quiet: bool) -> list[File]:
         raise RunError(f"{shown(root)} has two folders for one part: {', '.join(parts)}")
     level = 1 if len(parts) > 1 or (parts and len(parts) == len(tops)) else 0  # of the classes
 
+    others = ", ".join(top for top in tops if top not in parts)
+    if parts and not level and all(len(name) > 2 for name in paths if name[0] in parts):
+        raise RunError(
+            f"{shown(root)} has {others} beside {', '.join(parts)}: "
+            "call the folders of the parts train, val and test"
+        )
+
     # What is in no class is left out.
     files = []
     for name, path in paths.items():
@@ -1197,6 +1216,8 @@ def list_folder(root: Path, quiet: bool) -> list[File]:
             raise RunError(f"{shown(root)} has no folder {part} with class folders in it")
     if skipped:
         say(as_skipped(skipped), quiet)
+    if len(files) < len(paths):
+        say(f"images left out, as they are in no class: {len(paths) - len(files)}", quiet)
     return files
 
 
@@ -1901,18 +1922,22 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
             f"--model {args.model} with these options does not take images of {shape} pixels, "
             f"{args.batch_size} in a batch ({reason})"
         ) from error
+    if channels == 1 and "hue" in args.typed:
+        raise UsageError("--hue has no effect on grey images")
     if args.augment and args.shift >= min(size):
         raise UsageError(f"--shift {args.shift}: the images are too small")
 
     # Draw the weights, or take them from --weights. A run that goes on has its own.
     torch.manual_seed(random_seed(args.seed, "weights"))
     model = build_model(config).to(args.device)
-    if args.weights and not (args.directory / "last.pt").exists():
+    has_its_own = (args.directory / "last.pt").exists() or (args.resume and args.freeze)
+    if args.weights and not has_its_own:
         take_weights(model, args)
     has_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in model.modules())
-    if args.optimizer == "muon" and not has_norm:
+    if args.optimizer == "muon" and (args.freeze or not has_norm):
         raise UsageError(
-            "--optimizer muon is for convolutions with batch norm: --model cnn or fastnet, say"
+            "--optimizer muon is for convolutions with batch norm, such as those of --model cnn or "
+            "fastnet, and not for --freeze"
         )
     return model
 
@@ -1979,7 +2004,7 @@ def take_weights(model: nn.Module, args: Namespace) -> None:
     else:
         try:
             found = torch.load(source, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model", "weights"):
+            for key in ("state_dict", "model"):
                 found = found.get(key, found)
             tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
             weights = {name.removeprefix("module."): value for name, value in tensors.items()}
@@ -2180,16 +2205,15 @@ def make_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optim
     weights = [p for p in model.parameters() if p.requires_grad]
     new = {*(head_of(model)[1] if args.weights else model).parameters()}
     parts = {
-        args.lr: [p for p in weights if p in new],
-        args.lr * PRETRAINED_RATE: [p for p in weights if p not in new],
+        1: [p for p in weights if p in new],
+        PRETRAINED_RATE: [p for p in weights if p not in new],
     }
     optimizers = []
-    for lr, part in parts.items():
-        if part:
-            optimizers += make(part, lr, args.precision)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]  # torch's own name for it
+    for rate, part in parts.items():
+        for optimizer in make(part, args.lr, args.precision) if part else ():
+            optimizers.append(optimizer)
+            for group in optimizer.param_groups:
+                group["initial_lr"] = rate * group["lr"]  # torch's own name for it
     return optimizers
 
 
@@ -2342,7 +2366,7 @@ TTA = ("mirror", "shift", "mirror+shift")
 UNSURE = 0.75
 
 
-def average_views(model: nn.Module, images: Tensor, tta: str | None = None) -> Tensor:
+def average_views(model: nn.Module, images: Tensor, tta: str | None) -> Tensor:
     """Logits [B, K], float32, of `images` [B, C, H, W].
 
     With `tta`, those of which the model is not sure, with no class above a probability of UNSURE,
@@ -2472,7 +2496,7 @@ def fit(
     last, done = records.last_epoch(args), run.restore(state)
     if done:
         say(f"goes on after epoch {done}", args.quiet)
-    if run.is_prolonged:  # early stopping ended it; it has a new tolerance
+    if done == run.record.get("prolonged_after"):  # early stopping had ended it there
         early_stopping.epochs_without_improvement = 0
     compiled = torch.compile(net, dynamic=False) if args.compile else net
     torch.compiler.config.recompile_limit = 64  # each size of images has code of its own

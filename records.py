@@ -291,8 +291,6 @@ class Run:
     Each save is whole, or not made at all.
     """
 
-    is_prolonged = False  # it had stopped early, and is to go on
-
     def __init__(self, directory: Path):
         self.directory, self.record, self.history = directory, read_record(directory), []
         self.keep = self.record["args"].get("keep", "best")  # older runs have none
@@ -421,8 +419,9 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
             model.load_state_dict(frozen["weights"])
         data.check(record["data"], args.dataset, directory)
 
-        # Take note of what may change when a run goes on.
-        run.is_prolonged = record["status"] == "stopped_early" and asks_for_more(args, record)
+        # Take note of what may change when a run goes on, also when early stopping had ended it.
+        if record["status"] == "stopped_early" and asks_for_more(args, record):
+            record["prolonged_after"] = record["epochs"]
         for name in ("epochs", "tolerance", "dataset"):
             record["args"][name] = getattr(args, name)
         say(

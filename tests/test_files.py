@@ -298,7 +298,9 @@ def test_csv_files_are_read_as_spreadsheets_and_people_write_them(classes, delim
 
 
 WRONG_LINES = f"""
-0 | name,class,part, | line 2: expected a file and its class in columns
+0 | name,class,part, | list.csv has no column file in its first line
+0 | File;Class;; | no column class, file
+2 | a/1.png,,, | line 3: expected a file and its class in columns
 3 | a/2.png,a,exam, | line 4: expected .* train, val or test
 4 | a/3.png,,train, | line 5: expected a file and its class
 25 | ./a/2.png,b,test, | line 26: a/2.png is there twice
@@ -438,6 +440,19 @@ def test_the_names_of_parts_do_not_become_the_classes():
     Path("p/test/0.png").rename("p/test/.0.png")
     assert classes_of(train()) == ["cat", "dog"]
 
+    # Nor do those that are not known.
+    Path("p/test").rename("p/dev")
+    shutil.copytree("p/train", "p/dev", dirs_exist_ok=True)
+    shutil.rmtree("runs")
+    assert "p has dev beside train: call the folders" in fails_on_p()
+
+
+def test_images_that_are_in_no_class_are_counted(folder, capsys):
+    """So nobody takes them for trained."""
+    picture("p/stray.png", 3)
+    train("--no-quiet")
+    assert "images left out, as they are in no class: 1\n" in capsys.readouterr().out
+
 
 def test_parts_and_classes_that_do_not_fit_are_refused_and_named(divided, capsys):
     """What validates and tests is what was trained, or the line says what it is that does not."""
@@ -548,6 +563,8 @@ def test_a_flag_that_cannot_be_met_or_has_no_effect_is_refused_in_one_line(folde
     for case in WRONG_FLAGS.strip().splitlines():
         argv, expected = case.split(" | ")
         assert expected in exits_with_one_line(capsys, argv), case
+    line = fails_with_one_line(ON_P, "--augment --hue 0.1", kind=records.UsageError)
+    assert "--hue has no effect on grey images" in line
     line = exits_with_one_line(capsys, "x --data-dir=", main=evaluate.main)
     assert "--data-dir: expected a path" in line
 

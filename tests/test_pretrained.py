@@ -1,6 +1,7 @@
 """Weights to begin with: of a file, of a run, of ImageNet; frozen, and fine-tuned."""
 
 import shutil
+import signal
 from pathlib import Path
 from urllib.error import URLError
 
@@ -132,6 +133,29 @@ def test_a_net_that_is_fine_tuned_learns_its_new_layer_ten_times_as_fast_and_goe
     check_same(whole, cut)
 
 
+def test_muon_learns_pretrained_layers_at_a_tenth_of_both_its_rates():
+    """Filters, and what is no filter."""
+    first, *_ = train(f"{SMALL} --recipe fast --c1 4 --c2 4 --c3 4 --val-size 0.2 --epochs 1")
+    flags = f"--dataset p --weights {first} --optimizer muon --lr 0.1 --aux-lr 0.02 --epochs 1"
+    directory, *_ = train(f"{flags} --quiet")
+    last = records.load_checkpoint(directory / "last.pt")
+    groups = [last[name]["param_groups"][0] for name in last if name.startswith("optimizer")]
+    assert [group["initial_lr"] for group in groups] == pytest.approx([0.02, 0.01, 0.002])
+
+
+def test_a_frozen_run_that_was_cut_before_its_first_epoch_has_its_weights(monkeypatch):
+    """It wrote them down before, so the file is needed no more."""
+    weights_file()
+    whole, *_ = train(f"{RESNET} --freeze --run-name whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "train", lambda *_: signal.raise_signal(signal.SIGTERM))
+        cut, record, _ = train(f"{RESNET} --freeze --run-name cut")
+    assert (record["status"], record["epochs"]) == ("interrupted", 0)
+    Path("weights.pth").unlink()
+    train(f"--resume {cut} --quiet")
+    check_same(whole, cut)
+
+
 def test_the_last_layer_is_new_even_where_the_number_of_classes_agrees():
     """The classes of a file have no names, so they are others."""
     state = weights_file(classes=2)
@@ -164,8 +188,8 @@ def test_the_weights_of_a_run_bring_their_net_and_preprocessing():
     assert before["mean"] != [0.5]
     shutil.copytree("p", "q")
     Path("q/b").rename("q/c")
-    for folder, is_kept in (("p", True), ("q", False)):
-        flags = f"--dataset {folder} --weights {first} --freeze --epochs 1 --lr 1e-9 --quiet"
+    for folder, weights, is_kept in (("p", first, True), ("q", first / "best.pt", False)):
+        flags = f"--dataset {folder} --weights {weights} --freeze --epochs 1 --lr 1e-9 --quiet"
         after = best(train(flags)[0])
         for name in ("model", "c1", "l1", "image_shape", "resize", "mean", "std"):
             assert after[name] == before[name], name
@@ -227,9 +251,12 @@ def test_what_does_not_go_together_is_refused(capsys):
         (f"{SMALL} --freeze", "--freeze has no effect without --weights"),
         (f"{RESNET} --freeze --shift 2", "--shift has no effect with --freeze"),
         (f"{RESNET} --freeze --sizes 1/2,1", "--sizes has no effect with --freeze"),
+        (f"{RESNET} --freeze --alternate-flip", "--alternate-flip has no effect with --freeze"),
         (f"{IMAGENET} --normalize half", "--normalize has no effect with --weights"),
     ):
         assert text in exits_with_one_line(capsys, *flags.split(), main=train_cifar.main)
+    line = fails(f"{RESNET} --freeze --optimizer muon", kind=records.UsageError)
+    assert "not for --freeze" in line
     line = fails(f"{SMALL} --model googlenet", kind=records.UsageError)
     assert "googlenet" in line
     assert "more than one output" in line

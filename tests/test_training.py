@@ -415,6 +415,25 @@ def test_early_stopping_ends_the_run_with_the_test_of_its_best_epoch_and_can_be_
     assert record["test"]
 
 
+def test_a_run_that_is_prolonged_and_at_once_interrupted_is_prolonged_still():
+    """It goes on for as long as one that nothing has disturbed, without being asked again."""
+    flags = "--lr 0.03 --epochs 40 --tolerance 2 --run-name"
+    whole, _, rows = dense(f"{flags} whole")
+    cut, *_ = dense(f"{flags} cut")
+    _, _, more = resume(whole, "--tolerance 4")
+    assert len(more) > len(rows) + 2
+    with at_step(1, interrupt):
+        resume(cut, "--tolerance 4")
+    resume(cut)
+    check_same(whole, cut)
+
+
+def test_an_optimiser_that_the_recipe_is_not_for_brings_its_rate():
+    """A tenth is right for Muon, and far too much for Adam."""
+    flags = f"{SMALL} {GROWING} --recipe fast --optimizer adamw --epochs 1 --no-test"
+    assert run(train_cifar, *flags.split())[1]["args"]["lr"] == 0.001
+
+
 def test_the_last_epoch_is_kept_where_that_is_asked_for():
     """With --keep last, its weights are tested and saved, whatever the validation says."""
     # At this rate a later epoch is worse than an earlier one. The validation is the test.
