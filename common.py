@@ -1922,7 +1922,7 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
             f"--model {args.model} with these options does not take images of {shape} pixels, "
             f"{args.batch_size} in a batch ({reason})"
         ) from error
-    if channels == 1 and "hue" in args.typed:
+    if channels == 1 and args.hue and "hue" in args.typed:
         raise UsageError("--hue has no effect on grey images")
     if args.augment and args.shift >= min(size):
         raise UsageError(f"--shift {args.shift}: the images are too small")
