@@ -1150,6 +1150,7 @@ def read_csv(path: Path, root: Path) -> list[File]:
     source = io.StringIO(text, newline="")
     lines = csv.DictReader(source, delimiter=delimiter, skipinitialspace=spaced)
 
+    # Two columns have to be there.
     lacking = ", ".join(sorted({"file", "class"}.difference(lines.fieldnames or ())))
     if lacking:
         raise RunError(f"{shown(path)} has no column {lacking} in its first line")
@@ -1198,6 +1199,7 @@ def list_folder(root: Path, quiet: bool) -> list[File]:
         raise RunError(f"{shown(root)} has two folders for one part: {', '.join(parts)}")
     level = 1 if len(parts) > 1 or (parts and len(parts) == len(tops)) else 0  # of the classes
 
+    # Beside a part, a folder of another name is hardly a class.
     others = ", ".join(top for top in tops if top not in parts)
     if parts and not level and all(len(name) > 2 for name in paths if name[0] in parts):
         raise RunError(

@@ -126,10 +126,11 @@ def dry_run(search: "Search") -> dict:
     trials: list = []
     for number in range(search.total if search.method != "bayes" else 0):
         params = propose(search, trials)
-        if params:
-            trials.append(search.trial(number, params))
-            command = search.command(trials[-1].user_attrs["params"], number)
-            say(f"trial {number:4}  {command}", search.quiet, needed=True)
+        if not params:
+            break
+        trials.append(search.trial(number, params))
+        command = search.command(trials[-1].user_attrs["params"], number)
+        say(f"trial {number:4}  {command}", search.quiet, needed=True)
     if not trials:
         text = f"{counted(search.total, 'trial')} of {shown(search.script)}, proposed one by one"
         say("\n  ".join([text, *search.param]), search.quiet, needed=True)
@@ -937,8 +938,7 @@ def take_over(search: Search, held: dict) -> None:
     if "--count" in search.given and count < held["count"]:
         raise UsageError(f"--count {count}: the search has {held['count']} already")
     threads = search.threads or (None if search.storage else held["threads"])
-    places = dict(word.split("=", 1) for word in held["places"] + search.places)
-    places = [f"{flag}={value}" for flag, value in places.items()]
+    places, _ = split_places(held["places"] + search.places)  # of one given twice the last counts
     vars(search).update({**held, "threads": threads, "places": places})
     search.count = max(held["count"], int(min(count, search.size)))
 
@@ -1415,15 +1415,15 @@ def choose_engine(search: Search) -> None:
     """Settle whether W&B drives a new search, or Optuna. UsageError, RunError."""
     if search.resume:
         return
-    is_auto, is_fit = search.engine == "auto", not search.storage and len(search.seeds) == 1
+    is_auto, fits_wandb = search.engine == "auto", not search.storage and len(search.seeds) == 1
     if search.sweep_id:
         search.engine = "wandb"
-    elif is_auto and search.method == "bayes" and is_fit and search.is_ours:
+    elif is_auto and search.method == "bayes" and fits_wandb and search.is_ours:
         key = importlib.util.find_spec("wandb") and records.has_wandb_key(quiet=True)
         search.engine = "wandb" if key else "local"
         name = "W&B, with its API key" if key else "local, Optuna, without an API key of W&B"
         say(f"engine: {name} (--engine chooses)", search.quiet)
-    if search.engine == "wandb" and not is_fit:
+    if search.engine == "wandb" and not fits_wandb:
         raise UsageError("--storage and --seeds go with --engine local")
     if search.engine == "wandb" and not search.sweep_id:  # else it has answered already
         reach_wandb(search)

@@ -34,10 +34,12 @@ def counting(*arguments, **options):
 Image.open = counting
 """
 GRID = "--method grid --param lr=0.01,0.001"
-# A main that fails when it has read the images.
+# A script that fails when it has read the images.
 FAILING = """
-    import common
-    common.load_data(parse_arguments(_[0]), synthetic)
+import common
+from train_mnist import parse_arguments, synthetic
+def main(argv, on_epoch):
+    common.load_data(parse_arguments(argv), synthetic)
     raise ValueError
 """
 
@@ -186,7 +188,7 @@ def test_a_search_larger_than_the_memory_decodes_its_images_once_and_leaves_none
     assert len(found) == 2
 
     # Nor does one that ends with an error.
-    Path("frugal.py").write_text("from train_mnist import *\ndef main(*_):\n" + FAILING)
+    Path("failing.py").write_text(FAILING)
     with pytest.raises(records.RunError, match="in a row failed"):
-        search(f"{GRID} --script frugal.py --max-failures 1", "fails")
+        search(f"{GRID} --script failing.py --max-failures 1", "fails")
     assert not left_of_pixels()

@@ -172,7 +172,7 @@ def test_auto_says_which_engine_drives_a_bayesian_search_and_why(more, engine, s
 
 @pytest.mark.parametrize(
     ("more", "flags", "expected"),
-    [(KEY, "--seeds 2", "runs/s exists"), (f"WANDB_MODE='of', {KEY}", "", "W")],
+    [(KEY, "--seeds 2", "runs/s exists"), (f"WANDB_MODE='of', {KEY}", "", "Weights & Biases: ")],
 )
 def test_what_wandb_cannot_do_is_done_without_it_and_its_settings_are_one_line(
     more, flags, expected
