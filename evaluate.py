@@ -45,12 +45,12 @@ from records import RunError, UsageError, say, shown
 
 import numpy as np
 import torch
+from pandas import DataFrame, Series, concat, crosstab, cut, json_normalize, read_csv
 from torch import Tensor, nn
 from tqdm import tqdm
 
-if TYPE_CHECKING:  # pandas takes a second to import, so it waits until it is needed
+if TYPE_CHECKING:  # matplotlib takes long to import, so it waits until something is drawn
     from matplotlib.figure import Figure
-    from pandas import DataFrame, Series
 
 
 # ------------------------ Options ------------------------
@@ -344,8 +344,6 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
 def answer_table(trained: Trained, images: ImageSet, logits: Tensor) -> DataFrame:
     """A row for each image: its `file` as in data.csv, or its index, its `class` and the
     `probability` of that, the `predicted` class and its probability."""
-    from pandas import DataFrame
-
     names, labels = np.array(images.classes), images.labels
     probabilities = trained.probabilities(logits)
     confidence, predicted = probabilities.max(1)
@@ -381,8 +379,6 @@ def wilson_interval(correct: int, count: int) -> list[float]:
 
 def confusion_of(answers: DataFrame, names: list[str]) -> DataFrame:
     """How many images there are of each class, a row, that are taken for each, a column."""
-    from pandas import crosstab
-
     confusion = crosstab(answers["class"], answers.predicted)
     return confusion.reindex(index=names, columns=names, fill_value=0)
 
@@ -393,8 +389,6 @@ def class_metrics(confusion: DataFrame) -> DataFrame:
 
     What would divide by zero is NaN; so a class without images counts in no mean.
     """
-    from pandas import DataFrame
-
     correct, support, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum()
     recall = correct / support
     classes = {
@@ -415,8 +409,6 @@ def calibration(confidence: Any, correct: Series, when: str = "") -> dict:
 
     C. Guo et al., "On calibration of modern neural networks" (2017).
     """
-    from pandas import DataFrame, cut
-
     edges = np.arange(CALIBRATION_BINS + 1) / CALIBRATION_BINS
     answers = DataFrame({"confidence": confidence, "accuracy": correct})
     groups = answers.groupby(cut(answers.confidence, edges), observed=False)
@@ -628,7 +620,6 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
     numbers where there is room for them."""
     from matplotlib.colors import PowerNorm
     from matplotlib.ticker import MaxNLocator
-    from pandas import DataFrame
 
     # The three matrices; what would divide by zero is NaN.
     counts = DataFrame(metrics["confusion_matrix"])
@@ -815,8 +806,6 @@ def in_words(name: str) -> str:
 def for_people(table: DataFrame) -> DataFrame:
     """A table as texts, with headings in plain words, and a dash for what is missing. The two ends
     of an interval, NAME_low and NAME_high, are one column."""
-    from pandas import DataFrame
-
     texts = DataFrame()
     for name, values in table.items():
         write = functools.partial(as_text, name=name)
@@ -848,8 +837,6 @@ def as_json(content: Any) -> str:
 
 def as_csv(rows: list[dict] | DataFrame, heading: bool = True) -> str:
     """Rows as CSV."""
-    from pandas import DataFrame
-
     return DataFrame(rows, dtype=object).to_csv(index=False, header=heading, lineterminator="\n")
 
 
@@ -934,8 +921,6 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
 def results_of(metrics: dict) -> DataFrame:
     """The numbers among the metrics, and the intervals that they have. Those of averaged views come
     first, as the test's accuracy in run.json is theirs."""
-    from pandas import DataFrame
-
     rows, averaged = [], metrics.get("tta", {})
     views = f" with test-time augmentation, {averaged.get('views')}"
     unfitted = "temperature|before" if metrics["temperature"] == 1 else "^$"
@@ -1073,8 +1058,6 @@ def compare(args: Namespace) -> DataFrame:
 def measure_runs(args: Namespace) -> DataFrame:
     """A row for each run: its `record`, run.json, what is `equal` in runs that differ in seed or
     fold alone, and what is compared. UsageError, RunError where there is none."""
-    from pandas import json_normalize
-
     # Read them.
     found = []
     for directory in args.runs:
@@ -1100,8 +1083,6 @@ def measure_runs(args: Namespace) -> DataFrame:
 
 def different_flags(runs: DataFrame) -> DataFrame:
     """The flags that are not the same in all runs; empty where there are none."""
-    from pandas import DataFrame
-
     table = DataFrame([run["args"] for run in runs.record], dtype=object).fillna("-").map(str)
     names = [name for name in table if table[name].nunique() > 1 and name not in ELSEWHERE]
     flags = table[names].rename(columns=common.as_flag)
@@ -1119,8 +1100,6 @@ def configuration(record: dict) -> str:
 def rank_and_pair(runs: DataFrame, split: str) -> tuple[DataFrame, list[str]]:
     """Sort the runs of each dataset, and of each fold of it, number those that can be compared,
     best first, and compare them with the best image by image. Also returns remarks."""
-    from pandas import concat
-
     parts, remarks = [], []
     for (dataset, _), part in runs.groupby(["dataset", "fold"]):
         # Compare with a run that was validated on the same images as most. One without an epoch
@@ -1147,7 +1126,6 @@ def average(groups: Any, argument: str) -> DataFrame:
     """Beside each run, what those of its group have together, which differ in an argument alone:
     mean and standard deviation of their accuracies, and Student's 95% interval of the mean, from
     three runs on."""
-    from pandas import DataFrame
     from scipy.stats import t
 
     count = groups.run.transform("size")
@@ -1165,8 +1143,6 @@ def average(groups: Any, argument: str) -> DataFrame:
 def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
     """How each run does, image by image, against the first that was evaluated, which is the best;
     without averaged views. A row for each run with a pair, or with a reason why there is none."""
-    from pandas import DataFrame
-
     rows: dict[int, dict] = {}
     best = None
     for run in runs.itertuples():
@@ -1194,8 +1170,6 @@ def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
 def read_evaluation(run: Any, split: str) -> Series:
     """Of each image that a run was evaluated on whether it was right. An image goes by its file and
     the checksum of all. RunError says why they are of no use."""
-    from pandas import read_csv
-
     # Was it evaluated with the weights that it has now?
     directory = place_of(Path(run.run), split)
     if not (directory / "metrics.json").exists():
@@ -1243,8 +1217,6 @@ def paired_difference(one: int, other: int, images: int) -> tuple[float, float, 
 def judge_out_of_fold(group: DataFrame, args: Namespace) -> tuple[DataFrame, ImageSet]:
     """What the folds answer for all images of a folder, each by the run that was not trained on it,
     and these images."""
-    from pandas import concat
-
     # Each run answers for the images that validated it.
     parts, answers = [], []
     for directory in group.run:
