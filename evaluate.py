@@ -902,7 +902,7 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
     trained, metrics, record = found.trained, found.metrics, found.trained.record
     content = {
         "title": found.title,
-        "remarks": remarks_on(trained, args, figures),
+        "remarks": remarks_on(trained, figures),
         "tables": {
             "Results": results_of(metrics),
             "Classes": for_people(metrics["classes"][CLASS]),
@@ -940,7 +940,7 @@ def most_confused(answers: DataFrame) -> DataFrame:
     return table[table["class"] != table.predicted].head(10)
 
 
-def remarks_on(trained: Trained, args: Namespace, figures: dict) -> list[str]:
+def remarks_on(trained: Trained, figures: dict) -> list[str]:
     """What is to be known before the figures of a run are believed."""
     record, where, remarks = trained.record, shown(trained.directory), []
     if record["status"] not in ENDED:
@@ -949,11 +949,6 @@ def remarks_on(trained: Trained, args: Namespace, figures: dict) -> list[str]:
         remarks.append("the test set validated (--val-size 0), which flatters its figures")
     if "filters" not in figures:
         remarks.append("no convolution, so no filters.png")
-    for split in {"test", "val", "train"} - {args.split}:
-        path = place_of(trained.directory, split) / "metrics.json"
-        if path.exists() and records.read_json(path)["epoch"] != trained.config["epoch"]:
-            page = shown(path.with_name("report.html"))
-            remarks.append(f"{page} is of another epoch; --split {split} makes it anew")
     return remarks
 
 
