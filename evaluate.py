@@ -856,9 +856,9 @@ def as_page(title: str, remarks: list[str], tables: dict, pictures: dict, **more
 
     source = (records.HERE / "report.html.jinja").read_text()
     page = jinja2.Template(source, autoescape=True, trim_blocks=True)
-    content = {"title": title, "remarks": remarks, "tables": tables, "pictures": pictures}
-    functions = {"as_png": as_png, "as_text": as_text, "b64encode": base64.b64encode}
-    return page.render(content, **functions, **more).encode(errors="replace")
+    page.globals.update(as_png=as_png, as_text=as_text, b64encode=base64.b64encode)
+    text = page.render(title=title, remarks=remarks, tables=tables, pictures=pictures, **more)
+    return text.encode(errors="replace")
 
 
 def write_files(out: Path, files: dict[str, bytes]) -> None:
@@ -999,21 +999,17 @@ def compare(args: Namespace) -> DataFrame:
     # Measure.
     runs, remarks = rank_and_pair(measure_runs(args), args.split)
     once = runs[runs.status.isin(ENDED)].drop_duplicates(["equal", "seed", "fold"])
-    means = {
-        "seed": average(once.groupby(["equal", "fold"]), "seed"),
-        "fold": average(once[once.fold != ""].groupby(["equal", "seed"]), "fold"),
-    }
-    runs = runs.join([table.drop(columns="model") for table in means.values()])
-
-    # Tables.
     paired = runs.dropna(subset="pair_with")
     tables = {
         "Runs": for_people(runs.loc[:, :"status"]),
         "Where they differ": different_flags(runs),
         f"Image by image, {args.split} images": for_people(paired[["run", *PAIR]]),
     }
-    for name, table in means.items():
-        tables[f"Equal but for the {name}"] = for_people(table.drop_duplicates(f"{name}_runs"))
+    for argument, other in (("seed", "fold"), ("fold", "seed")):
+        means = average(once.groupby(["equal", other]), argument)
+        table = means.drop_duplicates(f"{argument}_runs")
+        tables[f"Equal but for the {argument}"] = for_people(table)
+        runs = runs.join(means.drop(columns="model"))
 
     # What cannot be compared, and why.
     for column, what in (
@@ -1044,9 +1040,14 @@ def compare(args: Namespace) -> DataFrame:
             galleries["suspects"] = find_suspects(answers, images, verdict)
 
     # Draw, and write.
-    content = {"title": f"{len(runs)} runs", "remarks": remarks, "tables": tables}
+    content = {
+        "title": f"{len(runs)} runs",
+        "remarks": remarks,
+        "tables": tables,
+        "galleries": galleries,
+    }
     out, figures = args.out or args.runs[0].parent, {"compare": draw_comparison(runs)}
-    publish(args, out / "compare.html", figures, {}, content | {"galleries": galleries})
+    publish(args, out / "compare.html", figures, {}, content)
     return runs.drop(columns=["record", "equal", "val_images"])
 
 
