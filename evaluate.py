@@ -147,9 +147,6 @@ def read_run(directory: Path) -> dict:
     RunError where run.json is damaged.
     """
     record = records.read_record(directory)
-    for name in ("name", "selection", "train", "val", "checksum"):
-        if name not in record["data"]:
-            raise RunError(f"{shown(directory / 'run.json')} is damaged: data has no {name}")
     record["args"] = common.recorded_arguments(record)
     if record["status"] == "running" and not records.is_locked(directory / ".lock"):
         record["status"] = "killed"

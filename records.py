@@ -20,7 +20,7 @@ import threading
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -176,12 +176,12 @@ def interrupt(number, frame):
 
 
 @contextlib.contextmanager
-def interruptible(handler: Callable = interrupt) -> Iterator[None]:
-    """Let `handler` answer SIGINT and SIGTERM."""
+def interruptible() -> Iterator[None]:
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt."""
     # Python lets only the main thread set handlers. In another one, whoever started it stops it.
     main = threading.current_thread() is threading.main_thread()
     numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
@@ -192,6 +192,7 @@ def interruptible(handler: Callable = interrupt) -> Iterator[None]:
 # ------------------------ The run directory ------------------------
 RECORD = {"name", "script", "args", "status", "error", "started", "seconds", "seed", "precision"}
 RECORD |= {"threads", "data", "parameters", "epochs", "best", "test"}
+DATA = {"name", "selection", "train", "val", "checksum"}
 NOT_RECORDED = {"script", "argv", "typed", "directory", "listing", "resume", "quiet"}
 NOT_RECORDED |= {"stop_after"}
 
@@ -204,9 +205,9 @@ def read_record(directory: Path) -> dict:
         raise UsageError(f"{shown(directory)} is not a run directory: there is no run.json")
     record = read_json(path)
     check_format(path, record)
-    lacking = ", ".join(sorted(RECORD - record.keys()))
+    lacking = RECORD - record.keys() or DATA.difference(record["data"] or ())
     if lacking:
-        raise RunError(f"{shown(path)} is damaged: it has no {lacking}")
+        raise RunError(f"{shown(path)} is damaged: it has no {', '.join(sorted(lacking))}")
     return record
 
 

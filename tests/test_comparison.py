@@ -102,7 +102,7 @@ def test_metrics_json_says_of_what_the_other_files_are(copy):
         ({"val_size": 0.0}, "val", "has no val images of its own"),
         ({"script": "train_gone"}, "test", r"drawn by train_gone\.py"),
         ({"dataset": "mnist", "data_dir": "gone"}, "test", "gone.*; say where with --data-dir"),
-        ({"data": {}}, "test", "run.json is damaged: data has no name"),
+        ({"data": {}}, "test", "run.json is damaged: it has no checksum, name"),
     ],
 )
 def test_a_run_is_evaluated_on_its_own_images_or_not_at_all(copy, changes, split, expected):
