@@ -59,6 +59,7 @@ from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages._heartbeat import get_heartbeat_thread
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from pandas import DataFrame
 from tqdm import tqdm
 
 signal.signal(signal.SIGINT, interrupt_handler)
@@ -1502,10 +1503,9 @@ def run_agent(search: Search) -> None:
 
 
 # ------------------------ The report ------------------------
-def leaderboard(search: Search, lines: list[dict]) -> Any:
+def leaderboard(search: Search, lines: list[dict]) -> DataFrame:
     """A table with a row for each configuration, the best first; then the pruned ones, by the
     epochs that they survived; then those without a result. Of several seeds the mean decides."""
-    from pandas import DataFrame
     from scipy.stats import t
 
     # A row for each trial, with what the seeds of its configuration have together.
@@ -1530,8 +1530,6 @@ def leaderboard(search: Search, lines: list[dict]) -> Any:
 def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
     """Print and write the leaderboard, the pictures and the best configuration; test the winner of
     a complete sweep. Returns its row, None where no trial has finished."""
-    from pandas import DataFrame
-
     # How many trials have ended, and how.
     trials, directory = counted(len(lines), "trial"), search.directory
     remarks = [f"{shown(directory)}: {trials} have ended"]
@@ -1623,7 +1621,7 @@ def as_label(value: Any) -> Any:
     return evaluate.shorten(f"{value[:6]}…{value[-7:]}" if len(value) > 14 else value)
 
 
-def draw_sweep(search: Search, board: Any) -> dict[str, bytes]:
+def draw_sweep(search: Search, board: DataFrame) -> dict[str, bytes]:
     """The pictures of a sweep, {name: PNG}: curves, a grid of two, and Optuna's."""
     import matplotlib
 
@@ -1683,10 +1681,8 @@ def study_to_draw(search: Search, configurations: Any, values: Any) -> optuna.St
     return study
 
 
-def draw_curves(search: Search, board: Any) -> Any:
+def draw_curves(search: Search, board: DataFrame) -> Any:
     """The metric of all trials, epoch by epoch, as they have reported it."""
-    from pandas import DataFrame
-
     trials, best = trials_of(search), board.iloc[0]
     reports = {trial.user_attrs["trial"]: trial.intermediate_values for trial in trials}
     losses = search.sign * DataFrame(reports).sort_index()
@@ -1710,10 +1706,9 @@ def draw_curves(search: Search, board: Any) -> Any:
     return figure
 
 
-def draw_grid(search: Search, board: Any) -> Any:
+def draw_grid(search: Search, board: DataFrame) -> Any:
     """A grid of two parameters as a heatmap, the best bright."""
     from numpy import ndenumerate
-    from pandas import DataFrame
 
     down, across = search.parameters
     table = DataFrame([*board.params], dtype=object).fillna("-").assign(loss=[*board.loss])
