@@ -21,6 +21,8 @@ MODELS = {
     "fastnet": "train_cifar --recipe fast --c1 8 --c2 16 --c3 16",
     "photonet": "train_cifar --recipe fast --model photonet --c1 4 --c2 8 --c3 8 --c4 16",
     "patchnet": "train_mnist --recipe fast --lr 0.06 --aux-lr 0.015",  # else rounding counts
+    "sgd": "train_mnist --model dense --optimizer sgd --lr 0.1 --momentum 0.5 --weight-decay 0.1",
+    "adamw": "train_mnist --model dense --optimizer adamw --lr 0.02 --weight-decay 0.9",
     "tutorial dense": "train_mnist --recipe tutorial --model dense",
     "tutorial confignet": "train_cifar --recipe tutorial --model confignet --c1 8 --c2 16 --l1 32",
 }
@@ -28,6 +30,10 @@ COMMON = (
     "--dataset synthetic --epochs 3 --limit-train 256 --val-size 0.0256 --batch-size 64 "
     "--precision fp32 --device cpu --no-test --quiet"
 )
+# Of folders of two classes: the images to train on, those of the rarer class, and the median of the
+# shorter sides. Some are about where --recipe photos begins to choose otherwise.
+FOLDERS = [(20, 10, 48), (20, 10, 47), (30, 15, 64), (54, 14, 64), (53, 13, 64), (600, 300, 64)]
+FOLDERS += [(2_000, 1_000, 64), (9_999, 5_000, 64), (10_000, 5_000, 64), (50_000, 25_000, 64)]
 OF_THE_MACHINE = {"device", "precision", "data_dir", "runs_dir", "threads", "script", "argv"}
 OF_THE_MACHINE |= {"directory", "listing", "typed"}
 
@@ -50,7 +56,10 @@ def recipes():
         module = importlib.import_module(script)
         for name, recipe in module.RECIPES.items():
             if callable(recipe):
-                continue  # what it is follows from a folder
+                for images, rarest, side in FOLDERS:
+                    about = f"{images} images, {rarest} of the rarer class, {side} pixels"
+                    found[f"{script} --recipe {name}: {about}"] = recipe(images, 2, rarest, side)
+                continue
             flags = vars(module.parse_arguments(["--recipe", name]))
             found[f"{script} --recipe {name}"] = {
                 flag: value for flag, value in flags.items() if flag not in OF_THE_MACHINE

@@ -8,31 +8,6 @@ import pytest
 from conftest import run
 from PIL import Image
 from test_data import pictures
-from test_files import exits_with_one_line
-
-
-@pytest.mark.parametrize(
-    ("images", "rarest", "side", "expected"),
-    [
-        (20, 10, 48, {"model": "photonet", "image_size": 64}),
-        (20, 10, 47, {"model": "fastnet", "image_size": 32}),
-        # Few images are seen more often, in smaller batches, and are changed more.
-        (30, 15, 64, {"epochs": 60, "batch_size": 8}),
-        (600, 300, 64, {"epochs": 25, "batch_size": 30, "val_size": 0.1}),
-        (2_000, 1_000, 64, {"rotation": 15, "norm_momentum": 0.05, "keep": "last"}),
-        # Many validate with a thousand, and an epoch may be chosen.
-        (50_000, 25_000, 64, {"rotation": 0, "norm_momentum": None, "keep": None}),
-        (50_000, 25_000, 64, {"epochs": 10, "batch_size": 500, "val_size": 0.02}),
-        # A class is rare that has less than half of its share.
-        (54, 14, 64, {"class_weights": None, "label_smoothing": 0.2}),
-        (53, 13, 64, {"class_weights": "margin", "label_smoothing": 0}),
-    ],
-)
-def test_what_is_chosen_follows_from_the_images_to_train_on(images, rarest, side, expected):
-    """There are two classes, and the median of the shorter sides is so many pixels."""
-    recipe = train_cifar.RECIPES["photos"](images, classes=2, rarest=rarest, side=side)
-    for flag, value in expected.items():
-        assert recipe.get(flag) == value
 
 
 @pytest.fixture
@@ -60,7 +35,7 @@ def test_what_is_chosen_is_said_and_what_is_typed_is_taken(folder, capsys):
     assert capsys.readouterr().out == f"--recipe photos for this folder: {line}\n"
 
 
-def test_another_model_has_an_optimiser_for_any_and_another_recipe_is_itself(folder, capsys):
+def test_another_model_has_an_optimiser_for_any_and_another_recipe_is_itself(folder):
     """What was chosen for one net is not taken for another."""
     args = chosen("--model confignet")
     assert (args.optimizer, args.lr) == ("adamw", 0.001)
@@ -68,11 +43,6 @@ def test_another_model_has_an_optimiser_for_any_and_another_recipe_is_itself(fol
     args = chosen("--recipe default")
     assert (args.optimizer, args.batch_size) == ("adam", 512)
     assert args.image_size == 32
-
-    # This recipe is for images of files alone.
-    line = exits_with_one_line(capsys, "--recipe", "photos", main=train_cifar.main)
-    assert "--recipe photos" in line
-    assert "--dataset PATH" in line
 
 
 def test_a_folder_alone_is_enough_and_the_choice_is_in_the_record_and_kept():
