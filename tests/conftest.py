@@ -1,6 +1,7 @@
 """MNIST in small, and a script that is run in this process; forked.py runs one in its own."""
 
 import os
+import re
 import signal
 import struct
 import sys
@@ -122,3 +123,23 @@ def check_same(whole, other):
             state["run"], state["history"] = None, without_times(state.get("history", []))
         assert states_are_equal(a, b), name
     assert not list(other.glob(".*.tmp"))
+
+
+def exits_with_one_line(capsys, *argv, main=train_mnist.main):
+    """The line with which a bad argument ends a program, with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main([str(argument) for argument in argv])
+    out, error = capsys.readouterr()
+    assert not out
+    assert re.match(r"\w+\.py: error: ", error)
+    assert error.count("\n") == 1
+    return error
+
+
+def fails_with_one_line(*argv, main=train_mnist.main, kind=records.RunError):
+    """The line with which a run, or `main`, ends."""
+    with pytest.raises(kind) as failure:
+        main([str(argument) for argument in argv])
+    assert "\n" not in str(failure.value)
+    return str(failure.value)

@@ -115,6 +115,21 @@ def signals_at(moments):
     os.replace = lambda *arguments: (replace(*arguments), event())
 
 
+# Code that defines memory_in_use(): what is in use, and not what glibc keeps after it was freed.
+MEMORY_IN_USE = """
+import gc
+class Mallinfo(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in (
+        "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split())]
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Mallinfo
+def memory_in_use():
+    gc.collect()
+    found = mallinfo()
+    return found.uordblks + found.hblkhd
+"""
+
+
 def as_an_ordinary_user():
     """Take all its capabilities from this process: root is to write only where it may."""
     version, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()

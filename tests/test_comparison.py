@@ -127,21 +127,6 @@ def test_weights_that_do_not_fit_or_are_missing_are_one_line(copy):
     refused(r"best\.pt is missing", run)
 
 
-@pytest.mark.parametrize(
-    ("argv", "expected"),
-    [
-        ("a b --predict x", "take one run"),
-        ("a --predict x --export onnx", "not allowed with"),
-        ("a --top 2", "goes with --predict"),
-    ],
-)
-def test_flags_that_make_no_sense_are_refused_at_once(argv, expected, capsys):
-    """Nothing is looked for on the disk before."""
-    with pytest.raises(SystemExit, match="2"):
-        evaluated(argv)
-    assert expected in capsys.readouterr().err
-
-
 def test_runs_star_skips_what_is_no_run_and_tells_the_status_of_the_others(copy, capsys):
     """`evaluate.py runs/*` works whatever lies there."""
     # A directory of something else, a picture, a run that is trained, and one that was killed, with

@@ -12,6 +12,7 @@ import pickle
 import queue
 import re
 import signal
+import socket
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -98,6 +99,15 @@ def test_the_checksum_is_of_every_pixel_and_label_in_any_layout():
     assert checksum(images) != first
 
 
+@pytest.mark.parametrize("script", [train_mnist, train_cifar])
+def test_the_synthetic_test_images_are_not_the_training_images(script):
+    """The first of them are not the first training images drawn again."""
+    train = script.synthetic(True)
+    test = script.synthetic(False)
+    same = train.labels[: len(test)] == test.labels
+    assert same.float().mean() < 0.2
+
+
 # ------------------------ Damage, downloads ------------------------
 class Handler(http.server.SimpleHTTPRequestHandler):
     """Sends a file, and in the middle of it calls its server's `in_the_middle` with the name."""
@@ -168,6 +178,7 @@ def test_a_download_is_made_once_and_shown_on_a_terminal_only(
     origin, monkeypatch, capfd, terminal, flags, is_shown
 ):
     """A log file does not fill with bars, and the second run needs no network."""
+    socket.setdefaulttimeout(None)
     sent = []
     origin.in_the_middle = sent.append
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
@@ -176,6 +187,7 @@ def test_a_download_is_made_once_and_shown_on_a_terminal_only(
     assert not out
     assert bool(err) == is_shown
     assert sent == [f"{name}.gz" for name in IDX]
+    assert 0 < socket.getdefaulttimeout() <= 600, "a server that falls silent holds no run for ever"
     go_offline(monkeypatch)
     assert len(load(*FRESH, part="test")) == 50
 
@@ -259,6 +271,16 @@ def test_an_image_of_any_mode_comes_upright_in_its_colours_on_white():
         Image.new(mode, (20, 30), colour).save("a.png", **options)
         wanted = np.asarray(Image.new("RGB", (8, 8), expected))
         assert np.array_equal(as_read("a.png").permute(1, 2, 0), wanted), mode
+
+    # One of few colours, as a GIF or a scan in black and white, gets all before it is resized.
+    noise = Image.effect_noise((48, 48), 200)
+    for few, all_colours in (("P", "RGB"), ("1", "L")):
+        image = Image.merge("RGB", [noise, noise.rotate(90), noise]).convert(few)
+        image.save("few.png")
+        found = common.read_image(Path("few.png"), 16, all_colours == "L")
+        expected = image.convert(all_colours).resize((16, 16), Image.Resampling.BILINEAR)
+        assert np.array_equal(found.permute(1, 2, 0).squeeze(), expected)
+
     photo = Image.linear_gradient("L")
     photo.save("plain.png")
     exif = Image.Exif()

@@ -263,9 +263,13 @@ def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interr
     refused("is missing")
 
     # So it is with run.json.
-    records.write_json(R / "run.json", records.read_record(R) | {"format": 1})
-    done = Forked(*DENSE_RESUME).finish()
-    check_one_line(done, "runs/r/run.json is not of this version", status=2)
+    record = records.read_record(R)
+    for damaged, message in (
+        (record | {"format": 1}, "is not of this version"),
+        ({"format": 2}, "is damaged: it has no args, best, data, epochs"),
+    ):
+        records.write_json(R / "run.json", damaged)
+        check_one_line(Forked(*DENSE_RESUME).finish(), f"runs/r/run.json {message}", status=2)
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -17,7 +17,7 @@ import train_mnist
 
 import numpy as np
 import pytest
-from conftest import check_same, run
+from conftest import check_same, exits_with_one_line, fails_with_one_line, run
 from forked import Forked
 from PIL import Image, ImageOps
 from test_data import load, pictures
@@ -92,28 +92,9 @@ def evaluated(directory, *argv):
     return records.read_json(out / "metrics.json"), (out / "predictions.csv").read_bytes()
 
 
-def exits_with_one_line(capsys, *argv, main=train_mnist.main):
-    """The line with which a bad flag ends the program, with status 2."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit, match="2"):
-        main(words(*argv))
-    out, err = capsys.readouterr()
-    assert not out
-    assert err.count("\n") == 1
-    return err
-
-
-def fails_with_one_line(*argv, main=None, kind=records.RunError):
-    """The line with which a run, or `main`, ends."""
-    with pytest.raises(kind) as failure:
-        main(words(*argv)) if main else run(train_mnist, *words(*argv))
-    assert "\n" not in str(failure.value)
-    return str(failure.value)
-
-
 def fails_on_p(argv="", **options):
     """The line with which a run on the folder p ends before it has a directory."""
-    line = fails_with_one_line(ON_P, argv, **options)
+    line = fails_with_one_line(*words(ON_P, argv), **options)
     assert not Path("runs").exists()
     return line
 
@@ -218,7 +199,7 @@ def test_files_that_have_changed_or_gone_are_named(folder, capsys, gone):
     assert expected in fails_with_one_line(directory, main=evaluate.main)
 
 
-def test_a_folder_that_has_moved_is_found_with_dataset_and_data_dir(folder, capsys, monkeypatch):
+def test_a_folder_that_has_moved_is_found_with_dataset_and_data_dir(folder, monkeypatch):
     """A run goes on, and is evaluated, with images that lie elsewhere now."""
     argv = "--epochs 3 --augment"
     whole = train(argv)
@@ -227,8 +208,6 @@ def test_a_folder_that_has_moved_is_found_with_dataset_and_data_dir(folder, caps
     assert "are with --dataset" in fails_with_one_line("--resume", directory)
     resume(directory, "--dataset q")
     check_same(whole, directory)
-    for name, text in (("synthetic", "cannot change"), ("nowhere", "is no folder")):
-        assert text in exits_with_one_line(capsys, "--resume", directory, "--dataset", name)
 
     # The run has its new place now, wherever it is seen from.
     monkeypatch.chdir(directory)
@@ -404,12 +383,15 @@ def test_broken_images_in_any_part_end_the_run_before_its_first_step(divided):
         ("train Test", (7, 1, 8)),
     ],
 )
-def test_the_folders_of_the_parts_have_several_spellings_and_may_be_missing(folders, counts):
-    """What lies beside them, or in no class, is left out."""
+def test_the_folders_of_the_parts_have_several_spellings_and_may_be_missing(
+    folders, counts, capsys
+):
+    """What lies beside them, or in no class, is left out, and counted."""
     names = folders.split()
     pictures("p", {f"{part}/{name}": 4 for part in (*names, "drafts") for name in "ab"})
     picture(f"p/{names[0]}/stray.png", 3)
-    directory = train()
+    directory = train("--no-quiet")
+    assert "images left out, as they are in no class: 9\n" in capsys.readouterr().out
     parts = parts_of(directory)
     assert Counter(parts.values()) == Counter(dict(zip(PARTS, counts, strict=True)))
     assert {file.split("/")[0] for file in parts} == {*names}
@@ -445,13 +427,6 @@ def test_the_names_of_parts_do_not_become_the_classes():
     shutil.copytree("p/train", "p/dev", dirs_exist_ok=True)
     shutil.rmtree("runs")
     assert "p has dev beside train: call the folders" in fails_on_p()
-
-
-def test_images_that_are_in_no_class_are_counted(folder, capsys):
-    """So nobody takes them for trained."""
-    picture("p/stray.png", 3)
-    train("--no-quiet")
-    assert "images left out, as they are in no class: 1\n" in capsys.readouterr().out
 
 
 def test_parts_and_classes_that_do_not_fit_are_refused_and_named(divided, capsys):
@@ -527,48 +502,6 @@ def test_each_way_to_the_square_is_pillows_own_and_predict_goes_it_too():
     assert one["probability"] == other["probability"]
 
 
-# ------------------------ Flags ------------------------
-WRONG_FLAGS = """
---dataset p --model dense --c1 4 | --c1 has no effect
---dataset p --momentum 0.9 | --momentum has no effect
---dataset p --data-dir . | --data-dir has no effect with --dataset
---dataset synthetic --data-dir . | --data-dir has no effect
---dataset p --rotation 5 --no-augment | --rotation has no effect
---dataset p --keep last --tolerance 5 | --tolerance has no effect
---dataset p --augment --flip 0 --alternate-flip | --alternate-flip has no effect
---dataset mnist --grey | --grey has no effect with --dataset mnist
---dataset synthetic --image-size 8 | --image-size has no effect with --dataset
---resize pad | --resize has no effect with --dataset mnist
---dataset p --resize fit | --resize: expected stretch
---resume runs/r --resize pad | --resize cannot change
---dataset p --fold 1/3 --val-size 0.2 | has no effect beside --fold
---dataset p --fold 1/3 --test | has no effect beside --fold
---fold=0/3 | --fold: expected K/N
---fold=4/3 | --fold: expected K/N
---fold=1/1 | --fold: expected K/N
---fold=x | --fold: expected K/N
---fold=1/3/3 | --fold: expected K/N
---dataset nowhere.csv | nowhere.csv is no folder
---dataset file.txt | file.txt is no folder
---resume= | --resume: expected a path
---data-dir= | --data-dir: expected a path
---dataset= | --dataset: expected a path
-"""
-
-
-def test_a_flag_that_cannot_be_met_or_has_no_effect_is_refused_in_one_line(folder, capsys):
-    """No flag is dropped in silence."""
-    train("--resize crop --epochs 2 --stop-after 1 --run-name r")
-    Path("file.txt").touch()
-    for case in WRONG_FLAGS.strip().splitlines():
-        argv, expected = case.split(" | ")
-        assert expected in exits_with_one_line(capsys, argv), case
-    line = fails_with_one_line(ON_P, "--augment --hue 0.1", kind=records.UsageError)
-    assert "--hue has no effect on grey images" in line
-    line = exits_with_one_line(capsys, "x --data-dir=", main=evaluate.main)
-    assert "--data-dir: expected a path" in line
-
-
 def test_a_run_that_may_validate_with_the_test_is_evaluated_on_its_own_parts(divided):
     """The tutorials' recipe takes the test set to validate, but not where there are others."""
     flags = f"{ON_P} --recipe tutorial --model confignet --c1 4 --c2 4 --image-size 16"
@@ -581,10 +514,12 @@ def test_a_run_that_may_validate_with_the_test_is_evaluated_on_its_own_parts(div
 def test_a_folder_may_be_named_as_a_csv_file_and_be_below_the_home_directory(
     folder, monkeypatch, tmp_path
 ):
-    """A tilde is the home directory for the training and the evaluation."""
+    """A tilde is the home directory, also where the shell leaves it as it is."""
     shutil.copytree("p", "photos.csv")
     monkeypatch.setenv("HOME", str(tmp_path))
-    directory = train("--dataset=~/photos.csv")
+    directory = train("--dataset=~/photos.csv --runs-dir=~/x --run-name r --epochs 1")
+    assert directory == tmp_path / "x/r"
+    resume("~/x/r", "--no-quiet")
     metrics, _ = evaluated(directory, "--data-dir ~/photos.csv")
     assert metrics["images"] == 4
 

@@ -66,9 +66,12 @@ def test_parameter_counts_are_the_tutorials_and_weights_follow_from_the_seed(sha
         (RGB, "--model confignet --kernel-size 13", "does not take images of 32x32 pixels"),
         (RGB, "--model confignet --batch-size 1", "does not take images of 32x32 pixels"),
         (RGB, "--model convnet --sizes 1/4,1", "does not take images of 8x8 pixels"),
+        (RGB, "--model googlenet", "it has more than one output"),
         ((3, 6, 32), "--model fastnet", "does not take images of 6x32 pixels"),
         ((1, 3, 28), "--model cnn", "does not take images of 3x28 pixels"),
         (GREY, "--model dense --optimizer muon", "--optimizer muon is for convolutions"),
+        (GREY, "--model dense --shift 28", "--shift 28: the images are too small"),
+        (GREY, "--model dense --hue 0.1", "--hue has no effect on grey images"),
     ],
 )
 def test_images_and_batches_that_a_model_does_not_take_are_refused(shape, flags, expected):

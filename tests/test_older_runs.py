@@ -5,9 +5,8 @@ import records
 import train_cifar
 
 import pytest
-from conftest import EVERYTHING_ON, check_same, run
+from conftest import EVERYTHING_ON, check_same, exits_with_one_line, run
 from test_data import pictures
-from test_files import exits_with_one_line
 from torch.nn.modules.module import register_module_forward_hook
 
 pytestmark = pytest.mark.usefixtures("few_images")
@@ -60,15 +59,6 @@ def test_what_a_run_cannot_go_on_with_is_refused_in_a_line(capsys, flags, change
     made_older(directory, **changes)
     line = exits_with_one_line(capsys, "--resume", directory, main=train_cifar.main)
     assert expected in line
-
-
-def test_a_record_that_lacks_something_is_damaged(tmp_path, capsys):
-    """The line says what is not in run.json."""
-    for name in records.RECORD:
-        lacking = dict.fromkeys(records.RECORD - {name})
-        records.write_json(tmp_path / "run.json", lacking | {"format": records.FORMAT})
-        line = exits_with_one_line(capsys, "--resume", tmp_path)
-        assert f"run.json is damaged: it has no {name}" in line
 
 
 def test_the_sizes_of_training_images_are_parts_of_their_side():

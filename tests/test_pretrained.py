@@ -12,10 +12,10 @@ import train_cifar
 
 import pytest
 import torch
-from conftest import check_same, run
+from conftest import check_same, fails_with_one_line, run
 from PIL import Image
 from test_data import pictures
-from test_files import evaluated, exits_with_one_line, fails_with_one_line
+from test_files import evaluated
 from torchvision import models, transforms
 
 SMALL = "--dataset p --image-size 32 --batch-size 8 --epochs 3 --quiet"
@@ -137,6 +137,7 @@ def test_muon_learns_pretrained_layers_at_a_tenth_of_both_its_rates():
     """Filters, and what is no filter."""
     first, *_ = train(f"{SMALL} --recipe fast --c1 4 --c2 4 --c3 4 --val-size 0.2 --epochs 1")
     flags = f"--dataset p --weights {first} --optimizer muon --lr 0.1 --aux-lr 0.02 --epochs 1"
+    assert "not for --freeze" in fails(f"{flags} --freeze", kind=records.UsageError)
     directory, *_ = train(f"{flags} --quiet")
     last = records.load_checkpoint(directory / "last.pt")
     groups = [last[name]["param_groups"][0] for name in last if name.startswith("optimizer")]
@@ -238,28 +239,6 @@ def test_without_a_network_one_line_says_what_to_put_where(monkeypatch):
     line = fails(IMAGENET)
     assert "(no route to host); put https://" in line
     assert "checkpoints" in line
-
-
-def test_what_does_not_go_together_is_refused(capsys):
-    """One line says which flag it is."""
-    weights_file()
-    for flags, text in (
-        (f"{SMALL} --model resnet19", "invalid choice: 'resnet19'"),
-        (f"{SMALL} --model fcn_resnet50", "invalid choice"),
-        (f"{SMALL} --weights nowhere", "is no file and no run"),
-        (f"{SMALL} --weights imagenet --model fastnet", "not fastnet"),
-        (f"{SMALL} --freeze", "--freeze has no effect without --weights"),
-        (f"{RESNET} --freeze --shift 2", "--shift has no effect with --freeze"),
-        (f"{RESNET} --freeze --sizes 1/2,1", "--sizes has no effect with --freeze"),
-        (f"{RESNET} --freeze --alternate-flip", "--alternate-flip has no effect with --freeze"),
-        (f"{IMAGENET} --normalize half", "--normalize has no effect with --weights"),
-    ):
-        assert text in exits_with_one_line(capsys, *flags.split(), main=train_cifar.main)
-    line = fails(f"{RESNET} --freeze --optimizer muon", kind=records.UsageError)
-    assert "not for --freeze" in line
-    line = fails(f"{SMALL} --model googlenet", kind=records.UsageError)
-    assert "googlenet" in line
-    assert "more than one output" in line
 
 
 def test_the_square_is_that_of_torchvision():

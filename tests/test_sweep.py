@@ -20,9 +20,8 @@ import sweep
 import forked
 import pytest
 import undrawn
-from forked import Forked
+from forked import MEMORY_IN_USE, Forked
 from matplotlib.figure import Figure
-from test_details import MEMORY_IN_USE
 
 # A script of the user's own: a metric that follows from its parameters, and ways to fail. It takes
 # so little time that what is tested is the sweep. Before each epoch it waits while there is a file
