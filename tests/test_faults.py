@@ -228,21 +228,6 @@ def test_a_run_whose_saves_fail_at_every_moment_ends_as_an_undisturbed_one(
     check_same(whole, R)
 
 
-def test_who_has_opened_a_file_reads_it_whole_when_it_is_saved_anew(few_images):
-    """A program that copies a run, or shows it, gets no file that is half old and half new."""
-
-    def open_all(row):
-        for path in R.glob("[!.]*"):
-            file = files.enter_context(path.open("rb"))
-            opened.append((file, path.read_bytes()))
-
-    opened = []
-    with contextlib.ExitStack() as files:
-        run(train_mnist, *DENSE, "--quiet", "--epochs", 3, on_epoch=open_all)
-        assert len(opened) == 12
-        assert all(file.read() == content for file, content in opened)
-
-
 # ------------------------ Checkpoints that are not to be trusted ------------------------
 def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interrupted):
     """A run does not go on from a file that is not its own last.pt."""

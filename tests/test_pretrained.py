@@ -63,15 +63,23 @@ def changed(before, after):
         ("squeezenet1_1", "classifier.1", "model"),  # a convolution
     ],
 )
-def test_a_frozen_net_trains_its_last_layer_alone_resumes_and_is_evaluated(name, head, key):
+def test_a_frozen_net_trains_its_last_layer_alone_resumes_and_is_evaluated(
+    name, head, key, monkeypatch
+):
     """It is a run as others are, but what it has not changed is saved once."""
     # The file has a level more, and the names of several GPUs.
     state = weights_file(name)
     torch.save({key: {f"module.{name}": state[name] for name in state}}, "weights.pth")
     flags = f"{SMALL} --model {name} --weights weights.pth --freeze --grey"
     whole, record, _ = train(flags)
-    cut, *_ = train(f"{flags} --stop-after 1")
-    Path("weights.pth").unlink()  # a run that goes on has its own
+
+    # One that is interrupted before its first epoch, and after it, has its own.
+    with monkeypatch.context() as patch:
+        patch.setattr(common, "train", lambda *_: signal.raise_signal(signal.SIGTERM))
+        cut, begun, _ = train(flags)
+    assert (begun["status"], begun["epochs"]) == ("interrupted", 0)
+    Path("weights.pth").unlink()
+    train(f"--resume {cut} --quiet --stop-after 1")
     (cut / "best.pt").unlink()
     train(f"--resume {cut} --quiet")
     check_same(whole, cut)
@@ -142,19 +150,6 @@ def test_muon_learns_pretrained_layers_at_a_tenth_of_both_its_rates():
     last = records.load_checkpoint(directory / "last.pt")
     groups = [last[name]["param_groups"][0] for name in last if name.startswith("optimizer")]
     assert [group["initial_lr"] for group in groups] == pytest.approx([0.02, 0.01, 0.002])
-
-
-def test_a_frozen_run_that_was_cut_before_its_first_epoch_has_its_weights(monkeypatch):
-    """It wrote them down before, so the file is needed no more."""
-    weights_file()
-    whole, *_ = train(f"{RESNET} --freeze --run-name whole")
-    with monkeypatch.context() as patch:
-        patch.setattr(common, "train", lambda *_: signal.raise_signal(signal.SIGTERM))
-        cut, record, _ = train(f"{RESNET} --freeze --run-name cut")
-    assert (record["status"], record["epochs"]) == ("interrupted", 0)
-    Path("weights.pth").unlink()
-    train(f"--resume {cut} --quiet")
-    check_same(whole, cut)
 
 
 def test_the_last_layer_is_new_even_where_the_number_of_classes_agrees():
