@@ -96,11 +96,10 @@ def main(argv: list[str]) -> dict:
         f"{args.script} --recipe fast, {args.seeds} seeds, {machine()}, torch {torch.__version__}"
     )
     print(f"{'left out':45}{'accuracy':>12}{'change':>10}{'loss':>10}{'training, s':>14}")
-    table = {}
+    whole = statistics.mean(row["val_acc"] for row in found["nothing"])
     for name, rows in found.items():
-        table[name] = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
-        accuracy, loss, seconds = table[name].values()
-        change = 100 * (accuracy - table["nothing"]["val_acc"])
+        accuracy, loss, seconds = (statistics.mean(row[key] for row in rows) for key in rows[0])
+        change = 100 * (accuracy - whole)
         print(f"{name:45}{accuracy:12.2%}{change:+10.2f}{loss:10.4f}{seconds:14.1f}")
     return {}
 

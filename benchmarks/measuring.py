@@ -2,12 +2,14 @@
 
 import json
 import math
+import multiprocessing
 import os
 import platform
+import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,7 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    names = re.findall("model name.*: (.*)", info.read_text()) if info.exists() else []
     name = names[0] if names else platform.processor()
     return f"{os.cpu_count()} cores of {name}, {torch.backends.cpu.get_cpu_capability()}"
 
@@ -41,29 +42,20 @@ def results_file(name: str) -> Path:
 
 def write_result(name: str, row: dict) -> None:
     """Append a row, with the machine and torch's version."""
-    output = results_file(name)
-    output.parent.mkdir(exist_ok=True)
-    with open(output, "a") as file:
+    with open(results_file(name), "a") as file:
         file.write(json.dumps({**row, **here()}) + "\n")
 
 
-def find_result(name: str, key: dict) -> dict | None:
-    """The last row with all the values of `key`, of this machine and this torch."""
+def read_results(name: str) -> list[dict]:
+    """The rows that were written, on whatever machine."""
     path = results_file(name)
-    rows = path.read_text().splitlines() if path.exists() else []
-    wanted = {**key, **here()}.items()
-    return next((row for row in map(json.loads, reversed(rows)) if wanted <= row.items()), None)
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def in_a_process(*words: Any, **environment: str) -> dict:
-    """Run a Python script with these arguments; the last line that it prints is JSON.
-
-    CalledProcessError where it fails.
-    """
-    command = [sys.executable, *map(str, words)]
-    env = os.environ | environment
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=env)
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def in_a_process(function: Callable, *arguments: Any) -> Any:
+    """What a function of a script gives in a new process, which has computed nothing before."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def alternately(names: Iterable[str], rounds: int, measure: Callable) -> dict[str, list]:
@@ -76,14 +68,19 @@ def alternately(names: Iterable[str], rounds: int, measure: Callable) -> dict[st
     return results
 
 
+def mean_as_text(values: list[float], form: str) -> str:
+    """Mean and standard deviation, and how many values there are."""
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.fmean(values):{form}} +- {deviation:{form}} (n = {len(values)})"
+
+
 def ratio_as_text(ours: list[float], theirs: list[float]) -> str:
     """Geometric mean of ours / theirs over pairs, and Student's 95% interval of it."""
     from scipy import stats
 
     logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-    mean = statistics.fmean(logs)
+    mean = math.exp(statistics.fmean(logs))
     if len(logs) < 2:
-        return f"{math.exp(mean):.2f} (n = 1)"
-    ends = stats.t.interval(0.95, len(logs) - 1, mean, stats.sem(logs))
-    low, high = map(math.exp, ends)
-    return f"{math.exp(mean):.2f} (95% interval {low:.2f} to {high:.2f}, n = {len(logs)})"
+        return f"{mean:.2f} (n = 1)"
+    low, high = map(math.exp, stats.ttest_1samp(logs, 0).confidence_interval())
+    return f"{mean:.2f} (95% interval {low:.2f} to {high:.2f}, n = {len(logs)})"

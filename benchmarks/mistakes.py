@@ -12,12 +12,10 @@ weights that are kept, on the test set. Results are appended to benchmarks/resul
 """
 
 import argparse
-import json
-import statistics
 import sys
 from pathlib import Path
 
-from measuring import find_result, results_file, write_result
+from measuring import here, mean_as_text, read_results, write_result
 
 # isort: split
 import common
@@ -56,7 +54,7 @@ def train(net: str, mended: tuple[str, ...], seed: int, args: argparse.Namespace
     flags = [flag for mistake in mended for flag in MISTAKES[mistake]]
     argv = ["--recipe", "tutorial", *NETS[net].split(), *flags, "--seed", seed, "--quiet"]
     argv += ["--runs-dir", args.runs_dir, "--run-name", name]
-    argv += ["--data-dir", args.data_dir, "--threads", args.threads]
+    argv += ["--threads", args.threads]
     return train_cifar.main([str(word) for word in argv])
 
 
@@ -82,19 +80,13 @@ def measure(net: str, mended: tuple[str, ...], seed: int, args: argparse.Namespa
 
 
 def print_table() -> None:
-    """A line for each net and set of mended mistakes: mean, standard deviation and n."""
-    path = results_file("mistakes")
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    groups: dict[tuple, list[dict]] = {}
-    for row in rows:
-        groups.setdefault((row["net"], tuple(row["mended"])), []).append(row)
-    for (net, mended), group in groups.items():
-        values = [row["accuracy"] * 100 for row in group]
-        spread = f" +- {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    """A line for each net and set of mended mistakes."""
+    groups: dict[tuple, list[float]] = {}
+    for row in read_results("mistakes"):
+        groups.setdefault((row["net"], *row["mended"]), []).append(row["accuracy"])
+    for (net, *mended), accuracies in groups.items():
         text = ", ".join(mended) or "nothing"
-        print(
-            f"{net:10} {statistics.fmean(values):.2f}%{spread} (n = {len(values)})  mended: {text}"
-        )
+        print(f"{net:10} {mean_as_text(accuracies, '.2%')}  mended: {text}")
 
 
 def main() -> int:
@@ -103,14 +95,14 @@ def main() -> int:
     parser.add_argument("--nets", nargs="+", choices=NETS, default=list(NETS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--data-dir", type=Path, default=records.HERE / "data")
     parser.add_argument("--runs-dir", type=Path, default=records.HERE / "runs" / "mistakes")
     parser.add_argument("--table", action="store_true", help="print the table, measure nothing")
     args = parser.parse_args()
     for net in () if args.table else args.nets:
         for seed in args.seeds:
             for mended in TRAININGS[net]:
-                if not find_result("mistakes", {"net": net, "mended": list(mended), "seed": seed}):
+                key = {"net": net, "mended": list(mended), "seed": seed, **here()}
+                if not any(key.items() <= row.items() for row in read_results("mistakes")):
                     measure(net, mended, seed, args)
     print_table()
     return 0

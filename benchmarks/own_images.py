@@ -12,12 +12,9 @@ classes. Time is that of the CPU, training alone. Results are appended to
 benchmarks/results/own_images.jsonl.
 """
 
-import argparse
 import contextlib
-import csv
-import io
 import itertools
-import json
+import os
 import resource
 import statistics
 import sys
@@ -63,26 +60,21 @@ def files_of(folder: Path) -> tuple[list[Path], list[str]]:
     return files, [path.parent.name for path in files]
 
 
-def clocks() -> tuple[float, float]:
-    """Seconds of the CPU, and of the wall."""
-    return time.process_time(), time.perf_counter()
-
-
-def train_ours(args: argparse.Namespace, way: str) -> tuple:
-    """Classes that a run of ours predicts for `truth`, and the clocks after the training."""
-    argv = ["--dataset", args.folder / "own", "--seed", args.seeds[0], "--threads", args.threads]
+def train_ours(folder: Path, way: str, seed: int, threads: int) -> tuple:
+    """Classes that a run of ours predicts for `truth`, and the CPU's seconds after the training."""
+    argv = ["--dataset", folder / "own", "--seed", seed, "--threads", threads]
     if way != "scratch":
         argv += ["--model", "lite0", "--weights", weights_of_lite0()]
         argv += ["--image-size", SIDE, "--resize", RESIZE, "--normalize", "half"]
         argv += ["--freeze"] if way == "frozen" else ["--lr", "0.003"]
     with tempfile.TemporaryDirectory() as runs:
         record = train_cifar.main([*map(str, argv), "--runs-dir", runs, "--quiet"])
-        end = clocks()
-        with contextlib.redirect_stdout(io.StringIO()) as text:
-            evaluate.main([record["directory"], "--predict", str(args.folder / "truth"), "--csv"])
-    rows = csv.DictReader(io.StringIO(text.getvalue()))
-    answers = {Path(row["file"]).resolve(): row["class"] for row in rows}
-    return [answers[path.resolve()] for path in files_of(args.folder / "truth")[0]], end
+        end = time.process_time()
+        argv = [record["directory"], "--quiet", "--csv", "--predict", str(folder / "truth")]
+        with contextlib.redirect_stdout(None):
+            rows = evaluate.main(argv)["predictions"]
+    answers = {Path(row["file"]): row["class"] for row in rows}
+    return [answers[path] for path in files_of(folder / "truth")[0]], end
 
 
 @torch.inference_mode()
@@ -98,13 +90,13 @@ def features_of(net: torch.nn.Module, files: list[Path]):
     return torch.cat(found).numpy()
 
 
-def train_peer(args: argparse.Namespace, way: str) -> tuple:
+def train_peer(folder: Path, way: str, seed: int, threads: int) -> tuple:
     """The same of the logistic regression; balanced where a class is rare, as ours is."""
     from sklearn.linear_model import LogisticRegression
 
     # The features of our images.
-    torch.set_num_threads(args.threads)
-    files, classes = files_of(args.folder / "own")
+    torch.set_num_threads(threads)
+    files, classes = files_of(folder / "own")
     net = lite0([3, SIDE, SIDE], 1000)
     net.load_state_dict(torch.load(weights_of_lite0(), weights_only=True))
     features = features_of(net.eval(), files)
@@ -113,31 +105,29 @@ def train_peer(args: argparse.Namespace, way: str) -> tuple:
     counts = Counter(classes).values()
     is_skewed = "class_weights" in train_cifar.photos(len(files), len(counts), min(counts), SIDE)
     balance = "balanced" if is_skewed else None
-    options = {"max_iter": 2000, "class_weight": balance, "random_state": args.seeds[0]}
+    options = {"max_iter": 2000, "class_weight": balance, "random_state": seed}
     regression = LogisticRegression(**options).fit(features, classes)
-    end = clocks()
-    return regression.predict(features_of(net, files_of(args.folder / "truth")[0])), end
+    end = time.process_time()
+    return regression.predict(features_of(net, files_of(folder / "truth")[0])), end
 
 
 WAYS = {"scratch": train_ours, "frozen": train_ours, "tuned": train_ours, "peer": train_peer}
 
 
-def measure(args: argparse.Namespace, way: str) -> dict:
+def measure(folder: Path, way: str, seed: int, threads: int) -> dict:
     """One training, judged by the photos of `truth`."""
     common.MODELS["lite0"] = lite0
-    begin = clocks()
-    predicted, end = WAYS[way](args, way)
-    cpu, wall = (after - before for before, after in zip(begin, end, strict=True))
+    began = time.process_time()
+    predicted, end = WAYS[way](folder, way, seed, threads)
 
     # How many are right, of all and of each class?
-    truth = files_of(args.folder / "truth")[1]
+    truth = files_of(folder / "truth")[1]
     all_of = Counter(truth)
     right = Counter(one for one, other in zip(truth, predicted, strict=True) if one == other)
     return {
         "accuracy": right.total() / len(truth),
         "recalls": {name: right[name] / all_of[name] for name in sorted(all_of)},
-        "cpu_seconds": cpu,
-        "seconds": wall,
+        "cpu_seconds": end - began,
         "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -150,17 +140,11 @@ def main() -> int:
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=["scratch", "frozen", "peer"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        args.folder = args.directory / args.names[0]
-        print(json.dumps(measure(args, args.ways[0])))
-        return 0
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)
     print(machine())
     for name, way, seed in itertools.product(args.names, args.ways, args.seeds):
-        words = [__file__, args.directory, "--names", name, "--ways", way, "--seeds", seed]
-        threads = str(args.threads)
-        row = in_a_process(*words, "--threads", threads, "--measure", OMP_NUM_THREADS=threads)
+        row = in_a_process(measure, args.directory / name, way, seed, args.threads)
         about = {"folder": name, "way": way, "seed": seed, "threads": args.threads}
         write_result("own_images", about | row)
         recalls = row["recalls"].values()

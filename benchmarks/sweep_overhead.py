@@ -27,6 +27,7 @@ from measuring import ROOT, alternately, machine, ratio_as_text, write_result
 import common
 
 FLAGS = ["--model", "dense", "--epochs", "1", "--limit-train", "2000"]
+FLAGS += ["--data-dir", str(ROOT / "data")]  # which another checkout may not have
 SWEEPS = {"grid": ("grid", 1), "bayes": ("bayes", 1), "grid, 2 jobs": ("grid", 2)}
 
 # The same trials in one process that stays, without sweep.py.
@@ -42,19 +43,19 @@ for number, rate in enumerate(rates):
 """
 
 
-def commands_of(way: str, trials: int, root: Path, flags: list[str]) -> list[list[str]]:
+def commands_of(way: str, trials: int, root: Path) -> list[list[str]]:
     """The command lines of Python that run so many trials."""
     rates = [f"{1e-4 * (1 + number):.4f}" for number in range(trials)]
     quiet = ["--no-test", "--quiet", "--runs-dir", "runs"]
     if way == "alone":
-        return [["-c", ALONE, ",".join(rates), *flags, *quiet]]
+        return [["-c", ALONE, ",".join(rates), *FLAGS, *quiet]]
     if way == "loop":
-        return [[str(root / "train_mnist.py"), *flags, *quiet, "--lr", rate] for rate in rates]
+        return [[str(root / "train_mnist.py"), *FLAGS, *quiet, "--lr", rate] for rate in rates]
     method, jobs = SWEEPS[way]
     space = "lr=log:1e-4..1e-2" if method == "bayes" else f"lr={','.join(rates)}"
     search = f"--method {method} --script train_mnist.py --param {space} --jobs {jobs} --name s"
     search += f" --count {trials} --engine local --runs-dir runs"
-    return [[str(root / "sweep.py"), *search.split(), "--", *flags]]
+    return [[str(root / "sweep.py"), *search.split(), "--", *FLAGS]]
 
 
 def run(commands: list[list[str]]) -> tuple[float, list[float]]:
@@ -81,18 +82,16 @@ def main() -> int:
     parser.add_argument("--trials", type=int, nargs="+", default=[1, 16, 101])
     parser.add_argument("--ways", nargs="+", choices=ways, default=["alone", *SWEEPS])
     parser.add_argument("--pairs", type=int, default=3, help="measurements of each")
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
     parser.add_argument("--beside", type=Path, metavar="DIR", help="another checkout")
     args = parser.parse_args()
     roots = {way: (way, ROOT) for way in args.ways}
     if args.beside:
         sweeps = [way for way in args.ways if way in SWEEPS]
         roots |= {f"{way}, beside": (way, args.beside.resolve()) for way in sweeps}
-    flags = [*FLAGS, "--data-dir", str(args.data_dir.resolve())]
 
     def measure(name, _):
         way, root = roots[name]
-        return run(commands_of(way, trials, root, flags))
+        return run(commands_of(way, trials, root))
 
     print(machine())
     for trials in args.trials:

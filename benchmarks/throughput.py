@@ -14,17 +14,17 @@ precision. Results are appended to benchmarks/results/throughput.jsonl.
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from measuring import ROOT, alternately, in_a_process, machine, ratio_as_text, write_result
+from measuring import alternately, in_a_process, machine, ratio_as_text, write_result
 
 # isort: split
 import common
+import records
 import train_cifar
 import train_mnist
 
@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+DATA = records.HERE / "data"
 # The script, the shape of its images, its flags, and the images of an epoch.
 TASKS = {
     "cifar": (train_cifar, (3, 32, 32), ["--c1", "48"], 45_000),
@@ -40,18 +41,18 @@ TASKS = {
 }
 
 
-def measure_ours(task: str, images: int, data_dir: Path) -> dict:
+def measure_ours(task: str, images: int) -> tuple[float, str]:
     """Images per second and precision of one epoch of the script."""
     script, _, argv, _ = TASKS[task]
+    argv = [*argv, "--limit-train", str(images), "--epochs", "1", "--no-test", "--quiet"]
     with tempfile.TemporaryDirectory() as runs:
-        argv = [*argv, "--limit-train", str(images), "--epochs", "1", "--no-test", "--quiet"]
-        record = script.main([*argv, "--data-dir", str(data_dir), "--runs-dir", runs])
-        row = json.loads((Path(record["directory"]) / "log.jsonl").read_text())
-    return {"images_per_second": row["images_per_second"], "precision": record["precision"]}
+        record = script.main([*argv, "--runs-dir", runs])
+        (row,) = records.read_log(Path(record["directory"]))
+    return row["images_per_second"], record["precision"]
 
 
-def measure_tutorial(task: str, images: int, data_dir: Path) -> dict:
-    """Images per second of one epoch of the tutorials' pipeline."""
+def measure_tutorial(task: str, images: int) -> tuple[float, str]:
+    """The same of one epoch of the tutorials' pipeline."""
     from torch.utils.data import DataLoader, Subset
     from torchvision import datasets, transforms
 
@@ -71,11 +72,11 @@ def measure_tutorial(task: str, images: int, data_dir: Path) -> dict:
             transforms.ColorJitter(brightness=args.brightness, hue=args.hue),
             transforms.RandomHorizontalFlip(args.flip),
         ]
-        dataset = datasets.CIFAR10(data_dir, transform=transforms.Compose(changes + steps))
+        dataset = datasets.CIFAR10(DATA, transform=transforms.Compose(changes + steps))
         model = common.ConfigNet(shape, 10)
         model.dropout1, model.dropout2 = nn.Dropout(0.1), nn.Dropout(0.5)
     else:
-        dataset = datasets.MNIST(data_dir, transform=transforms.Compose(steps))
+        dataset = datasets.MNIST(DATA, transform=transforms.Compose(steps))
         model = common.CNN(shape, 10)
     model = model.to(device).train()
     loader = DataLoader(Subset(dataset, range(images)), batch_size=args.batch_size, shuffle=True)
@@ -92,7 +93,7 @@ def measure_tutorial(task: str, images: int, data_dir: Path) -> dict:
         if task == "mnist" or batch % 50 == 0:
             total += loss.item()
     loss.item()  # a GPU may still be at work
-    return {"images_per_second": images / (time.perf_counter() - began), "precision": "fp32"}
+    return images / (time.perf_counter() - began), "fp32"
 
 
 def operations_per_image(task: str) -> float:
@@ -123,25 +124,18 @@ def main() -> int:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--images", type=int, help="of an epoch (all that do not validate)")
     parser.add_argument("--pairs", type=int, default=3, help="measurements of each")
-    parser.add_argument("--data-dir", type=Path, default=ROOT / "data")
-    parser.add_argument("--measure", choices=("ours", "tutorial"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     images = args.images or TASKS[args.task][3]
-    if args.measure:
-        measure = {"ours": measure_ours, "tutorial": measure_tutorial}[args.measure]
-        print(json.dumps(measure(args.task, images, args.data_dir)))
-        return 0
 
     # Measure.
-    words = [__file__, args.task, "--images", images, "--data-dir", args.data_dir, "--measure"]
+    functions = {"ours": measure_ours, "tutorial": measure_tutorial}
     results = alternately(
-        ("ours", "tutorial"), args.pairs, lambda name, _: in_a_process(*words, name)
+        functions, args.pairs, lambda name, _: in_a_process(functions[name], args.task, images)
     )
-    rates = {name: [one["images_per_second"] for one in results[name]] for name in results}
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    precision = results["ours"][0]["precision"]
+    rates = {name: [rate for rate, _ in found] for name, found in results.items()}
+    _, precision = results["ours"][0]
     rate = matrix_rate(precision)
-    part = operations_per_image(args.task) * median["ours"] / rate
+    part = operations_per_image(args.task) * statistics.median(rates["ours"]) / rate
 
     # Say it, and keep it.
     about = {"task": args.task, "images": images, "pairs": args.pairs, "seed": 42}
@@ -149,8 +143,9 @@ def main() -> int:
     figures = {"matrix_gflops": rate / 1e9, "part_of_matrix_rate": part}
     write_result("throughput", about | {"images_per_second": rates} | figures)
     print(f"{args.task}, {images:,} images, {machine()}, torch {torch.__version__}, {precision}")
-    print(f"tutorial: {median['tutorial']:.0f} images/s")
-    print(f"ours: {median['ours']:.0f} images/s, {part:.0%} of the machine's matrix rate;")
+    for name, found in rates.items():
+        print(f"{name}: {statistics.median(found):.0f} images/s")
+    print(f"ours: {part:.0%} of the machine's matrix rate, {rate / 1e9:.0f} GFLOP/s;")
     print(f"{ratio_as_text(*rates.values())} times as fast")
     return 0
 

@@ -16,13 +16,10 @@ Then it judges: is our mean accuracy above --target (one-sided t-test)? Do the t
 (Welch's test)? And what part of the other's seconds are ours: geometric mean of the pairs, and
 Student's 95% interval of its logarithm.
 
-Each run is appended to benchmarks/results/time_to_accuracy.jsonl when it has ended. With --resume
-those that the file already has of the same recipe, code, label, machine, torch and threads are
-shown, and not run again.
+Each run is appended to benchmarks/results/time_to_accuracy.jsonl when it has ended.
 """
 
 import argparse
-import hashlib
 import json
 import shlex
 import statistics
@@ -32,7 +29,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import ROOT, alternately, find_result, machine, ratio_as_text, write_result
+from measuring import ROOT, alternately, machine, mean_as_text, ratio_as_text, write_result
 
 # isort: split
 import common
@@ -51,12 +48,6 @@ def timed(command: list[str]) -> tuple[str, float]:
     return done.stdout, time.perf_counter() - began
 
 
-def code_digest(script: str) -> str:
-    """Of the files that a recipe is made of: results of different code are not of one table."""
-    content = [Path(ROOT, name).read_bytes() for name in ("common.py", script)]
-    return hashlib.sha256(b"".join(content)).hexdigest()
-
-
 def measure_ours(recipe: list[str], seed: int) -> dict:
     """A run of the recipe."""
     with tempfile.TemporaryDirectory() as runs:
@@ -70,22 +61,7 @@ def measure_ours(recipe: list[str], seed: int) -> dict:
 def measure_reference(command: str, seed: int) -> dict:
     """A run of the other implementation."""
     printed, wall = timed([*shlex.split(command), str(seed)])
-    last = json.loads(printed.strip().splitlines()[-1])
-    return {"accuracy": last["accuracy"], "seconds": last["seconds"], "wall": wall}
-
-
-def print_results(results: dict[str, list[dict]]) -> None:
-    """A line for each implementation: means and standard deviations."""
-    width = max(map(len, results)) + 2
-    print(f"{'':{width}}{'accuracy':>18}{'training, s':>18}{'start-up and loading, s':>25}")
-    for name, rows in results.items():
-        cells = [name.ljust(width)]
-        for figure, form in (("accuracy", ".2%"), ("seconds", ".1f")):
-            values = [row[figure] for row in rows]
-            deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-            cells.append(f"{statistics.mean(values):{form}} +- {deviation:{form}}".rjust(18))
-        rest = statistics.median(row["wall"] - row["seconds"] for row in rows)
-        print(*cells, f"{rest:25.1f}", sep="")
+    return json.loads(printed.strip().splitlines()[-1]) | {"wall": wall}
 
 
 def judge(target: float | None, results: dict[str, list[dict]]) -> None:
@@ -93,8 +69,7 @@ def judge(target: float | None, results: dict[str, list[dict]]) -> None:
     accuracies = [[row["accuracy"] for row in rows] for rows in results.values()]
     if target is not None:
         p = stats.ttest_1samp(accuracies[0], target, alternative="greater").pvalue
-        n = len(accuracies[0])
-        print(f"our mean is above {target:.2%}: p = {p:.4f}, one-sided t-test, n = {n}")
+        print(f"our mean is above {target:.2%}: p = {p:.4f}, one-sided t-test")
     if len(results) > 1:
         p = stats.ttest_ind(*accuracies, equal_var=False).pvalue
         print(f"the accuracies differ: p = {p:.4f}, Welch's test")
@@ -109,8 +84,6 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--seeds", type=count, default=5, help="runs of each, seeds from 0")
     parser.add_argument("--target", type=part, help="the accuracy that our mean is to exceed")
     parser.add_argument("--against", metavar="COMMAND", help="of a reference implementation")
-    parser.add_argument("--label", help="what to call it")
-    parser.add_argument("--resume", action="store_true", help="repeat nothing that was measured")
     parser.add_argument("recipe", nargs=argparse.REMAINDER, help="training script and its flags")
     args = parser.parse_args(argv)
     if not args.recipe:
@@ -118,22 +91,25 @@ def main(argv: list[str]) -> dict:
     if "--no-test" in args.recipe:
         parser.error("--no-test: the accuracy is that of the test set")
 
-    def measure(implementation, seed):
-        key = {"recipe": args.recipe, "threads": torch.get_num_threads()}
-        key |= {"implementation": implementation, "seed": seed}
-        if implementation == "ours":
-            key["code"] = code_digest(args.recipe[0])
-        row = args.resume and find_result("time_to_accuracy", key)
-        if not row:
-            ours = implementation == "ours"
-            row = measure_ours(args.recipe, seed) if ours else measure_reference(args.against, seed)
-            write_result("time_to_accuracy", key | row)
+    # Run both, and keep what came out.
+    about = {"recipe": args.recipe, "threads": torch.get_num_threads()}
+
+    def measure(name, seed):
+        ours = name == "ours"
+        row = measure_ours(args.recipe, seed) if ours else measure_reference(args.against, seed)
+        write_result("time_to_accuracy", about | {"implementation": name, "seed": seed} | row)
         return row
 
-    names = ["ours", args.label or args.against] if args.against else ["ours"]
+    names = ["ours", args.against] if args.against else ["ours"]
     results = alternately(names, args.seeds, measure)
-    print(f"{shlex.join(args.recipe)}, {args.seeds} seeds, {machine()}, torch {torch.__version__}")
-    print_results(results)
+
+    # Means and standard deviations of each.
+    print(f"{shlex.join(args.recipe)}, {machine()}, torch {torch.__version__}")
+    for name, rows in results.items():
+        print(f"{name}: accuracy {mean_as_text([row['accuracy'] for row in rows], '.2%')}")
+        print(f"    training, s: {mean_as_text([row['seconds'] for row in rows], '.1f')}")
+        rest = statistics.median(row["wall"] - row["seconds"] for row in rows)
+        print(f"    start-up and loading, s: {rest:.1f}")
     if args.seeds > 1:
         judge(args.target, results)
     return {}
