@@ -70,7 +70,7 @@ def train_ours(folder: Path, way: str, seed: int, threads: int) -> tuple:
     with tempfile.TemporaryDirectory() as runs:
         record = train_cifar.main([*map(str, argv), "--runs-dir", runs, "--quiet"])
         end = time.process_time()
-        argv = [record["directory"], "--quiet", "--csv", "--predict", str(folder / "truth")]
+        argv = [record["directory"], "--quiet", "--predict", str(folder / "truth")]
         with contextlib.redirect_stdout(None):
             rows = evaluate.main(argv)["predictions"]
     answers = {Path(row["file"]): row["class"] for row in rows}

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
+from undrawn import nothing_is_drawn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -52,7 +52,7 @@ def few_images(monkeypatch):
 @pytest.fixture
 def undrawn(monkeypatch):
     """Draw no picture: that takes seconds."""
-    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
+    nothing_is_drawn(monkeypatch.setattr)
 
 
 @pytest.fixture

@@ -56,9 +56,12 @@ def recipes():
         module = importlib.import_module(script)
         for name, recipe in module.RECIPES.items():
             if callable(recipe):
-                for images, rarest, side in FOLDERS:
-                    about = f"{images} images, {rarest} of the rarer class, {side} pixels"
-                    found[f"{script} --recipe {name}: {about}"] = recipe(images, 2, rarest, side)
+                found[f"{script} --recipe {name}"] = {
+                    f"{images} images, {rarest} of one class, {side} pixels": recipe(
+                        images, classes=2, rarest=rarest, side=side
+                    )
+                    for images, rarest, side in FOLDERS
+                }
                 continue
             flags = vars(module.parse_arguments(["--recipe", name]))
             found[f"{script} --recipe {name}"] = {

@@ -223,6 +223,7 @@ def test_two_downloads_at_once_are_one(origin):
         sent.append(name)
         time.sleep(0.2)
 
+    # Both begin while the first file is under way.
     sent = []
     origin.in_the_middle = pause
     with ThreadPoolExecutor() as pool:
@@ -259,21 +260,31 @@ def test_an_image_of_any_mode_comes_upright_in_its_colours_on_white():
         wanted = np.asarray(Image.new("RGB", (8, 8), expected))
         assert np.array_equal(as_read("a.png").permute(1, 2, 0), wanted), mode
 
-    # One of few colours, as a GIF or a scan in black and white, gets all before it is resized.
-    noise = Image.effect_noise((48, 48), 200)
-    for few, all_colours in (("P", "RGB"), ("1", "L")):
-        image = Image.merge("RGB", [noise, noise.rotate(90), noise]).convert(few)
-        image.save("few.png")
-        found = common.read_image(Path("few.png"), 16, all_colours == "L")
-        expected = image.convert(all_colours).resize((16, 16), Image.Resampling.BILINEAR)
-        assert np.array_equal(found.permute(1, 2, 0).squeeze(), expected)
-
+    # The two files have the same pixels when they are upright.
     photo = Image.linear_gradient("L")
     photo.save("plain.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     photo.rotate(90).save("turned.png", exif=exif)
     assert torch.equal(as_read("plain.png"), as_read("turned.png"))
+
+
+@pytest.mark.parametrize(
+    ("few", "all_colours"),
+    [
+        ("P", "RGB"),
+        ("1", "L"),
+    ],
+)
+def test_an_image_of_few_colours_gets_all_of_them_before_it_is_resized(few, all_colours):
+    """A GIF, or a scan in black and white, is smoothed as any other image is."""
+    noise = Image.effect_noise((48, 48), 200)
+    image = Image.merge("RGB", [noise, noise.rotate(90), noise]).convert(few)
+    image.save("few.png")
+    found = common.read_image(Path("few.png"), 16, all_colours == "L")
+
+    expected = image.convert(all_colours).resize((16, 16), Image.Resampling.BILINEAR)
+    assert np.array_equal(found.permute(1, 2, 0).squeeze(), expected)
 
 
 def test_a_jpeg_that_is_read_in_half_of_its_size_looks_as_the_whole():

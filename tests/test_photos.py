@@ -1,4 +1,4 @@
-"""The recipe for images of files: what it chooses for which folder."""
+"""The recipe for images of files: what is said of it, and kept. Its values are in recipes.json."""
 
 from pathlib import Path
 

@@ -667,15 +667,13 @@ def test_machines_share_a_search_though_some_die_or_are_told_to_stop_and_one_joi
         go_on(place="c/shared")
     go_on(f"--storage {url}", "c/shared")
     for name, other in ("ac", "ca"):
-        rows = lines("shared", name)
-        assert [row["trial"] for row in rows] == [*range(12)]
-        assert len({str(row["params"]) for row in rows}) == 12
-        assert {row["status"] for row in rows} == {"finished"}
-        here = {row["run"] for row in rows if row["run"].startswith("trial-")}
-        assert here
-        assert here <= {path.name for path in Path(name, "shared").iterdir()}
-        elsewhere = {row["run"] for row in rows} - here
-        assert all(f"/{other}/shared/trial-" in run for run in elsewhere)
+        place = "shared", name
+        assert column("trial", *place) == [*range(12)]
+        assert len({*map(str, column("params", *place))}) == 12
+        assert {*column("status", *place)} == {"finished"}
+        for run in column("run", *place):
+            is_here = Path(name, "shared", run).exists()
+            assert is_here or f"/{other}/shared/trial-" in run
 
     # A search of that name is there, and is not to be mixed with another.
     with refused(match="is another search"):
