@@ -70,8 +70,8 @@ def alternately(names: Iterable[str], rounds: int, measure: Callable) -> dict[st
 
 def mean_as_text(values: list[float], form: str) -> str:
     """Mean and standard deviation, and how many values there are."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.fmean(values):{form}} +- {deviation:{form}} (n = {len(values)})"
+    spread = f" +- {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{spread} (n = {len(values)})"
 
 
 def ratio_as_text(ours: list[float], theirs: list[float]) -> str:
