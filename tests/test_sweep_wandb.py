@@ -156,14 +156,14 @@ OFFLINE = f"WANDB_MODE='offline', {KEY}"
     ("more", "flags", "engine", "status", "expected"),
     [
         (KEY, "", "engine: W&B", 1, "cannot be reached"),
-        (KEY, "--seeds 2", "engine: local", 2, "runs/s exists"),  # its sweeps know none
+        (KEY, "--seeds 2", "", 2, "runs/s exists"),  # its sweeps know no seeds
         (OFFLINE, "", "engine: local", 2, "runs/s exists"),
         ("WANDB_MODE='online'", "", "engine: local", 2, "runs/s exists"),
         (f"WANDB_MODE='of', {KEY}", "", "", 2, "Weights & Biases: "),
     ],
 )
 def test_wandb_drives_a_bayesian_search_where_it_can(more, flags, engine, status, expected):
-    """Where it has a key and is not offline. It is said which does."""
+    """Where it has a key and is not offline; where it might, it is said which engine does."""
     Path("runs/s").mkdir(parents=True)
     Path("runs/s/taken").touch()  # so nothing is run
     argv = f"--method bayes {flags} --name s --runs-dir runs -- --dataset synthetic"
