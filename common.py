@@ -1016,11 +1016,16 @@ def read_files(args: Namespace, wanted: tuple) -> dict[str, ImageSet]:
     files = list_files(args.listing or Path(args.dataset), root, args.quiet)
     if args.fold:
         files = [file for file in files if file.part != "test"]
+    classes = sorted({file.label for file in files}, key=in_natural_order)
+    if len(classes) < 2:
+        raise RunError(
+            f"{shown(args.dataset)}: expected at least two classes, PATH/<class>/*, "
+            "with images in each"
+        )
     if not args.listing:
-        complete_parts(files, args)
+        complete_parts(files, classes, args)
 
     # Look at all that are needed, part by part; they share the pixels.
-    classes = classes_of(files, args.dataset)
     files = [file for part in PARTS for file in files if file.part == part and part in wanted]
     key = args.dataset, args.image_size, args.grey, args.resize, args.device
     key += tuple(file.name for file in files)
@@ -1100,21 +1105,20 @@ def list_files(source: Path, root: Path, quiet: bool = True) -> list[File]:
     return read_csv(source, root) if is_csv(source) else list_folder(root, quiet)
 
 
-def complete_parts(files: list[File], args: Namespace) -> None:
-    """Where no images test or validate, have a tenth of each class test, and look at the classes.
+def complete_parts(files: list[File], classes: list[str], args: Namespace) -> None:
+    """Look which classes each part has. Where no images test or validate, have a tenth of each
+    class test.
 
     These are the files whose paths have the lowest hashes. So a new file changes one at most.
-    RunError where the classes do not agree, UsageError where a flag has no effect.
+    RunError where a class is not trained, UsageError where a flag has no effect.
     """
     # What is validated and tested is what was trained.
-    classes = classes_of([file for file in files if file.part == "train"], args.dataset)
-    for part in ("val", "test"):
+    for part in PARTS:
         found = {file.label for file in files if file.part == part}
-        lacking = ", ".join(sorted(found.difference(classes)))
-        if lacking:
-            raise RunError(f"{args.dataset}: {part} has classes that train has not: {lacking}")
         absent = ", ".join(name for name in classes if name not in found)
-        if found and absent:
+        if absent and part == "train":
+            raise RunError(f"{args.dataset}: train has no images of {absent}, but others have")
+        if absent and found:
             say(f"{part} has no images of {absent}; its figures are over the others", args.quiet)
 
     # Does anything validate? Does anything test?
@@ -1127,16 +1131,6 @@ def complete_parts(files: list[File], args: Namespace) -> None:
         count = max(1, round(len(group) / 10)) if len(group) > 2 else 0
         for file in sorted(group, key=lambda file: hash_of(file.name))[:count]:
             file.part = "test"
-
-
-def classes_of(files, source):
-    """The classes of the images, in natural order. RunError where there are not two."""
-    names = {file.label for file in files}
-    if len(names) < 2:
-        raise RunError(
-            f"{shown(source)}: expected at least two classes, PATH/<class>/*, with images in each"
-        )
-    return sorted(names, key=in_natural_order)
 
 
 def read_csv(path: Path, root: Path) -> list[File]:
