@@ -1189,8 +1189,6 @@ def list_folder(root: Path, quiet: bool) -> list[File]:
     paths = {path.relative_to(root).parts: path for path in image_files(root, skipped)}
     tops = sorted({top for top, *below in paths if below})
     parts = {top: PART_NAMES[top.lower()] for top in tops if top.lower() in PART_NAMES}
-    if len({*parts.values()}) < len(parts):
-        raise RunError(f"{shown(root)} has two folders for one part: {', '.join(parts)}")
     level = 1 if len(parts) > 1 or (parts and len(parts) == len(tops)) else 0  # of the classes
 
     # Beside a part, a folder of another name is hardly a class.
@@ -1207,9 +1205,6 @@ def list_folder(root: Path, quiet: bool) -> list[File]:
         part = parts.get(name[0]) if level else "train"
         if part and len(name) > level + 1:
             files.append(File(path, "/".join(name), name[level], part))
-    for part in {"train", *parts.values()} if level else ():
-        if not any(file.part == part for file in files):
-            raise RunError(f"{shown(root)} has no folder {part} with class folders in it")
     if skipped:
         say(as_skipped(skipped), quiet)
     if len(files) < len(paths):
