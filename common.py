@@ -755,11 +755,8 @@ class ImageSet:
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Per channel, of the values in [0, 1], from exact sums of the bytes."""
         count = math.prod(self.pixels.shape[2:]) * len(self)
-        total, squares = torch.zeros(2, self.pixels.shape[1], dtype=torch.int64)
-        for images in self.chunks():
-            values = images.flatten(0, 2).long()
-            total += values.sum(0)
-            squares += (values**2).sum(0)
+        total = sum(images.sum((0, 1, 2)) for images in self.chunks())
+        squares = sum((images.long() ** 2).sum((0, 1, 2)) for images in self.chunks())
         mean = total.double() / count
         std = (squares.double() / count - mean**2).sqrt()
         # A channel may be the same in all images.
@@ -1898,10 +1895,7 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
         config[name] = getattr(args, name)
 
     # Try it on the smallest images, without memory or arithmetic.
-    smallest = size
-    if args.sizes:
-        epochs = range(1, args.epochs + 1)
-        smallest = [min(side_in_epoch(args, epoch, size[1]) for epoch in epochs)] * 2
+    smallest = [round(min(args.sizes or [1]) * side) for side in size]
     try:
         with torch.device("meta"):
             images = torch.zeros(min(2, args.batch_size), channels, *smallest)
