@@ -1999,10 +1999,9 @@ def take_weights(model: nn.Module, args: Namespace) -> None:
 
     # Take all but the head; torch names the tensors that do not fit.
     if classes != model.config["classes"]:
-        head = f"{head_of(model)[0]}."
-        weights = {name: value for name, value in weights.items() if not name.startswith(head)}
-        own = model.state_dict().items()
-        weights |= {name: value for name, value in own if name.startswith(head)}
+        name, head = head_of(model)
+        new = {f"{name}.{key}": value for key, value in head.state_dict().items()}
+        weights = {key: weights[key] for key in weights if not key.startswith(f"{name}.")} | new
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:

@@ -206,6 +206,13 @@ def test_a_folder_that_has_moved_is_found_with_dataset_and_data_dir(folder, monk
     directory = train(argv, "--stop-after 1")
     Path("p").rename("q")
     assert "are with --dataset" in fails_with_one_line("--resume", directory)
+    before = records.read_record(directory)
+    pictures("other", {"a": 20, "b": 20}, level=1)
+    line = fails_with_one_line("--resume", directory, "--dataset", "other")
+    assert "the file has changed" in line
+    assert records.read_record(directory) == before
+
+    # With the right ones it goes on, whatever was tried before.
     resume(directory, "--dataset q")
     check_same(whole, directory)
 

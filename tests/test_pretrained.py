@@ -158,6 +158,12 @@ def test_the_last_layer_is_new_even_where_the_number_of_classes_agrees():
     directory, *_ = train(f"{RESNET} --freeze --lr 1e-9")
     assert changed(state, best(directory)["weights"]) == {"fc.weight", "fc.bias"}
 
+    # Others have put several layers into its place.
+    layers = {"fc.1.weight": state.pop("fc.weight"), "fc.1.bias": state.pop("fc.bias")}
+    torch.save(state | layers, "weights.pth")
+    directory, *_ = train(f"{RESNET} --freeze --lr 1e-9")
+    assert not changed(state, {name: best(directory)["weights"][name] for name in state})
+
 
 def test_a_file_that_does_not_fit_is_refused_with_the_name_of_a_tensor():
     """Whoever gave the wrong file is told what is wrong in it, before anything is made."""
