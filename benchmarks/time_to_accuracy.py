@@ -16,10 +16,12 @@ Then it judges: is our mean accuracy above --target (one-sided t-test)? Do the t
 (Welch's test)? And what part of the other's seconds are ours: geometric mean of the pairs, and
 Student's 95% interval of its logarithm.
 
-Each run is appended to benchmarks/results/time_to_accuracy.jsonl when it has ended.
+Each run is appended to benchmarks/results/time_to_accuracy.jsonl when it has ended. With --resume
+those that the file already has, of the same code on the same machine, are not run again.
 """
 
 import argparse
+import hashlib
 import json
 import shlex
 import statistics
@@ -29,7 +31,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from measuring import ROOT, alternately, machine, mean_as_text, ratio_as_text, write_result
+from measuring import (
+    ROOT,
+    alternately,
+    here,
+    machine,
+    mean_as_text,
+    ratio_as_text,
+    read_results,
+    write_result,
+)
 
 # isort: split
 import common
@@ -61,7 +72,8 @@ def measure_ours(recipe: list[str], seed: int) -> dict:
 def measure_reference(command: str, seed: int) -> dict:
     """A run of the other implementation."""
     printed, wall = timed([*shlex.split(command), str(seed)])
-    return json.loads(printed.strip().splitlines()[-1]) | {"wall": wall}
+    last = json.loads(printed.strip().splitlines()[-1])
+    return {"accuracy": last["accuracy"], "seconds": last["seconds"], "wall": wall}
 
 
 def judge(target: float | None, results: dict[str, list[dict]]) -> None:
@@ -84,6 +96,7 @@ def main(argv: list[str]) -> dict:
     parser.add_argument("--seeds", type=count, default=5, help="runs of each, seeds from 0")
     parser.add_argument("--target", type=part, help="the accuracy that our mean is to exceed")
     parser.add_argument("--against", metavar="COMMAND", help="of a reference implementation")
+    parser.add_argument("--resume", action="store_true", help="repeat nothing that was measured")
     parser.add_argument("recipe", nargs=argparse.REMAINDER, help="training script and its flags")
     args = parser.parse_args(argv)
     if not args.recipe:
@@ -91,13 +104,21 @@ def main(argv: list[str]) -> dict:
     if "--no-test" in args.recipe:
         parser.error("--no-test: the accuracy is that of the test set")
 
-    # Run both, and keep what came out.
+    # Run both, and keep what came out. Results of different code are not of one table.
     about = {"recipe": args.recipe, "threads": torch.get_num_threads()}
+    code = b"".join(Path(ROOT, name).read_bytes() for name in ("common.py", args.recipe[0]))
+    before = read_results("time_to_accuracy") if args.resume else []
 
     def measure(name, seed):
         ours = name == "ours"
+        key = about | {"implementation": name, "seed": seed}
+        if ours:
+            key["code"] = hashlib.sha256(code).hexdigest()
+        for row in before:
+            if (key | here()).items() <= row.items():
+                return row
         row = measure_ours(args.recipe, seed) if ours else measure_reference(args.against, seed)
-        write_result("time_to_accuracy", about | {"implementation": name, "seed": seed} | row)
+        write_result("time_to_accuracy", key | row)
         return row
 
     names = ["ours", args.against] if args.against else ["ours"]
