@@ -604,8 +604,12 @@ class Search(Namespace):
             yield dict(zip(self.parameters, values, strict=True))
 
     def effective(self, params: dict) -> dict:
-        """The parameters without those that have no effect beside the others."""
-        return parse_trial(self, params)[1] if self.has_idle else params
+        """The parameters without those that have no effect beside the others. All of them where
+        the script refuses these values: the trial then fails, and says why."""
+        if self.has_idle:
+            with contextlib.suppress(UsageError):
+                return parse_trial(self, params)[1]
+        return params
 
     def trial(self, number: int, params: dict) -> FrozenTrial:
         """A trial that is to wait in the study. Its place in the search is its attribute `trial`;

@@ -371,6 +371,19 @@ def test_a_search_whose_configurations_are_used_up_ends_and_draws_them(method, d
         assert len(cells) == 6
 
 
+@pytest.mark.parametrize("method", ["grid", "random"])
+def test_values_that_the_script_refuses_together_fail_their_trial_alone(method):
+    """Also where another parameter is without effect in some trials, so that the script is asked
+    about each before it runs."""
+    refusal = """    if {"--k=2", "--x=0.2"} <= {*argv}:
+        parser.error("too much")
+"""
+    change("    return parser.parse_args(argv)\n", refusal + IDLE)
+    search(f"--method {method} --param k=1,2 --param x=0.1,0.2 --count 3 --jobs 2")
+    assert sorted(column("status")) == ["failed", "finished", "finished"]
+    assert "the script ended with exit status 2" in column("error")
+
+
 def test_a_search_of_another_seed_or_of_more_trials_is_refused_and_more_may_follow():
     argv = "--method bayes --param k=1,2,3 --seed 4294967296"
     search(f"{argv} --count 2")
