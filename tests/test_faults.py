@@ -252,6 +252,7 @@ def test_a_checkpoint_of_another_run_or_version_or_half_of_one_is_refused(interr
     for damaged, message in (
         (record | {"format": 1}, "is not of this version"),
         ({"format": 2}, f"is damaged: it has no {', '.join(sorted(records.RECORD))}"),
+        (record | {"data": None}, "is damaged: it has no checksum, name, selection, train, val"),
     ):
         records.write_json(R / "run.json", damaged)
         check_one_line(Forked(*DENSE_RESUME).finish(), f"runs/r/run.json {message}", status=2)
