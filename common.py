@@ -755,8 +755,11 @@ class ImageSet:
     def mean_and_std(self) -> tuple[list[float], list[float]]:
         """Per channel, of the values in [0, 1], from exact sums of the bytes."""
         count = math.prod(self.pixels.shape[2:]) * len(self)
-        total = sum(images.sum((0, 1, 2)) for images in self.chunks())
-        squares = sum((images.long() ** 2).sum((0, 1, 2)) for images in self.chunks())
+        total, squares = torch.zeros(2, self.pixels.shape[1], dtype=torch.int64)
+        for images in self.chunks():
+            values = images.flatten(0, 2).long()
+            total += values.sum(0)
+            squares += (values**2).sum(0)
         mean = total.double() / count
         std = (squares.double() / count - mean**2).sqrt()
         # A channel may be the same in all images.
@@ -1103,7 +1106,7 @@ def list_files(source: Path, root: Path, quiet: bool = True) -> list[File]:
 
 
 def complete_parts(files: list[File], classes: list[str], args: Namespace) -> None:
-    """Look which classes each part has. Where no images test or validate, have a tenth of each
+    """See to it that every class is trained. Where no images test or validate, have a tenth of each
     class test.
 
     These are the files whose paths have the lowest hashes. So a new file changes one at most.
@@ -1114,7 +1117,7 @@ def complete_parts(files: list[File], classes: list[str], args: Namespace) -> No
         found = {file.label for file in files if file.part == part}
         absent = ", ".join(name for name in classes if name not in found)
         if absent and part == "train":
-            raise RunError(f"{args.dataset}: train has no images of {absent}, but others have")
+            raise RunError(f"{args.dataset}: train has no images of {absent}, but another part has")
         if absent and found:
             say(f"{part} has no images of {absent}; its figures are over the others", args.quiet)
 
@@ -1895,7 +1898,10 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
         config[name] = getattr(args, name)
 
     # Try it on the smallest images, without memory or arithmetic.
-    smallest = [round(min(args.sizes or [1]) * side) for side in size]
+    smallest = size
+    if args.sizes:
+        epochs = range(1, args.epochs + 1)
+        smallest = [min(side_in_epoch(args, epoch, size[1]) for epoch in epochs)] * 2
     try:
         with torch.device("meta"):
             images = torch.zeros(min(2, args.batch_size), channels, *smallest)

@@ -1361,8 +1361,8 @@ def export(args: Namespace) -> dict:
         "transparent pixels": "on white",
     }
 
-    # Export it, and have the result answer: to one image, and to a batch. They are noise of rising
-    # contrast, as a model may be sure of all that has much of it.
+    # Export it, and have the result answer: to one image, and to a batch. The images are noise,
+    # from faint to strong: of strong noise a model may be so sure that no difference would show.
     contrast = torch.linspace(0, 255, CHECKED_IMAGES).view(-1, 1, 1, 1)
     noise = torch.rand(CHECKED_IMAGES, *shape, generator=common.generator_for("export"))
     images = (noise * contrast).byte()

@@ -190,6 +190,7 @@ def interruptible() -> Iterator[None]:
 
 
 # ------------------------ The run directory ------------------------
+# What run.json has to have, and its part `data`.
 RECORD = {"name", "script", "args", "status", "error", "started", "seconds", "seed", "precision"}
 RECORD |= {"threads", "data", "parameters", "epochs", "best", "test"}
 DATA = {"name", "selection", "train", "val", "checksum"}

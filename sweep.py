@@ -604,8 +604,8 @@ class Search(Namespace):
             yield dict(zip(self.parameters, values, strict=True))
 
     def effective(self, params: dict) -> dict:
-        """The parameters without those that have no effect beside the others. All of them where
-        the script refuses these values: the trial then fails, and says why."""
+        """The parameters without those that have no effect beside the others; all of them where
+        the script refuses these values, and so will fail the trial."""
         if self.has_idle:
             with contextlib.suppress(UsageError):
                 return parse_trial(self, params)[1]
@@ -888,10 +888,12 @@ def find_directory(search: Search) -> None:
     search.directory = search.resume or search.runs_dir / (search.name or common.new_name("sweep"))
     search.machine = f"{socket.gethostname()}:{search.directory}" if search.storage else ""
     name = shown(search.directory)
+    if search.resume and not search.resume.is_dir():
+        raise UsageError(f"--resume {name}: there is no such directory")
     if not search.storage and not (search.directory / "study.journal").exists():
         if search.resume:
             hint = "for a shared sweep give its --storage again"
-            raise UsageError(f"--resume {name}: there is no study.journal; {hint}")
+            raise UsageError(f"--resume {name}: it has no study.journal; {hint}")
         if any(search.directory.glob("[!.]*")):
             raise UsageError(f"--name {search.name}: {name} exists, and is no sweep")
 

@@ -52,6 +52,12 @@ def read_results(name: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def find_result(name: str, key: dict) -> dict | None:
+    """The last row with all the values of `key`, of this machine and this torch."""
+    wanted = {**key, **here()}.items()
+    return next((row for row in reversed(read_results(name)) if wanted <= row.items()), None)
+
+
 def in_a_process(function: Callable, *arguments: Any) -> Any:
     """What a function of a script gives in a new process, which has computed nothing before."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

@@ -15,7 +15,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from measuring import here, mean_as_text, read_results, write_result
+from measuring import find_result, mean_as_text, read_results, write_result
 
 # isort: split
 import common
@@ -101,8 +101,7 @@ def main() -> int:
     for net in () if args.table else args.nets:
         for seed in args.seeds:
             for mended in TRAININGS[net]:
-                key = {"net": net, "mended": list(mended), "seed": seed, **here()}
-                if not any(key.items() <= row.items() for row in read_results("mistakes")):
+                if not find_result("mistakes", {"net": net, "mended": list(mended), "seed": seed}):
                     measure(net, mended, seed, args)
     print_table()
     return 0

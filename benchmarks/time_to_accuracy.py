@@ -34,11 +34,10 @@ from pathlib import Path
 from measuring import (
     ROOT,
     alternately,
-    here,
+    find_result,
     machine,
     mean_as_text,
     ratio_as_text,
-    read_results,
     write_result,
 )
 
@@ -107,18 +106,16 @@ def main(argv: list[str]) -> dict:
     # Run both, and keep what came out. Results of different code are not of one table.
     about = {"recipe": args.recipe, "threads": torch.get_num_threads()}
     code = b"".join(Path(ROOT, name).read_bytes() for name in ("common.py", args.recipe[0]))
-    before = read_results("time_to_accuracy") if args.resume else []
 
     def measure(name, seed):
         ours = name == "ours"
         key = about | {"implementation": name, "seed": seed}
         if ours:
             key["code"] = hashlib.sha256(code).hexdigest()
-        for row in before:
-            if (key | here()).items() <= row.items():
-                return row
-        row = measure_ours(args.recipe, seed) if ours else measure_reference(args.against, seed)
-        write_result("time_to_accuracy", key | row)
+        row = args.resume and find_result("time_to_accuracy", key)
+        if not row:
+            row = measure_ours(args.recipe, seed) if ours else measure_reference(args.against, seed)
+            write_result("time_to_accuracy", key | row)
         return row
 
     names = ["ours", args.against] if args.against else ["ours"]

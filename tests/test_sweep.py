@@ -611,8 +611,8 @@ def test_a_directory_holds_one_search_and_never_another():
         ("--resume runs/s --param x=1,2", "leave out --param"),
         ("--resume runs/s -- --x=1", "leave out --x=1"),
         ("--resume runs/s -- elsewhere", "leave out elsewhere"),
-        ("--resume runs", "runs: there is no study.journal"),
-        ("--resume none", "none: there is no study.journal"),
+        ("--resume runs", "no study.journal"),
+        ("--resume none", "none: there is no such directory"),
     ):
         with refused(match=expected):
             sweep.main(argv.split())
