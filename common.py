@@ -364,8 +364,9 @@ def owners_of_options() -> dict[str, dict]:
 
 def build(table: dict, entry: str, values: dict) -> Callable:
     """The entry of a table with its options as they are in `values`."""
-    names = [name for name in options_of(table[entry]) if values.get(name) is not None]
-    return functools.partial(table[entry], **{name: values[name] for name in names})
+    names = options_of(table[entry])
+    options = {name: values[name] for name in names if values.get(name) is not None}
+    return functools.partial(table[entry], **options)
 
 
 # What may differ when a run goes on: where it runs, how it reports, and how long. Never what it
@@ -1074,11 +1075,6 @@ def listing_of(directory: Path, record: dict) -> Path | None:
     return path
 
 
-def listing_of_search(args: Namespace) -> bytes:
-    """The content of a search's data.csv. Each trial cuts the training images in two. RunError."""
-    return as_csv(read_files(args, PARTS))
-
-
 def census(source: str, listing: Path | None) -> dict:
     """What a folder or a CSV file holds to train on: how many `images` of how many `classes`, how
     many of the `rarest`, and how many pixels their `side` has: the shorter one, the median of a
@@ -1088,7 +1084,8 @@ def census(source: str, listing: Path | None) -> dict:
 
     files = list_files(listing or Path(source), folder_of(source))
     files = [file for file in files if file.part == "train"]
-    counts, sides = Counter(file.label for file in files), [0]
+    counts = Counter(file.label for file in files)
+    sides = []
     for file in files[:: math.ceil(len(files) / 100) or 1]:
         with contextlib.suppress(Exception), Image.open(file.path) as image:
             sides.append(min(image.size))  # what cannot be read is told when all are read
@@ -1096,7 +1093,7 @@ def census(source: str, listing: Path | None) -> dict:
         "images": len(files),
         "classes": len(counts),
         "rarest": min(counts.values(), default=0),
-        "side": statistics.median(sides[1:] or sides),
+        "side": statistics.median(sides or [0]),
     }
 
 
@@ -1234,7 +1231,7 @@ def in_natural_order(name):
     return [int(word) if place % 2 else word for place, word in enumerate(words)], name
 
 
-def image_files(folder: Path, skipped: Counter | None = None) -> list[Path]:
+def image_files(folder: Path, skipped: Counter) -> list[Path]:
     """The image files in and below `folder`, in natural order. `skipped` counts the endings of the
     other files. OSError."""
 
@@ -1248,7 +1245,7 @@ def image_files(folder: Path, skipped: Counter | None = None) -> list[Path]:
             ending = Path(name).suffix.lower()
             if ending in endings:
                 found.append(Path(here, name))
-            elif skipped is not None:
+            else:
                 skipped[ending or "without ending"] += 1
     return sorted(found, key=lambda path: [in_natural_order(part) for part in path.parts])
 
@@ -1729,19 +1726,16 @@ class Whitening(nn.Conv2d):
             nn.init.zeros_(self.bias)
 
     @torch.no_grad()
-    def learn(self, images: Tensor, smallest: float = 5e-4) -> None:
-        """Take the filters from `images` [N, C, H, W], normalised as in training.
-
-        `smallest` is added to each eigenvalue, so that directions in which the patches hardly vary
-        are not blown up.
-        """
+    def learn(self, images: Tensor) -> None:
+        """Take the filters from `images` [N, C, H, W], normalised as in training."""
         covariance, patches = 0, 0
         for some in images.split(500):
             some = F.unfold(some, self.kernel_size).transpose(1, 2).flatten(0, 1)
             covariance += some.T @ some
             patches += len(some)
         eigenvalues, eigenvectors = torch.linalg.eigh((covariance / patches).cpu().double())
-        filters = (eigenvectors / (eigenvalues + smallest).sqrt()).T
+        # The constant keeps directions in which the patches hardly vary from being blown up.
+        filters = (eigenvectors / (eigenvalues + 5e-4).sqrt()).T
         filters = filters.reshape(-1, *self.weight.shape[1:])
         self.weight.copy_(torch.cat([filters, -filters]))
 
@@ -2105,7 +2099,7 @@ def make_criterion(args: Namespace, train_set: ImageSet) -> Callable:
     return lambda logits, labels: (loss(logits + margins, labels), weights[labels])
 
 
-def orthogonalize(matrices: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
     """`matrices` [B, M, N] with their singular values made about 1, but for those far below the
     largest.
 
@@ -2164,9 +2158,10 @@ def adam(weights, lr, precision, weight_decay=0.0, kind=torch.optim.Adam):
 
 def sgd(weights, lr, precision, momentum=0.9, weight_decay=0.0):
     """torch's SGD with Nesterov momentum."""
-    decay, nesterov = weight_decay, momentum > 0
     return [
-        torch.optim.SGD(weights, lr, momentum, weight_decay=decay, nesterov=nesterov, fused=True)
+        torch.optim.SGD(
+            weights, lr, momentum, weight_decay=weight_decay, nesterov=momentum > 0, fused=True
+        )
     ]
 
 
@@ -2235,9 +2230,10 @@ TABLES: dict[str, dict] = {"model": MODELS, "loss": LOSSES, "optimizer": OPTIMIZ
 # ------------------------ Train and evaluate for one epoch ------------------------
 def finite(loss):
     """The value of a loss. FloatingPointError: the training has diverged."""
-    if not math.isfinite(loss.item()):
-        raise FloatingPointError(f"the loss became {loss.item()}")
-    return loss.item()
+    value = loss.item()
+    if not math.isfinite(value):
+        raise FloatingPointError(f"the loss became {value}")
+    return value
 
 
 class AverageMeter:
@@ -2248,6 +2244,7 @@ class AverageMeter:
         self.loss_sum, self.weight_sum, self.correct = torch.zeros(3, device=device).unbind()
         self.images = 0
 
+    @torch.no_grad()
     def update(self, losses: Tensor, weights: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Take up a batch: `losses`, `weights` and `labels` [B], `logits` [B, K]."""
         self.loss_sum += (losses * weights).sum()
@@ -2303,7 +2300,7 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, bar) -> Ave
 
         # Take note of the batch. The loss is shown only when the bar has just been drawn anew, as
         # it has to be read from the device.
-        meter.update(losses.detach(), weights, logits.detach(), labels)
+        meter.update(losses, weights, logits, labels)
         was_drawn = bar.update()
         if was_drawn:
             bar.set_postfix(loss=f"{meter.loss:.4f}", refresh=False)
