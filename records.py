@@ -49,8 +49,8 @@ class RunError(Exception):
 def say(line: str, quiet: bool = False, needed: bool = False) -> None:
     """Print a line for a person, unless `quiet`.
 
-    An output that takes no more (`| head -1`, a full disk) does not end a run. A full disk is an
-    OSError where the line is what is `needed`, and not news of a run.
+    An output that takes no more (`| head -1`, a full disk) does not end a run. But where the line
+    is what was asked for (`needed`), a full disk is an OSError.
     """
     if quiet:
         return
@@ -163,8 +163,10 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
 
 def is_locked(path):
     """Whether another process holds the lock on the file `path`."""
+    if not path.exists():
+        return False
     try:
-        with locked(path) if path.exists() else contextlib.nullcontext():
+        with locked(path):
             return False
     except RunError:
         return True
@@ -194,8 +196,8 @@ def interruptible() -> Iterator[None]:
 RECORD = {"name", "script", "args", "status", "error", "started", "seconds", "seed", "precision"}
 RECORD |= {"threads", "data", "parameters", "epochs", "best", "test"}
 DATA = {"name", "selection", "train", "val", "checksum"}
-NOT_RECORDED = {"script", "argv", "typed", "directory", "listing", "resume", "quiet"}
-NOT_RECORDED |= {"stop_after"}
+# The arguments that it leaves out.
+NOT_RECORDED = {"script", "argv", "typed", "directory", "listing", "resume", "quiet", "stop_after"}
 
 
 def read_record(directory: Path) -> dict:
@@ -224,9 +226,9 @@ def utc_now():
 
 def environment(args):
     """Where a run is computed: the part of run.json that a continuation writes anew."""
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run([*command, "--exclude=*"], capture_output=True, text=True)
+        done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
         git = done.stdout.strip() or None  # None: no checkout
     except OSError:  # no git
         git = None
@@ -278,8 +280,8 @@ def already_done(args: Namespace) -> dict | None:
 def asks_for_more(args, record):
     """Whether a run that was stopped early is to go on: with more epochs, or more patience."""
     before = record["args"]
-    has_patience = args.tolerance == 0 or args.tolerance > before["tolerance"]
-    return has_patience or args.epochs > before["epochs"]
+    has_more_patience = args.tolerance == 0 or args.tolerance > before["tolerance"]
+    return has_more_patience or args.epochs > before["epochs"]
 
 
 def last_epoch(args):
@@ -294,9 +296,12 @@ class Run:
     """
 
     def __init__(self, directory: Path):
-        self.directory, self.record, self.history = directory, read_record(directory), []
+        self.directory = directory
+        self.record = read_record(directory)
+        self.history = []
         self.keep = self.record["args"].get("keep", "best")  # older runs have none
-        self.status, self.wandb = "failed", None
+        self.status = "failed"
+        self.wandb = None
         self.began = time.perf_counter() - self.record["seconds"]
 
     def write_record(self, **changes):
@@ -314,13 +319,14 @@ class Run:
 
     def write_results(self, parts):
         """Write what follows from last.pt: best.pt, where it is a new best, log.jsonl, run.json."""
-        best, path = None, self.directory / "best.pt"
+        best = None
         if self.history:
             row = min(self.history, key=lambda row: row["val_loss"])
             if self.keep == "last":
                 row = self.history[-1]
             best = {name: row[name] for name in ("epoch", "val_loss", "val_acc")}
             best["temperature"] = parts["model"].config["temperature"]
+        path = self.directory / "best.pt"
         if best and (best != self.record["best"] or not path.exists()):
             weights = {"weights": parts["early_stopping"].best_weights}
             save_checkpoint(path, parts["model"].config | best | weights)
@@ -441,9 +447,11 @@ def open_run(args: Namespace, model: torch.nn.Module, data: Any) -> Iterator[Run
                 yield run
             status = run.status
         except KeyboardInterrupt as interruption:
-            status, error = "interrupted", str(interruption) or "SIGINT"
+            status = "interrupted"
+            error = str(interruption) or "SIGINT"
         except FloatingPointError as reason:
-            status, error = "diverged", f"{reason} in epoch {len(run.history) + 1}"
+            status = "diverged"
+            error = f"{reason} in epoch {len(run.history) + 1}"
         except BaseException as failure:
             error = f"{type(failure).__name__}: {failure}"
             with contextlib.suppress(RunError):  # the disk may have failed: tell the first error
@@ -487,7 +495,8 @@ def start_wandb(args, run):
 
     # A run that goes on does so in its own W&B run, which no run of the same name elsewhere shares.
     # In a W&B sweep the agent has named it.
-    name, named = run.record["name"], {}
+    name = run.record["name"]
+    named = {}
     if "WANDB_SWEEP_ID" not in os.environ:
         started = re.sub("[^0-9]", "", run.record["started"])
         named = {"id": f"{name}-{started}"[-128:], "resume": "allow"}
