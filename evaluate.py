@@ -57,21 +57,31 @@ if TYPE_CHECKING:  # matplotlib takes long to import, so it waits until somethin
 def parse_arguments(argv: list[str] | None = None) -> Namespace:
     """The flags of this script. Exits with status 2 on a bad one."""
     parser = common.ArgumentParser(prog="evaluate.py", description=__doc__)
-    path, index, count = common.given_path, common.number(int, 0), common.number(int, 1)
+    path = common.given_path
+    index = common.number(int, 0)
+    count = common.number(int, 1)
     parser.add_argument(
         "runs", nargs="+", type=path, metavar="RUN", help="run directory; several: compare"
     )
 
-    def flag(*usage_kind_and_text, **more):
-        common.add_flag(group, *usage_kind_and_text, **more)
+    def flag(usage, kind, text, **more):
+        common.add_flag(group, usage, kind, text, **more)
 
     group = parser.add_argument_group("what is evaluated")
-    text = "which images; of several runs, which predictions"
-    flag("--split", ("test", "val", "train"), text, default="test")
+    flag(
+        "--split",
+        ("test", "val", "train"),
+        "which images; of several runs, which predictions",
+        default="test",
+    )
     flag("--data-dir DIR", common.absolute_path, "where the data are now (as in training)")
     flag("--tta", common.TTA, "test-time augmentation, beside the plain figures (the run's own)")
-    text = "auto: a GPU where there is one"
-    flag("--device", ("auto", "cpu", "cuda", "mps"), text, default="auto")
+    flag(
+        "--device",
+        ("auto", "cpu", "cuda", "mps"),
+        "auto: a GPU where there is one",
+        default="auto",
+    )
 
     group = parser.add_argument_group("what comes out")
     flag("--out DIR", path, "directory for the files (the run's; of several runs the one above)")
@@ -92,8 +102,11 @@ def parse_arguments(argv: list[str] | None = None) -> Namespace:
     flag("--top K", count, "with --predict: the K likeliest classes of each image (1)")
     group = group.add_mutually_exclusive_group()
     flag("--predict PATH", path, "classify image files, and those in folders", nargs="+")
-    text = "write the model, preprocessing included, as model.onnx or model.pt2"
-    flag("--export", tuple(EXPORTS), text)
+    flag(
+        "--export",
+        tuple(EXPORTS),
+        "write the model, preprocessing included, as model.onnx or model.pt2",
+    )
 
     args = parser.parse_args(argv)
     if args.top and not args.predict:
@@ -126,8 +139,8 @@ class Trained:
 
     def test(self, images: ImageSet, tta: str | None = None) -> tuple[common.AverageMeter, Tensor]:
         """Loss and accuracy of the images, and the logits [N, K], float32, on the CPU."""
-        images, config = images.to(self.device), self.config
-        loader = common.evaluation_loader(images, config["batch_size"], config)
+        images = images.to(self.device)
+        loader = common.evaluation_loader(images, self.config["batch_size"], self.config)
         meter, logits = common.evaluate(self.model, loader, self.autocast, common.plain_loss, tta)
         return meter, logits.cpu()
 
@@ -173,9 +186,9 @@ def load_trained(directory: Path, args: Namespace) -> Trained:
     common.keep_freed_memory(device)
     autocast = common.autocast_to(device, precision)
 
-    # Build the model around its weights; older runs have no temperature.
+    # Build the model around its weights. Older runs lack the first two.
     path = directory / "best.pt"
-    config = {"temperature": 1.0, **records.load_checkpoint(path)}
+    config = {"temperature": 1.0, "resize": "stretch", **records.load_checkpoint(path)}
     try:
         weights = config.pop("weights")
         model = common.build_model(config)
@@ -194,17 +207,24 @@ def load_images(trained: Trained, split: str, asked: Namespace) -> ImageSet:
     RunError where they are missing, or are others.
     """
     # What the run says of them, and where they are now.
-    directory, record, where = trained.directory, trained.record, shown(trained.directory)
+    directory = trained.directory
+    record = trained.record
+    where = shown(directory)
     args = Namespace(**record["args"])
-    args.script, args.typed, args.quiet = record["script"], set(), asked.quiet
-    args.directory, args.listing = directory, common.listing_of(directory, record)
-    args.test, args.device = True, "cpu"
+    args.script = record["script"]
+    args.typed = set()
+    args.quiet = asked.quiet
+    args.directory = directory
+    args.listing = common.listing_of(directory, record)
+    args.test = True
+    args.device = "cpu"
     args.data_dir = asked.data_dir or Path(args.data_dir)
     if asked.data_dir and args.dataset not in common.DATASETS:
         args.dataset = str(asked.data_dir)
 
     # Are they there? Those of a dataset with a name would be downloaded.
-    synthetic, place = None, common.place_of_images(args)
+    synthetic = None
+    place = common.place_of_images(args)
     if place and not place.is_dir():
         raise RunError(f"the images of {where} are not in {place}; say where with --data-dir DIR")
     if args.dataset == "synthetic":
@@ -278,7 +298,8 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     # What the model answers, image by image.
     meter, logits = trained.test(images)
     answers = answer_table(trained, images, logits)
-    confidence, correct = answers.predicted_probability, answers["class"] == answers.predicted
+    confidence = answers.predicted_probability
+    correct = answers["class"] == answers.predicted
 
     # The figures. Each float gets a line in the table of results.
     names = images.classes
@@ -313,18 +334,18 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     sample = answers.sample(min(args.sample, len(answers)), random_state=0)
     wrong = answers[~correct]
     worst = wrong.nlargest(SHOWN_IMAGES, "predicted_probability")
-    title = f"All {len(wrong)} mistakes, the most confident first"
+    heading = f"All {len(wrong)} mistakes, the most confident first"
     if len(wrong) > len(worst):
-        title = f"The {len(worst)} most confident of {len(wrong):,} mistakes"
-    mistakes = gallery(title, images, worst)
+        heading = f"The {len(worst)} most confident of {len(wrong):,} mistakes"
+    mistakes = gallery(heading, images, worst)
     galleries = {
         "predictions": gallery("A random sample: class and confidence", images, sample),
         "mistakes": mistakes,
     }
     seen = grad_cam(trained, mistakes.pixels, logits.argmax(1)[list(worst.index)])
     if seen is not None:
-        title = "Grad-CAM: where the model saw what it took them for"
-        galleries["gradcam"] = mistakes._replace(title=title, pixels=seen)
+        heading = "Grad-CAM: where the model saw what it took them for"
+        galleries["gradcam"] = mistakes._replace(title=heading, pixels=seen)
     if images.files:
         verdict = "the model finds unlikely"
         if args.split == "train":
@@ -341,7 +362,8 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
 def answer_table(trained: Trained, images: ImageSet, logits: Tensor) -> DataFrame:
     """A row for each image: its `file` as in data.csv, or its index, its `class` and the
     `probability` of that, the `predicted` class and its probability."""
-    names, labels = np.array(images.classes), images.labels
+    names = np.array(images.classes)
+    labels = images.labels
     probabilities = trained.probabilities(logits)
     confidence, predicted = probabilities.max(1)
     return DataFrame(
@@ -386,7 +408,9 @@ def class_metrics(confusion: DataFrame) -> DataFrame:
 
     What would divide by zero is NaN; so a class without images counts in no mean.
     """
-    correct, support, predicted = np.diag(confusion), confusion.sum(axis=1), confusion.sum()
+    correct = np.diag(confusion)
+    support = confusion.sum(axis=1)
+    predicted = confusion.sum()
     recall = correct / support
     classes = {
         "support": support,
@@ -461,12 +485,13 @@ def grad_cam(trained: Trained, images: Tensor, classes: Tensor) -> Tensor | None
     maps, heatmaps = [], []
 
     def catch(layer, inputs, output):
-        # What follows gets a copy, as a ReLU may work in place. A convolution that cuts the image
-        # into patches, as a transformer's does, gives no map.
-        is_map = isinstance(layer, nn.Conv2d) and min(output.shape[2:]) > 1
-        if is_map and not layer.kernel_size == layer.stride != (1, 1):
-            maps.append(output)
-            return output.clone()
+        # A convolution that cuts the image into patches, as a transformer's does, gives no map.
+        # What follows gets a copy, as a ReLU may work in place.
+        if isinstance(layer, nn.Conv2d) and min(output.shape[2:]) > 1:
+            cuts_patches = layer.stride == layer.kernel_size != (1, 1)
+            if not cuts_patches:
+                maps.append(output)
+                return output.clone()
 
     # Weigh it, eight images at a time, as the gradients of all take much memory.
     image_set = ImageSet(images, classes, trained.config["classes"]).to(trained.device)
@@ -552,14 +577,19 @@ def shorten(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
+def label_epochs(axis, label: str) -> None:
+    """Prepare the axes of curves of `label` over epochs."""
+    axis.set(xlabel="epoch", ylabel=label)
+    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
+    axis.grid(alpha=0.3)
+
+
 def curves_axes(figure):
     """Two axes, of loss and of accuracy, over epochs."""
-    axes = figure.subplots(1, 2)
-    for axis, label in zip(axes, ("loss per image", "accuracy"), strict=True):
-        axis.set(xlabel="epoch", ylabel=label)
-        axis.locator_params(axis="x", integer=True, min_n_ticks=1)
-        axis.grid(alpha=0.3)
-    axes[1].yaxis.set_major_formatter("{x:.1%}")
+    losses, accuracies = axes = figure.subplots(1, 2)
+    label_epochs(losses, "loss per image")
+    label_epochs(accuracies, "accuracy")
+    accuracies.yaxis.set_major_formatter("{x:.1%}")
     return axes
 
 
@@ -574,12 +604,13 @@ def plot_history(axes, directory: Path, part: str, **look) -> None:
 
 def draw_history(trained: Trained) -> Figure:
     """Loss and accuracy of training and validation, epoch by epoch."""
-    record, best, directory = trained.record, trained.config, trained.directory
+    record = trained.record
+    best = trained.config
     about = f"{record['args']['model']} on {shorten(Path(record['data']['name']).name, 30)}"
     figure = new_figure(11, 4.2, f"{shorten(record['name'], 60)}: {about}")
     axes = curves_axes(figure)
-    plot_history(axes, directory, "train", color=ORANGE, linestyle="--", label="training")
-    plot_history(axes, directory, "val", color=BLUE, label=record["data"]["selection"])
+    plot_history(axes, trained.directory, "train", color=ORANGE, linestyle="--", label="training")
+    plot_history(axes, trained.directory, "val", color=BLUE, label=record["data"]["selection"])
     for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
         # best.pt's figures, not run.json's: they are of these weights, also after a kill.
         label = f"{record['args']['keep']}: {best['epoch']}"
@@ -627,7 +658,8 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
     }
 
     # Inches for names and numbers. The more classes there are, the smaller are their names.
-    names, places = metrics["classes"]["name"].map(shorten), range(len(counts))
+    names = metrics["classes"]["name"].map(shorten)
+    places = range(len(counts))
     side = min(2 + 0.25 * len(names), 13)
     look = {"labels": names, "fontsize": min(10, 60 * side / len(names))}
     figure = new_figure(3 * side + 7, side + 3, title)
@@ -650,7 +682,8 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
 
 def draw_gallery(images: Gallery, title: str) -> Figure:
     """Images as they were before normalisation, framed where the model is wrong."""
-    columns, height = 8, 1.3  # of a cell of width 1
+    columns = 8
+    height = 1.3  # of a cell of width 1
     rows = math.ceil(len(images.captions) / columns) or 1
     figure = new_figure(11.6, 1.9 * rows + 0.9, f"{title}\n{images.title}")
     axis = figure.subplots()  # one for all: forty take seconds
@@ -722,10 +755,14 @@ def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
     # The tiles; of one channel or in colour, eight in a row.
     weight = layer.weight.detach().float().cpu()
     filters, channels, height, width = weight.shape
-    extreme, channel = weight.abs().max().item() or 1.0, args.channel or 0
-    columns, tiles, about = 8, weight[:, [channel]], f"input channel {channel}"
+    extreme = weight.abs().max().item() or 1.0
+    channel = args.channel or 0
+    columns = 8
+    tiles = weight[:, [channel]]
+    about = f"input channel {channel}"
     if args.all_kernels:
-        columns, tiles = channels, weight.reshape(-1, 1, height, width)
+        columns = channels
+        tiles = weight.reshape(-1, 1, height, width)
         about = "a row a filter, a column a channel"
     elif args.channel is None and channels == 3:
         tiles = weight / (2 * extreme) + 0.5
@@ -869,7 +906,9 @@ def publish(args: Namespace, page: Path, figures: dict, files: dict, content: di
     """Write the page, with the `content` of as_page, and into its directory the figures, the
     galleries and the other files. Print for a person what is on the page."""
     # The pictures, and what may have a wrong label.
-    title, remarks, galleries = content["title"], content["remarks"], content["galleries"]
+    title = content["title"]
+    remarks = content["remarks"]
+    galleries = content["galleries"]
     figures |= {name: draw_gallery(images, title) for name, images in galleries.items()}
     pictures = {name: render(figure) for name, figure in figures.items()}
     if "suspects" in galleries:
@@ -896,7 +935,9 @@ def place_of(run: Path, split: str) -> Path:
 
 def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> None:
     """Put an evaluation into files, on one page and on the screen."""
-    trained, metrics, record = found.trained, found.metrics, found.trained.record
+    trained = found.trained
+    metrics = found.metrics
+    record = trained.record
     content = {
         "title": found.title,
         "remarks": remarks_on(trained, figures),
@@ -918,7 +959,8 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
 def results_of(metrics: dict) -> DataFrame:
     """The numbers among the metrics, and the intervals that they have. Those of averaged views come
     first, as the test's accuracy in run.json is theirs."""
-    rows, averaged = [], metrics.get("tta", {})
+    rows = []
+    averaged = metrics.get("tta", {})
     views = f" with test-time augmentation, {averaged.get('views')}"
     unfitted = "temperature|before" if metrics["temperature"] == 1 else "^$"
     for figures, more in ((averaged, views), (metrics, "")):
@@ -939,8 +981,10 @@ def most_confused(answers: DataFrame) -> DataFrame:
 
 def remarks_on(trained: Trained, figures: dict) -> list[str]:
     """What is to be known before the figures of a run are believed."""
-    record, where, remarks = trained.record, shown(trained.directory), []
+    record = trained.record
+    remarks = []
     if record["status"] not in ENDED:
+        where = shown(trained.directory)
         remarks.append(f"{where}: {record['status']} after {record['epochs']} epochs")
     if record["data"]["selection"] == "test set":
         remarks.append("the test set validated (--val-size 0), which flatters its figures")
@@ -1043,7 +1087,8 @@ def compare(args: Namespace) -> DataFrame:
         "tables": tables,
         "galleries": galleries,
     }
-    out, figures = args.out or args.runs[0].parent, {"compare": draw_comparison(runs)}
+    out = args.out or args.runs[0].parent
+    figures = {"compare": draw_comparison(runs)}
     publish(args, out / "compare.html", figures, {}, content)
     return runs.drop(columns=["record", "equal", "val_images"])
 
@@ -1098,8 +1143,8 @@ def rank_and_pair(runs: DataFrame, split: str) -> tuple[DataFrame, list[str]]:
         # Compare with a run that was validated on the same images as most. One without an epoch
         # has nothing to compare.
         counts = part.val_images.map(part.val_images.value_counts(dropna=False))
-        most = counts.where(part.val_loss.notna(), 0).idxmax()
-        why_not = functools.partial(common.why_not_comparable, part.record[most])
+        reference = counts.where(part.val_loss.notna(), 0).idxmax()
+        why_not = functools.partial(common.why_not_comparable, part.record[reference])
         part["not_ranked"] = [why_not(run, "val_acc") or None for run in part.record]
         ranked = part[part.not_ranked.isna() & part.val_loss.notna()]
 
@@ -1122,7 +1167,8 @@ def average(groups: Any, argument: str) -> DataFrame:
     from scipy.stats import t
 
     count = groups.run.transform("size")
-    names, model = groups.run.transform(", ".join), groups.model.transform("first")
+    names = groups.run.transform(", ".join)
+    model = groups.model.transform("first")
     table = DataFrame({f"{argument}_runs": names, "model": model, f"{argument}s": count})
     start = "" if argument == "seed" else f"{argument}_"
     for name in ("val_acc", "test_acc"):
@@ -1172,7 +1218,8 @@ def read_evaluation(run: Any, split: str) -> Series:
         raise RunError("trained on since the evaluation")
 
     # Read it. A class may be called NA.
-    path, columns = directory / "predictions.csv", ["file", "class", "predicted"]
+    path = directory / "predictions.csv"
+    columns = ["file", "class", "predicted"]
     plain = {"dtype": str, "keep_default_na": False, "encoding_errors": "surrogateescape"}
     try:
         answers = read_csv(path, usecols=columns, **plain)
@@ -1253,10 +1300,13 @@ def classify(args: Namespace) -> dict:
     """
     # What is to be classified.
     trained = load_trained(args.runs[0], args)
-    top, most = args.top or 1, len(trained.config["classes"])
+    top = args.top or 1
+    most = len(trained.config["classes"])
     if top > most:
         raise UsageError(f"--top {top}: the model has {most} classes")
-    files, skipped, unreadable = [], Counter(), Counter()
+    files = []
+    skipped = Counter()
+    unreadable = Counter()
     for path in args.predict:
         files += common.image_files(path, skipped) if path.is_dir() else [path]
 
@@ -1287,10 +1337,12 @@ def likeliest_classes(
     """The `top` likeliest classes of each file, likeliest first. Those that cannot be read are
     named on stderr, and `unreadable` counts their endings."""
     # Decode as many at a time as there are cores, to the pixels of training.
-    (channels, side, _), resize = trained.config["image_shape"], trained.config.get("resize")
-    more = side, channels == 1, resize or "stretch"  # older runs have no way to the square
+    channels, side, _ = trained.config["image_shape"]
+    resize = trained.config["resize"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        decoded = [pool.submit(common.read_image, file, *more) for file in files]
+        decoded = [
+            pool.submit(common.read_image, file, side, channels == 1, resize) for file in files
+        ]
 
     # Leave out what cannot be read.
     readable, pixels = [], []
@@ -1306,7 +1358,8 @@ def likeliest_classes(
 
     # Classify the others.
     _, logits = trained.test(trained.as_images(torch.stack(pixels)))
-    likeliest, classes = trained.probabilities(logits).topk(top), trained.config["classes"]
+    likeliest = trained.probabilities(logits).topk(top)
+    classes = trained.config["classes"]
     return [
         {"file": file, "class": classes[label], "probability": probability.item()}
         for file, probabilities, labels in zip(readable, *likeliest, strict=True)
@@ -1340,7 +1393,8 @@ def export(args: Namespace) -> dict:
     # The model, as others compute it: nothing is dropped.
     args.device = "cpu"
     trained = load_trained(args.runs[0], args)
-    config, shape = trained.config, trained.config["image_shape"]
+    config = trained.config
+    shape = config["image_shape"]
     net = common.build_model(config | {"always_dropout": False})
     net.load_state_dict(trained.model.state_dict())
     model = nn.Sequential(
@@ -1357,7 +1411,7 @@ def export(args: Namespace) -> dict:
         "image_shape": shape,
         "mode": "L" if shape[0] == 1 else "RGB",
         "resize": "bilinear, antialiased, as Pillow's Image.resize",
-        "square": config.get("resize", "stretch"),
+        "square": config["resize"],
         "transparent pixels": "on white",
     }
 
@@ -1377,7 +1431,8 @@ def export(args: Namespace) -> dict:
         )
 
     # Write it.
-    out, name = args.out or trained.directory, EXPORTS[args.export]
+    out = args.out or trained.directory
+    name = EXPORTS[args.export]
     write_files(out, {name: content})
     say(
         f"{shown(out / name)}: uint8 images [N, {', '.join(map(str, shape))}] to probabilities "

@@ -1701,9 +1701,7 @@ def draw_curves(search: Search, board: DataFrame) -> Any:
     title = f"all trials; {best.run}, the best, in colour; x: it did not finish{note}"
     figure = evaluate.new_figure(8, 4.5, title)
     axis = figure.subplots()
-    axis.set(xlabel="epoch", ylabel=search.metric)
-    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axis.grid(alpha=0.3)
+    evaluate.label_epochs(axis, search.metric)
     for number, curve in (search.sign * losses).unstack().items():
         curve = curve.dropna()
         if number == best.trial:
