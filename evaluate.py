@@ -577,11 +577,11 @@ def shorten(name: str, length: int = 24) -> str:
     return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
-def label_epochs(axis, label: str) -> None:
+def label_epochs(ax, label: str) -> None:
     """Prepare the axes of curves of `label` over epochs."""
-    axis.set(xlabel="epoch", ylabel=label)
-    axis.locator_params(axis="x", integer=True, min_n_ticks=1)
-    axis.grid(alpha=0.3)
+    ax.set(xlabel="epoch", ylabel=label)
+    ax.locator_params(axis="x", integer=True, min_n_ticks=1)
+    ax.grid(alpha=0.3)
 
 
 def curves_axes(figure):
@@ -597,8 +597,8 @@ def plot_history(axes, directory: Path, part: str, **look) -> None:
     """Draw loss and accuracy of the `part` train or val of a run."""
     rows = records.read_log(directory) if (directory / "log.jsonl").exists() else []
     epochs = [row["epoch"] for row in rows]
-    for axis, name in zip(axes, ("loss", "acc"), strict=True):
-        (line,) = axis.plot(epochs, [row[f"{part}_{name}"] for row in rows], marker=".", **look)
+    for ax, name in zip(axes, ("loss", "acc"), strict=True):
+        (line,) = ax.plot(epochs, [row[f"{part}_{name}"] for row in rows], marker=".", **look)
     line.sticky_edges.y.append(1)  # the axis of accuracies ends at 100%
 
 
@@ -611,14 +611,14 @@ def draw_history(trained: Trained) -> Figure:
     axes = curves_axes(figure)
     plot_history(axes, trained.directory, "train", color=ORANGE, linestyle="--", label="training")
     plot_history(axes, trained.directory, "val", color=BLUE, label=record["data"]["selection"])
-    for axis, name in zip(axes, ("val_loss", "val_acc"), strict=True):
+    for ax, name in zip(axes, ("val_loss", "val_acc"), strict=True):
         # best.pt's figures, not run.json's: they are of these weights, also after a kill.
         label = f"{record['args']['keep']}: {best['epoch']}"
-        axis.plot(best["epoch"], best[name], "k*", markersize=13, label=label)
+        ax.plot(best["epoch"], best[name], "k*", markersize=13, label=label)
         if record["status"] == "stopped_early":
             last = record["epochs"]
-            axis.axvline(last, color="black", linestyle=":", label=f"early stop: {last}")
-        axis.legend()
+            ax.axvline(last, color="black", linestyle=":", label=f"early stop: {last}")
+        ax.legend()
     return figure
 
 
@@ -628,18 +628,18 @@ def draw_classes(metrics: dict, title: str) -> Figure:
     classes = metrics["classes"].query("support > 0").sort_values("accuracy", kind="stable")
     places = range(len(classes))
     figure = new_figure(8, 2 + 0.2 * len(classes), title)
-    axis = figure.subplots()
-    axis.barh(places, classes.accuracy, color=BLUE)
-    axis.hlines(places, *zip(*classes.accuracy_interval, strict=True), color="black")
+    ax = figure.subplots()
+    ax.barh(places, classes.accuracy, color=BLUE)
+    ax.hlines(places, *zip(*classes.accuracy_interval, strict=True), color="black")
     everything = f"all images: {metrics['accuracy']:.2%}"
-    axis.axvline(metrics["accuracy"], color="black", linestyle="--", label=everything)
+    ax.axvline(metrics["accuracy"], color="black", linestyle="--", label=everything)
 
     # Names and percentages.
     accuracies = classes.accuracy.map("  {:.1%}".format)
-    axis.set_yticks(places, classes["name"].map(shorten) + accuracies, fontsize=8)
-    axis.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1))
-    axis.xaxis.set_major_formatter("{x:.0%}")
-    axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
+    ax.set_yticks(places, classes["name"].map(shorten) + accuracies, fontsize=8)
+    ax.set(xlabel="accuracy within the class (recall), with 95% interval", xlim=(0, 1))
+    ax.xaxis.set_major_formatter("{x:.0%}")
+    ax.legend(loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure
 
 
@@ -665,18 +665,18 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
     figure = new_figure(3 * side + 7, side + 3, title)
 
     # Draw each. The square root shows the errors beside a diagonal that is many times larger.
-    for axis, (heading, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+    for ax, (heading, values) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         norm = PowerNorm(0.5, 0, None if values is counts else 100)
-        image = axis.imshow(values, cmap=colormap("Blues"), norm=norm)
-        bar = figure.colorbar(image, ax=axis, fraction=0.046, format="{x:,.0f}")
+        image = ax.imshow(values, cmap=colormap("Blues"), norm=norm)
+        bar = figure.colorbar(image, ax=ax, fraction=0.046, format="{x:,.0f}")
         bar.locator = MaxNLocator(6, integer=True)
-        axis.set_xticks(places, rotation=90, **look)
-        axis.set_yticks(places, **look)
-        axis.set(title=heading, xlabel="predicted class", ylabel="actual class")
+        ax.set_xticks(places, rotation=90, **look)
+        ax.set_yticks(places, **look)
+        ax.set(title=heading, xlabel="predicted class", ylabel="actual class")
         for (row, column), value in values.stack().dropna().items() if len(names) <= 20 else ():
             text = f"{value:.1f}".removesuffix(".0")
             colour = "white" if norm(value) > 0.6 else "black" if value else "silver"
-            axis.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+            ax.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     return figure
 
 
@@ -686,29 +686,29 @@ def draw_gallery(images: Gallery, title: str) -> Figure:
     height = 1.3  # of a cell of width 1
     rows = math.ceil(len(images.captions) / columns) or 1
     figure = new_figure(11.6, 1.9 * rows + 0.9, f"{title}\n{images.title}")
-    axis = figure.subplots()  # one for all: forty take seconds
-    axis.set_axis_off()
+    ax = figure.subplots()  # one for all: forty take seconds
+    ax.set_axis_off()
     are_wrong = images.answers["class"] != images.answers.predicted
     shown_ones = zip(images.pixels, images.captions, are_wrong, strict=False)
     for place, (pixels, words, is_wrong) in enumerate(shown_ones):
         # The image, and a frame around it.
         left, top = place % columns + 0.05, place // columns * height + 0.35
-        draw_image(axis, pixels, extent=(left, left + 0.9, top + 0.9, top))
+        draw_image(ax, pixels, extent=(left, left + 0.9, top + 0.9, top))
         colour = ORANGE if is_wrong else "black"
         if is_wrong:
-            axis.bar(left, 0.9, 0.9, top, align="edge", fill=False, edgecolor=colour, linewidth=3)
+            ax.bar(left, 0.9, 0.9, top, align="edge", fill=False, edgecolor=colour, linewidth=3)
 
         # The words above it; the names of files differ at their ends.
         lines = "\n".join(shorten(line[-23:]) for line in words.splitlines())
-        axis.text(left + 0.45, top - 0.04, lines, ha="center", fontsize=7, color=colour)
-    axis.set(xlim=(0, columns), ylim=(rows * height, 0))
+        ax.text(left + 0.45, top - 0.04, lines, ha="center", fontsize=7, color=colour)
+    ax.set(xlim=(0, columns), ylim=(rows * height, 0))
     return figure
 
 
-def draw_image(axis, pixels: Tensor, vmin: float = 0, vmax: float = 255, **options):
+def draw_image(ax, pixels: Tensor, vmin: float = 0, vmax: float = 255, **options):
     """An image [1 or 3, H, W] on an axis, pixel by pixel; NaN is white."""
-    axis.set_axis_off()
-    return axis.imshow(pixels.permute(1, 2, 0).numpy(), vmin=vmin, vmax=vmax, **options)
+    ax.set_axis_off()
+    return ax.imshow(pixels.permute(1, 2, 0).numpy(), vmin=vmin, vmax=vmax, **options)
 
 
 def draw_calibration(metrics: dict, title: str) -> Figure:
@@ -739,15 +739,15 @@ def draw_calibration(metrics: dict, title: str) -> Figure:
     return figure
 
 
-def draw_tiles(axis, tiles: Tensor, columns: int, label: str, **scale) -> None:
+def draw_tiles(ax, tiles: Tensor, columns: int, label: str, **scale) -> None:
     """`tiles` [N, 1 or 3, H, W] in rows of `columns`: in colour, or with a scale beside them."""
     from torchvision.utils import make_grid
 
     channels = tiles.shape[1]
     sheet = make_grid(tiles, columns, padding=1, pad_value=1 if channels == 3 else math.nan)
-    image = draw_image(axis, sheet[:channels], **scale)
+    image = draw_image(ax, sheet[:channels], **scale)
     if channels == 1:
-        axis.figure.colorbar(image, ax=axis, label=label, fraction=0.04)
+        ax.figure.colorbar(image, ax=ax, label=label, fraction=0.04)
 
 
 def draw_filters(name: str, layer: nn.Conv2d, args: Namespace) -> Figure:
@@ -801,7 +801,8 @@ def draw_activations(found: Evaluation, name: str, layer: nn.Conv2d, index: int)
 
 
 # ------------------------ Write ------------------------
-CLASS = ["name", "support", "accuracy", "precision", "f1"]  # the columns of the table of classes
+CLASS_COLUMNS = ["name", "support", "accuracy", "precision", "f1"]
+
 # How a number is written, by the first of these patterns that is found in its name.
 FORMATS = {
     "mid_p": ".3g",
@@ -928,7 +929,7 @@ def publish(args: Namespace, page: Path, figures: dict, files: dict, content: di
     say("\n".join(lines), args.quiet or args.csv or args.json)
 
 
-def place_of(run: Path, split: str) -> Path:
+def directory_of(run: Path, split: str) -> Path:
     """The directory of what is made of a split of a run."""
     return run if split == "test" else run / split
 
@@ -943,7 +944,7 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
         "remarks": remarks_on(trained, figures),
         "tables": {
             "Results": results_of(metrics),
-            "Classes": for_people(metrics["classes"][CLASS]),
+            "Classes": for_people(metrics["classes"][CLASS_COLUMNS]),
             "Most confused": for_people(most_confused(found.answers)),
         },
         "galleries": found.galleries,
@@ -952,7 +953,7 @@ def write(found: Evaluation, figures: dict[str, Figure], args: Namespace) -> Non
     }
     # Last comes metrics.json, which says of what the other files are.
     files = {"predictions.csv": as_csv(found.answers), "metrics.json": f"{as_json(metrics)}\n"}
-    out = args.out or place_of(trained.directory, args.split)
+    out = args.out or directory_of(trained.directory, args.split)
     publish(args, out / "report.html", figures, files, content)
 
 
@@ -983,7 +984,7 @@ def remarks_on(trained: Trained, figures: dict) -> list[str]:
     """What is to be known before the figures of a run are believed."""
     record = trained.record
     remarks = []
-    if record["status"] not in ENDED:
+    if record["status"] not in COMPLETED:
         where = shown(trained.directory)
         remarks.append(f"{where}: {record['status']} after {record['epochs']} epochs")
     if record["data"]["selection"] == "test set":
@@ -994,7 +995,7 @@ def remarks_on(trained: Trained, figures: dict) -> list[str]:
 
 
 # ------------------------ Compare runs ------------------------
-ENDED = ("finished", "stopped_early")
+COMPLETED = ("finished", "stopped_early")
 # What two runs may differ in, and still be equal but for the seed and the fold.
 ELSEWHERE = {"seed", "fold", "threads", "device", "run_name", "runs_dir", "data_dir", "wandb"}
 ELSEWHERE |= {"wandb_project", "mean", "std"}
@@ -1020,7 +1021,7 @@ COMPARED = {
     "test.plain_acc": "plain_test_acc",
     "data.val_checksum": "val_images",
 }
-PAIR = [
+PAIR_COLUMNS = [
     "pair_with",
     "pair_images",
     "pair_only_this_right",
@@ -1039,12 +1040,12 @@ def compare(args: Namespace) -> DataFrame:
     """
     # Measure.
     runs, remarks = rank_and_pair(measure_runs(args), args.split)
-    once = runs[runs.status.isin(ENDED)].drop_duplicates(["equal", "seed", "fold"])
+    once = runs[runs.status.isin(COMPLETED)].drop_duplicates(["equal", "seed", "fold"])
     paired = runs.dropna(subset="pair_with")
     tables = {
         "Runs": for_people(runs.loc[:, :"status"]),
         "Where they differ": different_flags(runs),
-        f"Image by image, {args.split} images": for_people(paired[["run", *PAIR]]),
+        f"Image by image, {args.split} images": for_people(paired[["run", *PAIR_COLUMNS]]),
     }
     for argument, other in (("seed", "fold"), ("fold", "seed")):
         means = average(once.groupby(["equal", other]), argument)
@@ -1076,7 +1077,7 @@ def compare(args: Namespace) -> DataFrame:
                 remarks.append(f"wrong labels are not looked for: {error}")
                 continue
             confusion = confusion_of(answers, images.classes)
-            tables["Classes, over all folds"] = for_people(class_metrics(confusion)[CLASS])
+            tables["Classes, over all folds"] = for_people(class_metrics(confusion)[CLASS_COLUMNS])
             verdict = "a run that was not trained on them finds unlikely"
             galleries["suspects"] = find_suspects(answers, images, verdict)
 
@@ -1201,8 +1202,8 @@ def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
             one, other = int((right > best_right).sum()), int((right < best_right).sum())
             figures = paired_difference(one, other, len(right))
             values = best_run, len(right), one, other, *figures
-            rows[run.Index] = dict(zip(PAIR, values, strict=True))
-    columns = [*PAIR, "not_paired"]
+            rows[run.Index] = dict(zip(PAIR_COLUMNS, values, strict=True))
+    columns = [*PAIR_COLUMNS, "not_paired"]
     return DataFrame(list(rows.values()), list(rows), columns, object)  # counts stay whole numbers
 
 
@@ -1210,7 +1211,7 @@ def read_evaluation(run: Any, split: str) -> Series:
     """Of each image that a run was evaluated on whether it was right. An image goes by its file and
     the checksum of all. RunError says why they are of no use."""
     # Was it evaluated with the weights that it has now?
-    directory = place_of(Path(run.run), split)
+    directory = directory_of(Path(run.run), split)
     if not (directory / "metrics.json").exists():
         raise RunError(f"not evaluated on the {split} images")
     metrics = records.read_json(directory / "metrics.json")
@@ -1465,7 +1466,7 @@ def convert(model: nn.Module, images: Tensor, metadata: dict, kind: str) -> tupl
 
 
 # ------------------------ Main ------------------------
-def evaluate(args: Namespace) -> dict:
+def evaluate_run(args: Namespace) -> dict:
     """Evaluate one run; return its metrics. UsageError, RunError."""
     # --layer, --channel and --image are looked at before the work.
     trained = load_trained(args.runs[0], args)
@@ -1493,7 +1494,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     # What people are to see is printed and written by now; a program gets the figures alone.
     are_several = len(args.runs) > 1
-    result = compare(args) if are_several else evaluate(args)
+    result = compare(args) if are_several else evaluate_run(args)
     if args.json:
         say(as_json(result))
     elif args.csv:

@@ -102,7 +102,8 @@ def main(argv: list[str] | None = None) -> dict:
                 retry(search)
 
             # Run the trials that are left, and say what came out.
-            lines, stopped = lines_of(search, trials_of(search)), None
+            stopped = None
+            lines = lines_of(search, trials_of(search))
             write_lines(search, lines)
             search.before = len(lines)
             if not is_over(search, lines):
@@ -144,7 +145,9 @@ def build_parser() -> common.ArgumentParser:
     usage = "sweep.py [flags] [-- FLAGS]"
     parser = common.ArgumentParser(prog="sweep.py", description=__doc__, usage=usage)
     parser.add_argument("--bands", type=json.loads, help=SUPPRESS)  # of a config's early_terminate
-    count, whole, path = common.number(int, 1), common.number(int, 0), common.absolute_path
+    count = common.number(int, 1)
+    whole = common.number(int, 0)
+    path = common.absolute_path
 
     def flag(usage, kind, text, default=None):
         common.add_flag(group, usage, kind, text, default=default)
@@ -173,7 +176,7 @@ def build_parser() -> common.ArgumentParser:
     flag("--seed N", whole, "seed of the drawn parameters, and of every training", 42)
     flag(
         "--seeds K",
-        number_of_seeds,
+        seeds_or_count,
         "train each configuration with K seeds, or with these, as in 50,60; their mean decides",
         1,
     )
@@ -206,14 +209,18 @@ def build_parser() -> common.ArgumentParser:
         "with --storage: a machine that is silent for so long is taken for dead",
         120,
     )
-    engines = "auto", "local", "wandb"
-    flag("--engine", engines, "auto: W&B for bayes where an API key is configured", "auto")
+    flag(
+        "--engine",
+        ("auto", "local", "wandb"),
+        "auto: W&B for bayes where an API key is configured",
+        "auto",
+    )
     flag("--sweep-id ID", str, "take trials from this W&B sweep, with its script and its flags")
     flag("--wandb-project NAME", str, "where W&B files the sweep", "image-classifiers")
     return parser
 
 
-def number_of_seeds(text: str) -> int | list[int]:
+def seeds_or_count(text: str) -> int | list[int]:
     """An argparse `type`: how many seeds, or which, as in 50,60."""
     seeds = [common.number(int, 0)(word) for word in text.split(",")]
     if len({*seeds}) < len(seeds):
@@ -231,9 +238,11 @@ PLACES = {"--dataset", "--data-dir", "--weights"}
 
 def parse_arguments(argv: list[str]) -> "Search":
     """The search that is asked for; with --resume the study has most of it. UsageError."""
-    parser, cut = build_parser(), argv.index("--") if "--" in argv else len(argv)
+    parser = build_parser()
+    cut = argv.index("--") if "--" in argv else len(argv)
     words, flags = argv[:cut], argv[cut + 1 :]
-    given, search = names_of(words), parser.parse_args(words)
+    given = names_of(words)
+    search = parser.parse_args(words)
     if "--grace" in given and not search.storage:
         raise UsageError("--grace has no effect without --storage")
     if search.resume:
@@ -289,7 +298,8 @@ def split_places(flags: list[str]) -> tuple[list[str], list[str]]:
 
 def place(text: str) -> str:
     """The absolute path of a file or folder that is here; a name, and any other text, as it is."""
-    path, is_name = Path(text).expanduser().absolute(), text in (*common.DATASETS, "imagenet", "")
+    path = Path(text).expanduser().absolute()
+    is_name = text in (*common.DATASETS, "imagenet", "")
     return str(path) if path.exists() and not is_name else text
 
 
@@ -484,7 +494,8 @@ def as_entry(spec: str) -> dict:
 def make_parameter(entry: dict) -> Parameter:
     """A parameter from an entry of W&B's schema. ValueError."""
     # The distribution, and whether it has its keys and no others.
-    given, whole = dict(entry), all(type(value) is int for value in entry.values())
+    given = dict(entry)
+    whole = all(type(value) is int for value in entry.values())
     keys = {"value": "constant", "values": "categorical"}
     kinds = [keys[key] for key in given if key in keys] or ["int_uniform" if whole else "uniform"]
     kind = str(given.pop("distribution", kinds[0]))
@@ -512,12 +523,15 @@ def make_parameter(entry: dict) -> Parameter:
 def make_range(entry: dict, kind: str, given: dict) -> Parameter:
     """A range of numbers: all, whole ones, or the multiples of a step. ValueError."""
     # The bounds and the step.
-    low, high, step = numbers = [scalar(str(given.get(key, 1))) for key in ("min", "max", "q")]
+    numbers = [scalar(str(given.get(key, 1))) for key in ("min", "max", "q")]
     if not all(type(number) in (int, float) and abs(number) < 1e15 for number in numbers):
         raise ValueError("the bounds and the step must be finite numbers")
+    low, high, step = numbers
     if kind == "log_uniform":
         low, high = math.exp(min(low, 99)), math.exp(min(high, 99))
-    whole, steps, log = kind == "int_uniform", "q" in given, "log" in kind
+    whole = kind == "int_uniform"
+    steps = "q" in given
+    log = "log" in kind
     hint = "log_uniform takes exponents of e; log_uniform_values takes the bounds themselves"
     narrow = not (whole or steps) and high - low < 1e-3 * abs(high)
     for is_wrong, text in (
@@ -686,7 +700,8 @@ def check_flags(search: Search) -> None:
             raise UsageError(f"{word} is searched: leave it out of the flags after --")
     if "--no-prune" in search.given:
         search.bands = None
-    asked, prunes = search.goal, search.prune or search.bands
+    asked = search.goal
+    prunes = search.prune or search.bands
     search.goal = METRICS.get(search.metric, None if search.is_ours else asked)
     metric = f"--metric {search.metric}: "
     known = "expected val_loss, val_acc, or that of a script of your own with its --goal"
@@ -708,7 +723,8 @@ def check_flags(search: Search) -> None:
 def check_trials(search: Search) -> None:
     """Ask the script about the ends of each parameter, or each of its words. UsageError."""
     # A parameter is left out where it has no effect; somewhere it needs to have one.
-    trials, kept = [], set()
+    trials = []
+    kept = set()
     for params in search.corners():
         args, effective = parse_trial(search, params)
         search.has_idle |= effective.keys() != params.keys()
@@ -797,13 +813,16 @@ def parse_trial(search: Search, params: dict) -> tuple[Namespace, dict]:
 def check_data(search: Search) -> tuple[str, bytes | None]:
     """Look at the data before the first trial: their checksum, and of images from files the content
     of the data.csv that all trials read. UsageError where something is missing."""
-    module, known = load_script(search.script), search.directory / "data.csv"
+    module = load_script(search.script)
+    known = search.directory / "data.csv"
     args, _ = parse_trial(search, search.corners()[0])
     is_searched = "dataset" in search.parameters  # then each trial looks at its own
     if is_searched or not hasattr(module, "synthetic") or args.dataset == "synthetic":
         return "", None
     common.search_directory = search.directory
-    args.directory, args.quiet, args.device = search.directory, search.quiet, "cpu"
+    args.directory = search.directory
+    args.quiet = search.quiet
+    args.device = "cpu"
     try:
         if args.dataset in common.TORCHVISION:
             return common.load_data(args, module.synthetic, ("train", "val")).train.checksum, None
@@ -905,7 +924,8 @@ def open_study(search: Search) -> None:
     """Open the study of a search, or make it. What it keeps of the search becomes that of
     `search`, or must be the same. UsageError, RunError."""
     # A sweep that has moved keeps the name of its study.
-    name, held = shown(search.directory), {}
+    name = shown(search.directory)
+    held = {}
     try:
         storage = open_storage(search)
         names = optuna.get_all_study_names(storage)
@@ -938,7 +958,8 @@ def open_study(search: Search) -> None:
 
 def take_over(search: Search, held: dict) -> None:
     """Go on with the search that a study holds. UsageError where that is another one."""
-    name, count = shown(search.directory), search.count or 0
+    name = shown(search.directory)
+    count = search.count or 0
     for key in () if search.resume else search.SAME:
         if getattr(search, key) != held[key]:
             text = f"{name} is another search: its {key} is {held[key]}"
@@ -976,8 +997,8 @@ def lines_of(search: Search, trials: list[FrozenTrial]) -> list[dict]:
     directory beside that file, with the machine before it where that is another."""
     ended = [trial for trial in trials if trial.state.is_finished()]
     ended.sort(key=lambda trial: trial.datetime_complete)
-    lines, here = [trial.user_attrs["line"] for trial in ended], f"{search.machine}/"
-    return [{**line, "run": line["run"].removeprefix(here)} for line in lines]
+    lines = [trial.user_attrs["line"] for trial in ended]
+    return [{**line, "run": line["run"].removeprefix(f"{search.machine}/")} for line in lines]
 
 
 # ------------------------ Keeping workers at work ------------------------
@@ -998,9 +1019,15 @@ def run_trials(search: Search, lines: list[dict]) -> str | None:
     multiprocessing.forkserver.ensure_running()
     signal.signal(signal.SIGINT, handler)
     workers: dict = {}
-    told, codes, pause = {line["trial"] for line in lines}, set(), 1 if search.storage else 0.2
-    form, hidden = "{desc} |{bar}| {elapsed}<{remaining}", search.quiet or None
-    bar = tqdm(total=search.total, bar_format=form, leave=False, disable=hidden)
+    told = {line["trial"] for line in lines}
+    codes = set()
+    pause = 1 if search.storage else 0.2
+    bar = tqdm(
+        total=search.total,
+        bar_format="{desc} |{bar}| {elapsed}<{remaining}",
+        leave=False,
+        disable=search.quiet or None,
+    )
     try:
         with bar, records.interruptible():
             while codes != {0} and not is_over(search, lines):  # 0: found nothing more to do
@@ -1072,7 +1099,8 @@ def wait_for_trials(search: Search) -> list[FrozenTrial]:
 def is_over(search: Search, lines: list[dict]) -> bool:
     """Whether no trial is to begin any more: all have ended, one has come to the --target, or the
     last ones have failed."""
-    best, target = search.best_of(lines), search.target
+    best = search.best_of(lines)
+    target = search.target
     is_good = None not in (best, target) and search.sign * best <= search.sign * target
     return is_good or len(lines) >= search.total or bool(failed_in_a_row(search, lines))
 
@@ -1088,11 +1116,12 @@ def show(bar: tqdm, search: Search, trials: list[FrozenTrial], lines: list[dict]
     """Show how far the search is; the bar also moves while trials run."""
     epochs = [trial.last_step or 0 for trial in trials if trial.state == TrialState.RUNNING]
     bar.n = len(lines) + sum(epochs) / (search.epochs or math.inf)
-    text, best = f"{len(lines)} of {search.total} trials", search.best_of(lines)
+    text = f"{len(lines)} of {search.total} trials"
+    best = search.best_of(lines)
     if epochs:
         text += f", epoch {' and '.join(map(str, epochs))} of {search.epochs or '?'}"
     if best is not None:
-        text += f", best {as_text(best, search.metric)}"
+        text += f", best {value_as_text(best, search.metric)}"
     bar.set_description_str(text)
 
 
@@ -1111,7 +1140,7 @@ def how_to_mend(search: Search) -> str:
     return f"see {log}; when that is mended, go on with: {go_on}"
 
 
-def as_text(value: Any, name: str) -> str:
+def value_as_text(value: Any, name: str) -> str:
     """A value for a person. A parameter, or a metric of one's own, is as it is."""
     if value is None or value != value:
         return "-"
@@ -1124,7 +1153,7 @@ def line_as_text(line: dict, search: Search) -> str:
     """A line of trials.jsonl for the screen."""
     params = " ".join(f"{name}={value}" for name, value in line["params"].items())
     end = f"{line['status']} after {counted(line['epochs'], 'epoch')}"
-    value = f"{search.metric} {as_text(line[search.metric], search.metric)}"
+    value = f"{search.metric} {value_as_text(line[search.metric], search.metric)}"
     return f"trial {line['trial']}  {end}  {value}  {params}  {line['error'] or ''}".rstrip()
 
 
@@ -1135,8 +1164,8 @@ def counted(number: int, what: str) -> str:
 
 # ------------------------ A worker ------------------------
 # The way of a trial: `take` makes it, with the parameters that `propose` gives, or finds one that
-# was left, and calls `claim`. `run` has the script train it (`train`) and keeps its line in the
-# study. `write_lines` writes the lines of all trials.
+# was left, and calls `claim`. `run_trial` has the script train it (`train_trial`) and keeps its
+# line in the study. `write_lines` writes the lines of all trials.
 #
 # A worker may die anywhere, and cleans nothing up: its claim on a trial is a lock that dies with
 # it, and the script has saved the epochs of the trial. Whoever takes the trial next goes on there.
@@ -1163,7 +1192,7 @@ def work(search: Search, gpu: str) -> None:
         search.study = optuna.load_study(study_name=search.study_name, storage=storage)
         with open(search.directory / ".claims", "a") as search.claims:
             while trial := take(search):
-                run(search, trial)
+                run_trial(search, trial)
             if search.sweep_id:
                 run_agent(search)
     except (OptunaError, RunError, KeyboardInterrupt):
@@ -1249,7 +1278,8 @@ def propose(search: Search, trials: list[FrozenTrial]) -> dict | None:
 def release_silent(search: Search, silent: dict[int, float]) -> None:
     """Let the trials wait again of machines that have died. After an outage of the database all
     hearts seem to have stopped: a living machine has a quarter of --grace to be heard."""
-    storage, now = search.study._storage, time.monotonic()
+    storage = search.study._storage
+    now = time.monotonic()
     stale = storage._get_stale_trial_ids(search.study._study_id)
     for trial_id in silent.keys() - set(stale):
         del silent[trial_id]
@@ -1265,7 +1295,8 @@ def machine_of(trial: FrozenTrial) -> str:
 
 def claim(search: Search, trial: FrozenTrial) -> bool:
     """Make a trial this process's own: by a lock on this machine, by its state for the others."""
-    storage, trial_id = search.study._storage, trial._trial_id
+    storage = search.study._storage
+    trial_id = trial._trial_id
     waits = trial.state == TrialState.WAITING
     if not waits and machine_of(trial) != search.machine:
         return False
@@ -1285,16 +1316,18 @@ def claim(search: Search, trial: FrozenTrial) -> bool:
     return True
 
 
-def run(search: Search, trial: FrozenTrial) -> None:
+def run_trial(search: Search, trial: FrozenTrial) -> None:
     """Run a trial, from where it was left. Its line of trials.jsonl is kept with it."""
-    storage, trial_id = search.study._storage, trial._trial_id
-    number, starts = trial.user_attrs["trial"], trial.user_attrs["starts"]
+    storage = search.study._storage
+    trial_id = trial._trial_id
+    number = trial.user_attrs["trial"]
+    starts = trial.user_attrs["starts"]
     directory = search.directory / f"trial-{number:04}"
     try:
         if starts.count(starts[-1]) > 2:  # the third time on this machine, at this epoch
             raise RunError("its process died twice, and came no further")
         with get_heartbeat_thread(trial_id, storage):
-            record = train(search, trial, directory)
+            record = train_trial(search, trial, directory)
     except OptunaError:
         raise  # the database is away, or another machine has ended the trial
     except (Exception, SystemExit) as error:
@@ -1302,7 +1335,8 @@ def run(search: Search, trial: FrozenTrial) -> None:
         record = failure(search, directory, error)
 
     # Its line. What a script of one's own returns may be numbers of numpy's, and the like.
-    status, best = record["status"], record.get("best") or {}
+    status = record["status"]
+    best = record.get("best") or {}
     line = {
         "trial": number,
         "run": f"{search.machine}/{directory.name}".lstrip("/"),
@@ -1329,7 +1363,7 @@ def run(search: Search, trial: FrozenTrial) -> None:
 def failure(search: Search, directory: Path, error: BaseException) -> dict:
     """The record of a trial that an error has ended."""
     if type(error) is Exception and search.sweep_id:  # so W&B's agent stops a run
-        return {**read_record(directory), "status": "pruned", "error": None}
+        return {**record_of_trial(directory), "status": "pruned", "error": None}
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, UsageError | RunError):
         text = str(error)
@@ -1338,11 +1372,11 @@ def failure(search: Search, directory: Path, error: BaseException) -> dict:
     return {"status": "failed", "error": text[:1000]}
 
 
-def train(search: Search, trial: FrozenTrial, directory: Path) -> dict:
+def train_trial(search: Search, trial: FrozenTrial, directory: Path) -> dict:
     """The record of a run, begun or continued. What the script raises, RunError, KeyboardInterrupt
     where it was told to stop."""
-
-    number, reported = trial.user_attrs["trial"], trial.last_step or 0
+    number = trial.user_attrs["trial"]
+    reported = trial.last_step or 0
 
     def on_epoch(row):
         # What was reported before was judged before; but for the last, as a kill may come between.
@@ -1354,7 +1388,8 @@ def train(search: Search, trial: FrozenTrial, directory: Path) -> dict:
         return not search.sweep_id and prunes(search, trials_of(search), number, epoch)
 
     # It may have ended already, before that was written into the study.
-    record, rows = read_record(directory), []
+    record = record_of_trial(directory)
+    rows = []
     with contextlib.suppress(RunError):
         return checked(record, search.metric)
 
@@ -1394,7 +1429,7 @@ def prunes(search: Search, trials: list[FrozenTrial], number: int, epoch: int) -
     return better >= math.ceil(len(best) / search.eta)
 
 
-def read_record(directory: Path) -> dict:
+def record_of_trial(directory: Path) -> dict:
     """run.json of a trial; {} where there is none. RunError where it is damaged."""
     path = directory / "run.json"
     return records.read_json(path) if path.exists() else {}
@@ -1423,18 +1458,19 @@ def choose_engine(search: Search) -> None:
     """Settle whether W&B drives a new search, or Optuna. UsageError, RunError."""
     if search.resume:
         return
-    is_auto, fits_wandb = search.engine == "auto", not search.storage and len(search.seeds) == 1
+    fits_wandb = not search.storage and len(search.seeds) == 1
     if search.sweep_id:
         search.engine = "wandb"
-    elif is_auto and search.method == "bayes" and fits_wandb and search.is_ours:
+    elif search.engine == "auto" and search.method == "bayes" and fits_wandb and search.is_ours:
         key = importlib.util.find_spec("wandb") and records.has_wandb_key(quiet=True)
         search.engine = "wandb" if key else "local"
         name = "W&B, with its API key" if key else "local, Optuna, without an API key of W&B"
         say(f"engine: {name} (--engine chooses)", search.quiet)
-    if search.engine == "wandb" and not fits_wandb:
-        raise UsageError("--storage and --seeds go with --engine local")
-    if search.engine == "wandb" and not search.sweep_id:  # else it has answered already
-        reach_wandb(search)
+    if search.engine == "wandb":
+        if not fits_wandb:
+            raise UsageError("--storage and --seeds go with --engine local")
+        if not search.sweep_id:  # else it has answered already
+            reach_wandb(search)
 
 
 def reach_wandb(search: Namespace) -> None:
@@ -1502,7 +1538,7 @@ def run_agent(search: Search) -> None:
             search.study.add_trial(search.trial(number, params))
             trial = trials_of(search)[number]
             claim(search, trial)
-        run(search, trial)
+        run_trial(search, trial)
 
     os.environ.setdefault("WANDB_DIR", str(search.directory))
     left = search.total - len(trials_of(search))
@@ -1540,7 +1576,8 @@ def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
     """Print and write the leaderboard, the pictures and the best configuration; test the winner of
     a complete sweep. Returns its row, None where no trial has finished."""
     # How many trials have ended, and how.
-    trials, directory = counted(len(lines), "trial"), search.directory
+    trials = counted(len(lines), "trial")
+    directory = search.directory
     remarks = [f"{shown(directory)}: {trials} have ended"]
     failed = sum(line["status"] == "failed" for line in lines)
     if failed:
@@ -1560,16 +1597,17 @@ def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
     texts = DataFrame()
     for name in table:
         kind = search.metric if name in ("mean", "low", "high") else name
-        texts[name] = [as_text(value, kind) for value in table[name]]
+        texts[name] = [value_as_text(value, kind) for value in table[name]]
     tables = {"Trials, best first": texts}
     say("\n".join(evaluate.as_lines(tables)).rstrip(), search.quiet)
 
     # The winner, and its test.
-    best, link = evaluate.as_rows(board)[0], directory / "best"
+    best = evaluate.as_rows(board)[0]
+    link = directory / "best"
     link.unlink(missing_ok=True)
     if best["status"] == "finished":
         command = search.command(best["params"], search.seeds.index(best["seed"]))
-        text = as_text(best[search.metric], search.metric)
+        text = value_as_text(best[search.metric], search.metric)
         remarks += [f"best: {best['run']}, {search.metric} {text}", f"  {command}"]
         if (directory / best["run"]).is_dir():
             link.symlink_to(best["run"])
@@ -1617,7 +1655,7 @@ def cut_off(search: Search, losses: Any) -> tuple[Any, str]:
     which is the best, as the median is.
     """
     limit = losses.min() + 3 * (losses.median() - losses.min())
-    text = as_text(search.sign * limit, search.metric)
+    text = value_as_text(search.sign * limit, search.metric)
     note = f"\nwhat is worse than {text} is drawn at {text}" if losses.max() > limit else ""
     return losses.clip(upper=limit), note
 
@@ -1661,8 +1699,8 @@ def draw_sweep(search: Search, board: DataFrame) -> dict[str, bytes]:
         with matplotlib.rc_context(look), warnings.catch_warnings(action="ignore"):
             draw(seen, target_name=search.metric)
             figure = pyplot.gcf()
-            for axis in figure.axes:
-                axis.tick_params(axis="x", rotation=90 if name == "slices" else 45)
+            for ax in figure.axes:
+                ax.tick_params(axis="x", rotation=90 if name == "slices" else 45)
             if name in ("slices", "parallel"):
                 figure.set_size_inches(4 + 2 * len(search.parameters), 5)
             if name != "importance":
@@ -1692,7 +1730,8 @@ def study_to_draw(search: Search, configurations: Any, values: Any) -> optuna.St
 
 def draw_curves(search: Search, board: DataFrame) -> Any:
     """The metric of all trials, epoch by epoch, as they have reported it."""
-    trials, best = trials_of(search), board.iloc[0]
+    trials = trials_of(search)
+    best = board.iloc[0]
     reports = {trial.user_attrs["trial"]: trial.intermediate_values for trial in trials}
     losses = search.sign * DataFrame(reports).sort_index()
     losses, note = cut_off(search, losses.stack())
@@ -1700,16 +1739,16 @@ def draw_curves(search: Search, board: DataFrame) -> Any:
     finished = {line["trial"] for line in lines if line["status"] == "finished"}
     title = f"all trials; {best.run}, the best, in colour; x: it did not finish{note}"
     figure = evaluate.new_figure(8, 4.5, title)
-    axis = figure.subplots()
-    evaluate.label_epochs(axis, search.metric)
+    ax = figure.subplots()
+    evaluate.label_epochs(ax, search.metric)
     for number, curve in (search.sign * losses).unstack().items():
         curve = curve.dropna()
         if number == best.trial:
-            axis.plot(curve, color=evaluate.ORANGE, linewidth=2.5, zorder=3)
+            ax.plot(curve, color=evaluate.ORANGE, linewidth=2.5, zorder=3)
         else:
-            axis.plot(curve, color="silver", linewidth=1)
+            ax.plot(curve, color="silver", linewidth=1)
         if number not in finished:
-            axis.plot(curve[-1:], "x", color="black", markersize=5)
+            ax.plot(curve[-1:], "x", color="black", markersize=5)
     return figure
 
 
@@ -1722,15 +1761,15 @@ def draw_grid(search: Search, board: DataFrame) -> Any:
     cells = table.pivot(index=down, columns=across, values="loss")
     height, width = cells.shape
     figure = evaluate.new_figure(2.5 + width, 2 + 0.7 * height, search.metric)
-    axis = figure.subplots()
+    ax = figure.subplots()
     worst = cut_off(search, board.loss)[0].max()  # a loss beyond it has its colour
-    axis.imshow(cells, evaluate.colormap("viridis_r"), aspect="auto", vmax=worst)
-    axis.set_xticks(range(width), cells.columns, rotation=45)
-    axis.set_yticks(range(height), cells.index)
-    axis.set(xlabel=across, ylabel=down)
+    ax.imshow(cells, evaluate.colormap("viridis_r"), aspect="auto", vmax=worst)
+    ax.set_xticks(range(width), cells.columns, rotation=45)
+    ax.set_yticks(range(height), cells.index)
+    ax.set(xlabel=across, ylabel=down)
     for (row, column), loss in ndenumerate(cells):
         look = {"ha": "center", "va": "center", "bbox": {"facecolor": "white", "pad": 1.5}}
-        axis.text(column, row, as_text(search.sign * loss, search.metric), **look)
+        ax.text(column, row, value_as_text(search.sign * loss, search.metric), **look)
     return figure
 
 
