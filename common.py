@@ -138,7 +138,7 @@ def absolute_path(text: str) -> Path:
     return Path(os.path.expanduser(given_path(text))).absolute()
 
 
-def dataset(text: str) -> str:
+def dataset_source(text: str) -> str:
     """An argparse `type`: one of DATASETS, or the path of a folder or a CSV file."""
     if text in DATASETS:
         return text
@@ -161,7 +161,7 @@ def weights_source(text: str) -> str:
     return str(path.parent if is_of_run else path)
 
 
-def resize(text: str) -> str:
+def resize_way(text: str) -> str:
     """An argparse `type`: a way to make an image square."""
     if not re.fullmatch(r"stretch|pad|crop(:(1|0?\.\d+):(bilinear|bicubic))?", text):
         raise argparse.ArgumentTypeError(
@@ -190,7 +190,9 @@ def fold(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected K/N, K from 1 to N, as in 1/5, not {text!r}")
 
 
-COUNT, POSITIVE, PART = number(int, 1), number(float, above=0), number(float, 0, below=1)
+COUNT = number(int, 1)
+POSITIVE = number(float, above=0)
+PART = number(float, 0, below=1)
 
 # The help texts of the options of models, losses and optimisers. One that is not here has none.
 OPTIONS = {
@@ -232,7 +234,9 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
 
     group = parser.add_argument_group("used most")
     flag(
-        "--dataset NAME|PATH", dataset, f"{', '.join(DATASETS)}, a folder of images, or a CSV file"
+        "--dataset NAME|PATH",
+        dataset_source,
+        f"{', '.join(DATASETS)}, a folder of images, or a CSV file",
     )
     flag("--recipe", recipes, "set of defaults; --recipe NAME --help shows it", "default")
     flag("--model", MODELS, "architecture: one of these, or any classifier of torchvision")
@@ -252,7 +256,7 @@ def make_parser(  # noqa: PLR0915 (a table of flags)
     flag("--image-size PIXELS", COUNT, "side of the square to which images of files are resized")
     flag(
         "--resize WAY",
-        resize,
+        resize_way,
         "way to the square: stretch the image, pad it with black, or crop its middle; "
         "crop:0.875:bicubic takes this part of the shorter side, with this filter",
         "stretch",
@@ -393,7 +397,8 @@ def parse_arguments(
         if record and record["script"] != name:
             raise UsageError(f"{shown(typed['resume'])} is a run of {record['script']}.py")
         if record:
-            listing, before = listing_of(typed["resume"], record), recorded_arguments(record)
+            listing = listing_of(typed["resume"], record)
+            before = recorded_arguments(record)
         else:
             listing = search_directory and search_directory / "data.csv"
             listing = listing if listing and listing.exists() else None
@@ -409,8 +414,9 @@ def parse_arguments(
 
         # Where, and as what, it is computed.
         args = Namespace(**values)
-        args.data_dir, args.listing = Path(args.data_dir), listing
-        args.device, args.precision = choose_device(args.device, args.precision)
+        args.data_dir = Path(args.data_dir)
+        args.listing = listing
+        args.device, args.precision = choose_device_and_precision(args.device, args.precision)
         args.threads = args.threads or torch.get_num_threads()
         records.check_wandb(args.wandb, args.quiet)
         if record:
@@ -418,17 +424,17 @@ def parse_arguments(
     except (UsageError, RunError) as error:
         parser.error(str(error))
     args.directory = args.resume or args.runs_dir / (args.run_name or new_name(name))
-    args.script, args.argv, args.typed = name, argv, {*typed}
+    args.script = name
+    args.argv = argv
+    args.typed = {*typed}
 
     # Say what follows from a folder.
     if callable(recipes[args.recipe]) and not record:
-        chosen = ((as_flag(name), getattr(args, name)) for name in SAID_OF_A_FOLDER)
+        names = ("model", "image_size", "epochs", "batch_size", "class_weights")
+        chosen = ((as_flag(name), getattr(args, name)) for name in names)
         line = " ".join(f"{flag} {value}" for flag, value in chosen if value is not None)
         say(f"--recipe {args.recipe} for this folder: {line}", args.quiet)
     return args
-
-
-SAID_OF_A_FOLDER = ("model", "image_size", "epochs", "batch_size", "class_weights")
 
 
 def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
@@ -505,7 +511,8 @@ def why_not_comparable(one: dict, other: dict, figure: str) -> str:
 
 def refuse_what_has_no_effect(values, typed):
     """UsageError where what is typed changes nothing."""
-    source, augmented = values["dataset"], values["augment"]
+    source = values["dataset"]
+    augmented = values["augment"]
     # The flags, where they have an effect, and what to say where they have none.
     rules = [
         ({"image_size", "resize", "grey"}, source not in DATASETS, f"with --dataset {source}"),
@@ -561,7 +568,7 @@ def check_resumed(args, recorded, record):
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def choose_device(device: str, precision: str) -> tuple[str, str]:
+def choose_device_and_precision(device: str, precision: str) -> tuple[str, str]:
     """What `auto` means on this machine. UsageError where it lacks the device."""
     # The device.
     available = {
@@ -603,7 +610,7 @@ def keep_freed_memory(device):
         glibc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-def autocast_to(device: str, precision: str) -> Callable:
+def make_autocast(device: str, precision: str) -> Callable:
     """A function that makes the context of a forward pass in `precision`."""
     return functools.partial(
         torch.autocast, device, PRECISIONS[precision], enabled=precision != "fp32"
@@ -697,8 +704,8 @@ class ImageSet:
     """A part of a dataset in memory: the images at `rows` [N] of `pixels`, uint8 [M, C, H, W].
 
     `labels` int64 [N] are indices of `classes`; `files` [N] are those of images from files. The
-    parts of a dataset may share their pixels. The colours of a pixel lie side by side
-    (channels_last), and so they do in a batch, which is an index.
+    parts of a dataset may share their pixels. A batch is some rows of `pixels`, and so has their
+    order in memory, channels_last: the colours of a pixel lie side by side.
     """
 
     pixels: Tensor
@@ -793,8 +800,8 @@ class Data:
         return {**about, "files": self.files, "files_checksum": checksum}
 
     def check(self, known: dict, source: Path | str, directory: Path) -> None:
-        """RunError where the images from `source` are not those of which the run.json in
-        `directory` has `known`."""
+        """RunError where the checksums of the images from `source` are not those in `known`, the
+        part `data` of the run.json in `directory`."""
         for name, checksum in self.about().items():
             if "checksum" in name and checksum and known.get(name) not in (None, checksum):
                 use = "tested" if name == "test_checksum" else "trained"
@@ -841,28 +848,31 @@ def load_data(
         parts |= divide(parts["train"], args, draw="val" not in parts)
 
     # Put the parts together. Of a test set that is not to be read, the files were looked at.
-    files, listing = None, b""
+    files = None
+    listing = b""
     if of_files:
         files = "../data.csv" if args.listing else "data.csv"
-        listing = args.listing.read_bytes() if args.listing else as_csv(parts)
+        listing = args.listing.read_bytes() if args.listing else listing_as_csv(parts)
         say_twins(parts, args.quiet)
     stand_in = parts.get("test") if wanted == PARTS and not args.val_size else None
     val = parts.get("val", stand_in)
     test = parts.get("test") if args.test else None
     data = Data(parts.get("train"), val, test, files, listing)
     if wanted == PARTS:
-        say_census(data, args)
+        announce_data(data, args)
     return data
 
 
-def say_census(data: Data, args: Namespace) -> None:
+def announce_data(data: Data, args: Namespace) -> None:
     """Say what a training is to know of its images. RunError where they are too few."""
     if not data.val or len(data.train) < 2:
         raise RunError(
             f"{args.dataset}: too few images to train and validate with; see --val-size and --fold"
         )
-    classes, counts = data.train.classes, data.train.labels.bincount()
-    rarest, count = counts.argmin(), len(data.train)
+    classes = data.train.classes
+    counts = data.train.labels.bincount()
+    rarest = counts.argmin()
+    count = len(data.train)
     say(
         f"{args.dataset}: {count:,} training, {len(data.val):,} validation and "
         f"{len(data.test or ()):,} test images; "
@@ -883,12 +893,18 @@ def say_census(data: Data, args: Namespace) -> None:
 
 
 def read_named(args, synthetic, wanted):
-    """The training and the test images of one of DATASETS, on --device. A fold has no test."""
+    """The training and the test images of one of DATASETS, on --device.
+
+    None of them has images of its own to validate with, and a fold leaves the test images alone.
+    """
     parts = {}
-    for part in {*wanted} - {"val", "test" if args.fold else None}:
+    for part in wanted:
+        if part == "val" or (part == "test" and args.fold):
+            continue
         key = args.script, args.dataset, args.data_dir, args.device, part
         if key not in images_read:
-            draws, train = args.dataset == "synthetic", part == "train"
+            draws = args.dataset == "synthetic"
+            train = part == "train"
             images = synthetic(train) if draws else read_torchvision(args, train)
             images_read[key] = images.to(args.device)
         parts[part] = images_read[key]
@@ -901,7 +917,8 @@ def divide(images: ImageSet, args: Namespace, draw: bool) -> dict[str, ImageSet]
 
     A fold follows from the names of the images. Without `draw`, none of them validates.
     """
-    count, labels = len(images), images.labels.cpu()
+    count = len(images)
+    labels = images.labels.cpu()
     val = torch.zeros(count, dtype=torch.bool)
     if draw and args.fold:
         # Every n-th of the images validates, with those of a class one after the other.
@@ -962,7 +979,9 @@ def read_torchvision(args, train):
     from torchvision import datasets
 
     # Read it, or download it.
-    name, data_dir, folder = TORCHVISION[args.dataset], args.data_dir, place_of_images(args)
+    name = TORCHVISION[args.dataset]
+    data_dir = args.data_dir
+    folder = place_of_images(args)
     read = functools.partial(getattr(datasets, name), data_dir, train=train)
     try:
         try:
@@ -978,7 +997,8 @@ def read_torchvision(args, train):
         ) from error
 
     # Look at its labels, and have the axes of the images in torch's order.
-    images, labels = torch.as_tensor(dataset.data), torch.as_tensor(dataset.targets)
+    images = torch.as_tensor(dataset.data)
+    labels = torch.as_tensor(dataset.targets)
     if len(images) != len(labels) or labels.min() < 0 or labels.max() >= len(dataset.classes):
         raise RunError(
             f"{shown(folder)}: its labels do not fit its images; "
@@ -997,10 +1017,17 @@ def downloading(args):
 
 # ------------------------ Images from files ------------------------
 COLUMNS = ("file", "class", "part", "sha256")
-PART_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
-PART_NAMES |= {"val": "val", "valid": "val", "validation": "val"}
-PART_NAMES["unused"] = "unused"  # by --limit-train
-HEIF = {".heic", ".heif"}  # the endings of photos from a phone
+# What a folder, or a line of a CSV file, may call each part.
+PART_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validation": "val",
+    "test": "test",
+    "testing": "test",
+    "unused": "unused",  # by --limit-train
+}
 
 
 def read_files(args: Namespace, wanted: tuple) -> dict[str, ImageSet]:
@@ -1024,7 +1051,7 @@ def read_files(args: Namespace, wanted: tuple) -> dict[str, ImageSet]:
             "with images in each"
         )
     if not args.listing:
-        complete_parts(files, classes, args)
+        settle_parts(files, classes, args)
 
     # Look at all that are needed, part by part; they share the pixels.
     files = [file for part in PARTS for file in files if file.part == part and part in wanted]
@@ -1077,8 +1104,8 @@ def listing_of(directory: Path, record: dict) -> Path | None:
 
 def census(source: str, listing: Path | None) -> dict:
     """What a folder or a CSV file holds to train on: how many `images` of how many `classes`, how
-    many of the `rarest`, and how many pixels their `side` has: the shorter one, the median of a
-    hundred images. The data.csv `listing` says which, if there is one. RunError.
+    many of the `rarest`, and `side`, the median of the shorter sides of a hundred images, in
+    pixels. The data.csv `listing` says which images, if there is one. RunError.
     """
     from PIL import Image
 
@@ -1102,7 +1129,7 @@ def list_files(source: Path, root: Path, quiet: bool = True) -> list[File]:
     return read_csv(source, root) if is_csv(source) else list_folder(root, quiet)
 
 
-def complete_parts(files: list[File], classes: list[str], args: Namespace) -> None:
+def settle_parts(files: list[File], classes: list[str], args: Namespace) -> None:
     """See to it that every class is trained. Where no images test or validate, have a tenth of each
     class test.
 
@@ -1119,7 +1146,8 @@ def complete_parts(files: list[File], classes: list[str], args: Namespace) -> No
             say(f"{part} has no images of {absent}; its figures are over the others", args.quiet)
 
     # Does anything validate? Does anything test?
-    parts, drawn = {file.part for file in files}, args.typed & {"fold", "val_size"}
+    parts = {file.part for file in files}
+    drawn = args.typed & {"fold", "val_size"}
     if "val" in parts and drawn:
         flag = as_flag(min(drawn))
         raise UsageError(f"{flag} has no effect where images of their own validate")
@@ -1169,7 +1197,7 @@ def read_csv(path: Path, root: Path) -> list[File]:
     return list(files.values())
 
 
-def as_csv(parts: dict[str, ImageSet]) -> bytes:
+def listing_as_csv(parts: dict[str, ImageSet]) -> bytes:
     """The content of a data.csv."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -1203,20 +1231,20 @@ def list_folder(root: Path, quiet: bool) -> list[File]:
         if part and len(name) > level + 1:
             files.append(File(path, "/".join(name), name[level], part))
     if skipped:
-        say(as_skipped(skipped), quiet)
+        say(skipped_in_words(skipped), quiet)
     if len(files) < len(paths):
         say(f"images left out, as they are in no class: {len(paths) - len(files)}", quiet)
     return files
 
 
-def as_skipped(skipped: Counter) -> str:
+def skipped_in_words(skipped: Counter) -> str:
     """What `image_files` has skipped, by the endings, for a person."""
-    return f"{skipped.total()} files skipped: {by_ending(skipped)}"
+    return f"{skipped.total()} files skipped: {endings_in_words(skipped)}"
 
 
-def by_ending(counts: Counter) -> str:
-    """How many files there are of each ending, for a person."""
-    hints = dict.fromkeys(HEIF, " (pip install pillow-heif)")
+def endings_in_words(counts: Counter) -> str:
+    """How many files there are of each ending, for a person, and how to read a phone's photos."""
+    hints = dict.fromkeys((".heic", ".heif"), " (pip install pillow-heif)")
     return ", ".join(f"{n} {kind}{hints.get(kind, '')}" for kind, n in counts.most_common())
 
 
@@ -1238,7 +1266,8 @@ def image_files(folder: Path, skipped: Counter) -> list[Path]:
     def fail(error):
         raise error
 
-    found, endings = [], image_endings()
+    found = []
+    endings = image_endings()
     for here, names, files in os.walk(folder, onerror=fail, followlinks=True):
         names[:] = filter(is_visible, names)
         for name in filter(is_visible, files):
@@ -1264,7 +1293,8 @@ def image_endings() -> set[str]:
 
 def say_twins(parts, quiet):
     """Say where the same file is in two parts."""
-    seen, twins = {}, []
+    seen = {}
+    twins = []
     for part, images in parts.items():
         for file in images.files if part in PARTS else ():
             other_part, other = seen.setdefault(file.sha256, (part, file.name))
@@ -1280,9 +1310,11 @@ def read_pixels(files: list[File], args: Namespace) -> Tensor:
     Where they do not fit the memory, they are decoded into a file that is mapped. RunError names
     the files that are missing, have changed or cannot be read.
     """
-    channels, side, problems = 1 if args.grey else 3, args.image_size, {}
+    channels = 1 if args.grey else 3
+    side = args.image_size
+    problems = {}
 
-    def read(index):  # each into its place: images that wait for it would take as much memory again
+    def read(index):  # straight into `pixels`: a list of images would take as much memory again
         file = files[index]
         try:
             content = file.path.read_bytes()
@@ -1322,7 +1354,9 @@ def room_for(shape, files, args):
     It lies in memory, or where that is too little in a file without a name, which goes with the
     process. The trials of a search share a file in the search's directory: it is decoded once.
     """
-    size, meminfo, free = math.prod(shape), Path("/proc/meminfo"), math.inf
+    size = math.prod(shape)
+    meminfo = Path("/proc/meminfo")
+    free = math.inf
     if meminfo.exists():  # else no file tells
         free = 1024 * int(re.search(r"MemAvailable: *(\d+)", meminfo.read_text())[1])
     if size <= free and not search_directory:
@@ -1345,7 +1379,8 @@ def room_for(shape, files, args):
     with records.locked(directory / ".pixels.lock", wait=True):
         key = random_seed([str(file.path) for file in files], shape, args.resize)
         path = directory / f".pixels-{key:x}"
-        decoded, temporary = path.exists(), path.with_suffix(".tmp")
+        decoded = path.exists()
+        temporary = path.with_suffix(".tmp")
         with open(path if decoded else temporary, "ab+") as file:
             yield mapped(file, shape), decoded
         if not decoded:
@@ -1356,7 +1391,8 @@ def mapped(file, shape):
     """An uint8 tensor of this shape whose memory is the open `file`. OSError where the disk is
     full."""
     # It is filled with zeros first: to touch memory for which there is no room would be a crash.
-    size, piece = math.prod(shape), 2**24
+    size = math.prod(shape)
+    piece = 2**24
     for start in range(file.seek(0, os.SEEK_END), size, piece):
         file.write(bytes(min(piece, size - start)))
     file.flush()
@@ -1402,7 +1438,8 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
 
         # Make it square.
         way, part, kernel = resize.split(":") if ":" in resize else (resize, 1, "bilinear")
-        square, kernel = (side, side), Image.Resampling[kernel.upper()]
+        square = (side, side)
+        kernel = Image.Resampling[kernel.upper()]
         if way == "crop":
             image = ImageOps.fit(image, square, kernel, bleed=(1 - float(part)) / 2)
         elif way == "pad":
@@ -1533,8 +1570,11 @@ class Loader:
 
         `side` resizes the images to so many pixels square.
         """
-        pixels, labels = self.image_set.pixels, self.image_set.labels
-        device, amounts, flipped = pixels.device, self.amounts, None
+        pixels = self.image_set.pixels
+        labels = self.image_set.labels
+        device = pixels.device
+        amounts = self.amounts
+        flipped = None
         mean, std = (
             torch.tensor(self.config[name], device=device).view(-1, 1, 1)
             for name in ("mean", "std")
@@ -1693,7 +1733,8 @@ class ConfigNet(nn.Module):
         self.batch_norm = nn.BatchNorm1d(features)
         self.fc1 = nn.Linear(features, l1)
         self.fc2 = nn.Linear(l1, classes)
-        self.dropout1, self.dropout2 = Dropout(d1, always_dropout), Dropout(0.5, always_dropout)
+        self.dropout1 = Dropout(d1, always_dropout)
+        self.dropout2 = Dropout(0.5, always_dropout)
 
     def forward(self, x):
         x = F.relu(self.conv1(x), inplace=True)
@@ -1728,7 +1769,8 @@ class Whitening(nn.Conv2d):
     @torch.no_grad()
     def learn(self, images: Tensor) -> None:
         """Take the filters from `images` [N, C, H, W], normalised as in training."""
-        covariance, patches = 0, 0
+        covariance = 0
+        patches = 0
         for some in images.split(500):
             some = F.unfold(some, self.kernel_size).transpose(1, 2).flatten(0, 1)
             covariance += some.T @ some
@@ -1772,7 +1814,8 @@ class WhitenedNet(nn.Sequential):
         self, image_shape, classes, widths, patch=2, stride=1, padding=1, bias=True, momentum=0.4
     ):
         whitening = Whitening(image_shape[0], patch, stride, padding, bias)
-        layers, channels = [whitening, nn.GELU()], whitening.out_channels
+        layers = [whitening, nn.GELU()]
+        channels = whitening.out_channels
         for width in widths:
             layers += [identity_convolution(channels, width), nn.MaxPool2d(2)]
             layers += [batch_norm(width, momentum), nn.GELU()]
@@ -1902,7 +1945,8 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
             if not isinstance(build_model(config)(images), Tensor):
                 raise ValueError("it has more than one output")
     except (RuntimeError, ValueError, OverflowError, TypeError) as error:
-        shape, reason = "x".join(map(str, smallest)), str(error).splitlines()[0]
+        shape = "x".join(map(str, smallest))
+        reason = str(error).splitlines()[0]
         raise UsageError(
             f"--model {args.model} with these options does not take images of {shape} pixels, "
             f"{args.batch_size} in a batch ({reason})"
@@ -1931,8 +1975,16 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
 IMAGENET_MODEL = "efficientnet_b0"  # that of --weights imagenet: small, and good features
 
 PRETRAINED_RATE = 0.1  # part of --lr at which pretrained weights learn, beside a new last layer
-ANY_MODEL_DEFAULTS = {"optimizer": "adamw", "lr": 0.001, "schedule": "cosine", "sizes": None}
-ANY_MODEL_DEFAULTS |= {"label_smoothing": 0.0, "tolerance": 0, "tta": None}
+# Instead of the recipe's, for a net that the recipe is not for.
+ANY_MODEL_DEFAULTS = {
+    "optimizer": "adamw",
+    "lr": 0.001,
+    "schedule": "cosine",
+    "sizes": None,
+    "label_smoothing": 0.0,
+    "tolerance": 0,
+    "tta": None,
+}
 FREEZE_DEFAULTS = {"epochs": 50, "batch_size": 64}  # an epoch is a moment
 FREEZE_DEFAULTS |= {name: 0 for name in AUGMENTATIONS if name != "flip"}
 
@@ -1953,7 +2005,8 @@ def preprocessing_of(source: str, model: str) -> dict:
         from torchvision import models
 
         images = models.get_model_weights(model).DEFAULT.transforms()
-        side, shorter = images.crop_size[0], images.resize_size[0]
+        side = images.crop_size[0]
+        shorter = images.resize_size[0]
         way = f"crop:{side / shorter:.5g}:{images.interpolation.value}"
         mean, std = list(images.mean), list(images.std)
         return {"model": model, "image_size": side, "resize": way, "mean": mean, "std": std}
@@ -1980,7 +2033,8 @@ def take_weights(model: nn.Module, args: Namespace) -> None:
     """Give `model` the weights of --weights. Its head stays new, unless they are of a run with the
     same classes. RunError."""
     # Read them.
-    source, classes = args.weights, None
+    source = args.weights
+    classes = None
     if source == "imagenet":
         weights = imagenet_weights(args)
     elif Path(source).is_dir():
@@ -2027,7 +2081,7 @@ def imagenet_weights(args):
         ) from error
 
 
-def frozen(args: Namespace, model: nn.Module, data: Data) -> tuple[nn.Module, nn.Module, Data]:
+def freeze(args: Namespace, model: nn.Module, data: Data) -> tuple[nn.Module, nn.Module, Data]:
     """What --freeze trains. Returns the net to compute, the part of it that learns, and the images.
 
     Where the head is a dense layer, it computes on features: what comes before it in evaluation
@@ -2066,7 +2120,7 @@ def features(args, model, head, image_set, with_mirrored):
     ) as bar:
         for mirrored in passes:
             for images, _ in loader.batches():
-                with autocast_to(args.device, args.precision)():
+                with make_autocast(args.device, args.precision)():
                     model(images.flip(3) if mirrored else images)
                 bar.update()
     hook.remove()
@@ -2091,7 +2145,8 @@ def make_criterion(args: Namespace, train_set: ImageSet) -> Callable:
     logit adjustment" (2021).
     """
     loss = build(LOSSES, args.loss, vars(args))
-    weights, margins = torch.ones(len(train_set.classes), device=args.device), 0.0
+    weights = torch.ones(len(train_set.classes), device=args.device)
+    margins = 0.0
     if args.class_weights == "balanced":
         weights = train_set.class_weights()
     if args.class_weights == "margin":  # the log of the share, and a constant without effect
@@ -2127,7 +2182,7 @@ class Muon(torch.optim.Optimizer):
     their directions count.
     """
 
-    def __init__(self, filters, lr, momentum, dtype=torch.float32):
+    def __init__(self, filters, lr, momentum, dtype):
         super().__init__(filters, {"lr": lr, "momentum": momentum})
         self.dtype = dtype
 
@@ -2167,7 +2222,8 @@ def sgd(weights, lr, precision, momentum=0.9, weight_decay=0.0):
 
 def muon(weights, lr, precision, momentum=0.6, aux_lr=0.015, weight_decay=0.0):
     """Muon for the filters of convolutions, AdamW for all other weights."""
-    filters, others = [p for p in weights if p.ndim == 4], [p for p in weights if p.ndim != 4]
+    filters = [p for p in weights if p.ndim == 4]
+    others = [p for p in weights if p.ndim != 4]
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     adamw = torch.optim.AdamW(others, aux_lr, (0.8, 0.95), weight_decay=weight_decay, fused=True)
     return [Muon(filters, lr, momentum, dtype), adamw] if filters else [adamw]
@@ -2228,7 +2284,7 @@ TABLES: dict[str, dict] = {"model": MODELS, "loss": LOSSES, "optimizer": OPTIMIZ
 
 
 # ------------------------ Train and evaluate for one epoch ------------------------
-def finite(loss):
+def check_finite(loss):
     """The value of a loss. FloatingPointError: the training has diverged."""
     value = loss.item()
     if not math.isfinite(value):
@@ -2255,7 +2311,7 @@ class AverageMeter:
     @property
     def loss(self) -> float:
         """The weighted mean per image. FloatingPointError."""
-        return finite(self.loss_sum) / self.weight_sum.item()
+        return check_finite(self.loss_sum) / self.weight_sum.item()
 
     @property
     def accuracy(self) -> float:
@@ -2270,7 +2326,7 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, bar) -> Ave
     """
     model.train(not args.freeze)  # what is frozen computes as in evaluation
     meter = AverageMeter(args.device)
-    autocast = autocast_to(args.device, args.precision)
+    autocast = make_autocast(args.device, args.precision)
     bar.set_description(f"epoch {epoch}/{args.epochs}", refresh=False)
     side = side_in_epoch(args, epoch, loader.image_set.pixels.shape[-1])
     for step, (images, labels) in enumerate(loader.batches(epoch, side)):
@@ -2286,7 +2342,7 @@ def train(args, model, loader, epoch, criterion, optimizers, scaler, bar) -> Ave
             losses, weights = criterion(logits, labels)
         loss = (losses * weights).sum() / weights.sum()
         if args.device == "cpu":  # a GPU would be waited for: there the epoch's mean is checked
-            finite(loss)
+            check_finite(loss)
 
         # Backward pass: the gradients. The scaler does something with fp16 only.
         for optimizer in optimizers:
@@ -2333,7 +2389,8 @@ def evaluate(
     it learns, while the plain one mostly says how far the net keeps from certainty, and may rise.
     """
     model.eval()
-    meter, outputs = AverageMeter(loader.image_set.pixels.device), []
+    meter = AverageMeter(loader.image_set.pixels.device)
+    outputs = []
     for images, labels in loader.batches():
         with autocast():
             logits = average_views(model, images, tta)
@@ -2343,7 +2400,7 @@ def evaluate(
     return meter, torch.cat(outputs)
 
 
-def plain_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def plain_criterion(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The cross-entropy of each image [B], for the test, and weights of 1."""
     losses = cross_entropy(logits, labels)
     return losses, torch.ones_like(losses)
@@ -2413,15 +2470,18 @@ class EarlyStopping:
     `tolerance` epochs in a row without a lower one (0: never). Or keeps those of the last epoch."""
 
     def __init__(self, tolerance: int, keep: str = "best"):
-        self.tolerance, self.keep = tolerance, keep
-        self.best_loss, self.epochs_without_improvement = math.inf, 0
+        self.tolerance = tolerance
+        self.keep = keep
+        self.best_loss = math.inf
+        self.epochs_without_improvement = 0
         self.best_weights: dict | None = None
 
     def step(self, val_loss: float, model: nn.Module) -> bool:
         """Take note of an epoch; return whether its weights are kept."""
         is_kept = val_loss < self.best_loss or self.keep == "last"
         if is_kept:
-            self.best_loss, self.epochs_without_improvement = val_loss, 0
+            self.best_loss = val_loss
+            self.epochs_without_improvement = 0
             weights = model.state_dict().items()
             self.best_weights = {name: tensor.clone() for name, tensor in weights}
         else:
@@ -2464,13 +2524,13 @@ def fit(
     keep_freed_memory(args.device)
     net = learner = model
     if args.freeze:
-        net, learner, data = frozen(args, model, data)
+        net, learner, data = freeze(args, model, data)
     amounts = {name: getattr(args, name) for name in AUGMENTATIONS} if args.augment else None
     loader = Loader(
         data.train, args.batch_size, model.config, args.seed, amounts, args.alternate_flip
     )
     val_loader = evaluation_loader(data.val, args.batch_size, model.config)
-    autocast = autocast_to(args.device, args.precision)
+    autocast = make_autocast(args.device, args.precision)
     criterion = make_criterion(args, data.train)
     optimizers = make_optimizers(args, model)
 
@@ -2480,7 +2540,8 @@ def fit(
     early_stopping = EarlyStopping(args.tolerance, args.keep)
     state = {"model": learner, "scaler": scaler, "early_stopping": early_stopping}
     state |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
-    last, done = records.last_epoch(args), run.restore(state)
+    last = records.last_epoch(args)
+    done = run.restore(state)
     if done:
         say(f"goes on after epoch {done}", args.quiet)
     if done == run.record.get("prolonged_after"):  # early stopping had ended it there
@@ -2549,7 +2610,7 @@ def fit(
         return False
 
     # Fit the temperature that makes the probabilities true on the validation images.
-    _, logits = evaluate(compiled, val_loader, autocast, plain_loss)
+    _, logits = evaluate(compiled, val_loader, autocast, plain_criterion)
     model.config["temperature"] = fit_temperature(logits, data.val.labels)
     run.write_results(state)
     return True
@@ -2563,11 +2624,11 @@ def final_test(args: Namespace, model: nn.Module, test_set: ImageSet, run: recor
     if run.record["test"]:
         return  # nothing has been trained since
     loader = evaluation_loader(test_set, model.config["batch_size"], model.config)
-    autocast = autocast_to(args.device, args.precision)
-    plain, _ = evaluate(model, loader, autocast, plain_loss)
+    autocast = make_autocast(args.device, args.precision)
+    plain, _ = evaluate(model, loader, autocast, plain_criterion)
     result = {"loss": plain.loss, "acc": plain.accuracy}
     if args.tta:
-        averaged, _ = evaluate(model, loader, autocast, plain_loss, args.tta)
+        averaged, _ = evaluate(model, loader, autocast, plain_criterion, args.tta)
         result = {"loss": averaged.loss, "acc": averaged.accuracy}
         result |= {"plain_loss": plain.loss, "plain_acc": plain.accuracy}
     run.record["test"] = result

@@ -141,7 +141,9 @@ class Trained:
         """Loss and accuracy of the images, and the logits [N, K], float32, on the CPU."""
         images = images.to(self.device)
         loader = common.evaluation_loader(images, self.config["batch_size"], self.config)
-        meter, logits = common.evaluate(self.model, loader, self.autocast, common.plain_loss, tta)
+        meter, logits = common.evaluate(
+            self.model, loader, self.autocast, common.plain_criterion, tta
+        )
         return meter, logits.cpu()
 
     def probabilities(self, logits: Tensor) -> Tensor:
@@ -177,14 +179,14 @@ def load_trained(directory: Path, args: Namespace) -> Trained:
         raise RunError(f"{shown(directory)} is still being trained; evaluate it when it has ended")
 
     # Compute as the training did; another number of threads rounds otherwise.
-    device, _ = common.choose_device(args.device, "fp32")
+    device, _ = common.choose_device_and_precision(args.device, "fp32")
     precision = record["precision"]
     if (device, precision) == ("cpu", "fp16"):
         precision = "fp32"
         note("fp16 needs a GPU: computed in fp32, the figures may differ from run.json's", args)
     torch.set_num_threads(record["threads"])
     common.keep_freed_memory(device)
-    autocast = common.autocast_to(device, precision)
+    autocast = common.make_autocast(device, precision)
 
     # Build the model around its weights. Older runs lack the first two.
     path = directory / "best.pt"
@@ -1323,11 +1325,11 @@ def classify(args: Namespace) -> dict:
 
     # Say what is left out.
     if skipped:
-        note(common.as_skipped(skipped), args)
+        note(common.skipped_in_words(skipped), args)
     if not files:
         raise RunError("no image files there")
     if unreadable:
-        kinds = common.by_ending(unreadable)
+        kinds = common.endings_in_words(unreadable)
         raise RunError(f"{unreadable.total()} of {len(files)} files could not be read: {kinds}")
     return {"predictions": predictions}
 

@@ -829,7 +829,7 @@ def check_data(search: Search) -> tuple[str, bytes | None]:
         if known.exists():
             listing = known.read_bytes()
         else:  # each trial cuts the training images in two
-            listing = common.as_csv(common.read_files(args, common.PARTS))
+            listing = common.listing_as_csv(common.read_files(args, common.PARTS))
         return hashlib.sha256(listing).hexdigest(), listing
     except RunError as error:
         raise UsageError(str(error)) from error

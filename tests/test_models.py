@@ -121,7 +121,7 @@ def test_muons_steps_are_orthogonal_nesterov_momentum(shape):
     """Along each direction of the momentum it goes about as far, unless that is far weaker."""
     torch.manual_seed(0)
     filters = torch.randn(shape)
-    optimizer = common.Muon([filters], lr=0.1, momentum=0.6)
+    optimizer = common.Muon([filters], lr=0.1, momentum=0.6, dtype=torch.float32)
     momentum = 0
     for _ in range(3):
         # Before a step, the norm is brought to the root of the number of filters.
