@@ -149,8 +149,7 @@ def synthetic(train):
 
 
 def synthetic_shapes(count, seed):
-    """`count` noisy 32x32 images of six shapes and four textures, anywhere, of any size, in two
-    colours."""
+    """`count` noisy 32x32 images, each of a shape or a texture of any size, in two colours."""
     classes = [
         "disc",
         "ring",
@@ -170,7 +169,8 @@ def synthetic_shapes(count, seed):
 
     labels = torch.randint(10, (count,), generator=random)
     axis = torch.arange(32.0) - 15.5
-    angle, size = uniform(-0.25, 0.25), uniform(6, 12)
+    angle = uniform(-0.25, 0.25)
+    size = uniform(6, 12)
     x, y = axis.view(1, 1, -1) - uniform(-5, 5), axis.view(1, -1, 1) - uniform(-5, 5)
     x, y = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
     radius = (x**2 + y**2).sqrt()

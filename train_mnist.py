@@ -120,6 +120,7 @@ def synthetic(train):
 def synthetic_digits(count, seed):
     """`count` grey 28x28 digits from matplotlib's fonts: shifted, turned, scaled, thick or thin."""
     import matplotlib
+    import numpy
     from PIL import Image, ImageDraw, ImageFont
 
     fonts = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif"]
@@ -133,9 +134,7 @@ def synthetic_digits(count, seed):
                 ImageDraw.Draw(image).text(
                     (28, 28), str(digit), 255, font, anchor="mm", stroke_width=thickness
                 )
-                glyphs.append(
-                    torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(1, 56, 56)
-                )
+                glyphs.append(torch.from_numpy(numpy.array(image)))
     glyphs = torch.stack(glyphs).float().view(len(fonts), 10, 3, 1, 56, 56) / 255
 
     random = common.generator_for("digits", seed)
@@ -144,9 +143,12 @@ def synthetic_digits(count, seed):
         return torch.rand(count, generator=random) * (high - low) + low
 
     labels = torch.randint(10, (count,), generator=random)
-    font, thickness = (torch.randint(most, (count,), generator=random) for most in (len(fonts), 3))
-    chosen = glyphs[font, labels, thickness]
-    angle, scale, squeeze = uniform(-0.35, 0.35), uniform(0.8, 1.4), uniform(0.8, 1.25)
+    font_indices = torch.randint(len(fonts), (count,), generator=random)
+    thicknesses = torch.randint(3, (count,), generator=random)
+    chosen = glyphs[font_indices, labels, thicknesses]
+    angle = uniform(-0.35, 0.35)
+    scale = uniform(0.8, 1.4)
+    squeeze = uniform(0.8, 1.25)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     rows = (cos * squeeze, -sin, uniform(-0.3, 0.3), sin * squeeze, cos, uniform(-0.3, 0.3))
     grid = F.affine_grid(
@@ -154,9 +156,7 @@ def synthetic_digits(count, seed):
     )
     images = F.grid_sample(chosen, grid, align_corners=False) * uniform(0.5, 1).view(-1, 1, 1, 1)
     images += torch.randn(images.shape, generator=random) * uniform(0, 0.25).view(-1, 1, 1, 1)
-    return common.ImageSet(
-        (images.clamp(0, 1) * 255).round().byte(), labels, [str(digit) for digit in range(10)]
-    )
+    return common.ImageSet((images.clamp(0, 1) * 255).round().byte(), labels, list("0123456789"))
 
 
 if __name__ == "__main__":
