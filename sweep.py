@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
             stopped = None
             lines = lines_of(search, trials_of(search))
             write_lines(search, lines)
-            search.before = len(lines)
+            search.ended_before = len(lines)
             if not is_over(search, lines):
                 keep_data(search, *(data or check_data(search)))
                 stopped = run_trials(search, lines)
@@ -113,8 +113,8 @@ def main(argv: list[str] | None = None) -> dict:
                 write_lines(search, lines)
             best = report(search, lines, complete=not stopped)
     except StorageInternalError as error:
-        text = storage_problem(search, error)
-        raise RunError(f"{text}; go on with: {how_to_go_on(search)}") from error
+        problem = storage_problem(search, error)
+        raise RunError(f"{problem}; go on with: {how_to_go_on(search)}") from error
     if not (best or stopped):
         error = lines[-1]["error"] if lines else "W&B gave none out"
         raise RunError(f"{shown(search.directory)}: no trial finished; the last with: {error}")
@@ -266,7 +266,7 @@ def parse_arguments(argv: list[str]) -> "Search":
     search = parser.parse_args(words, Search(given=given))
     search.places, search.flags = split_places(flags)
     if not search.resume:
-        complete(search)
+        fill_in(search)
     return search
 
 
@@ -291,12 +291,14 @@ def split_places(flags: list[str]) -> tuple[list[str], list[str]]:
     """The flags of a trial: those that name a place, as seen from anywhere, and the others."""
     parser = common.ArgumentParser(add_help=False, argument_default=SUPPRESS)
     for name in PLACES:
-        parser.add_argument(name, type=common.absolute_path if name == "--data-dir" else place)
+        parser.add_argument(
+            name, type=common.absolute_path if name == "--data-dir" else absolute_place
+        )
     places, others = parser.parse_known_args(flags)
     return [f"{common.as_flag(name)}={value}" for name, value in vars(places).items()], others
 
 
-def place(text: str) -> str:
+def absolute_place(text: str) -> str:
     """The absolute path of a file or folder that is here; a name, and any other text, as it is."""
     path = Path(text).expanduser().absolute()
     is_name = text in (*common.DATASETS, "imagenet", "")
@@ -471,8 +473,10 @@ def parse_parameter(text: str) -> tuple[str, Parameter]:
     in JSON. UsageError."""
     name, _, spec = text.partition("=")
     if not re.fullmatch(r"[A-Za-z][\w-]*", name) or not spec:
-        form = "NAME=VALUE,VALUE or NAME=LOW..HIGH, with int: or log: before LOW"
-        raise UsageError(f"--param {text}: expected {form}")
+        raise UsageError(
+            f"--param {text}: expected NAME=VALUE,VALUE or NAME=LOW..HIGH, "
+            "with int: or log: before LOW"
+        )
     try:
         entry = json.loads(spec) if spec.startswith("{") else as_entry(spec)
         return name.replace("-", "_"), make_parameter(entry)
@@ -500,8 +504,9 @@ def make_parameter(entry: dict) -> Parameter:
     kinds = [keys[key] for key in given if key in keys] or ["int_uniform" if whole else "uniform"]
     kind = str(given.pop("distribution", kinds[0]))
     if kind not in DISTRIBUTIONS:
-        known = ", ".join(DISTRIBUTIONS)
-        raise ValueError(f"the distribution {kind} is not supported (only {known})")
+        raise ValueError(
+            f"the distribution {kind} is not supported (only {', '.join(DISTRIBUTIONS)})"
+        )
     if kind.startswith("q_"):
         given.setdefault("q", 1)
     if given.keys() != set(DISTRIBUTIONS[kind].split()):
@@ -635,7 +640,7 @@ class Search(Namespace):
             user_attrs={"trial": number, "params": self.effective(params)},
         )
 
-    def words(self, params: dict, number: int) -> list[str]:
+    def argv(self, params: dict, number: int) -> list[str]:
         """The command line of a trial."""
         words = [*self.flags, *self.places]
         for name, value in params.items():
@@ -649,11 +654,11 @@ class Search(Namespace):
     def command(self, params: dict, number: int) -> str:
         """The same, to be copied."""
         script = shown(records.HERE / self.script)
-        return shlex.join(["python", script, *self.words(params, number)])
+        return shlex.join(["python", script, *self.argv(params, number)])
 
 
 # ------------------------ Checks before the first trial ------------------------
-def complete(search: Search) -> None:
+def fill_in(search: Search) -> None:
     """Fill in what was not given, and refuse what makes no sense. UsageError."""
     # The script, and what is searched.
     if not search.method:
@@ -662,13 +667,14 @@ def complete(search: Search) -> None:
     search.script = find_script(search.script or default)
     if not search.param:
         if search.script != default:
-            needs = "needs its own search: --param NAME=SPEC or --config FILE"
-            raise UsageError(f"--script {search.script} {needs}")
+            raise UsageError(
+                f"--script {search.script} needs its own search: --param NAME=SPEC or --config FILE"
+            )
         search.param, search.flags = space, flags + search.flags
     for at, text in enumerate(search.param):
         name, parameter = parse_parameter(text)
         if common.as_flag(name) in PLACES:
-            values = [place(str(value)) for value in parameter.values]
+            values = [absolute_place(str(value)) for value in parameter.values]
             search.param[at] = f"{name}={json.dumps({'values': values})}"
         if search.is_ours and name == "learning_rate":
             search.param[at] = f"lr={text.partition('=')[2]}"
@@ -694,8 +700,10 @@ def check_flags(search: Search) -> None:
     fixed = names_of([*search.flags, *search.places])
     for word in searched + fixed:
         if word in RESERVED:
-            hint = "--seed and --seeds of sweep.py choose seeds"
-            raise UsageError(f"{word} is set by the sweep for every trial; {hint}")
+            raise UsageError(
+                f"{word} is set by the sweep for every trial; "
+                "--seed and --seeds of sweep.py choose seeds"
+            )
         if word in fixed and word.replace("--no-", "--") in searched:
             raise UsageError(f"{word} is searched: leave it out of the flags after --")
     if "--no-prune" in search.given:
@@ -703,13 +711,15 @@ def check_flags(search: Search) -> None:
     asked = search.goal
     prunes = search.prune or search.bands
     search.goal = METRICS.get(search.metric, None if search.is_ours else asked)
-    metric = f"--metric {search.metric}: "
-    known = "expected val_loss, val_acc, or that of a script of your own with its --goal"
+    metric = f"--metric {search.metric}:"
     sizes = [len(parameter.values) for parameter in search.parameters.values()]
     is_listed = 0 < min(sizes) <= max(sizes) < 1e5
     for is_wrong, text in (
-        (not search.goal, metric + known),
-        (asked not in (None, search.goal), f"{metric}not known with the goal {asked}"),
+        (
+            not search.goal,
+            f"{metric} expected val_loss, val_acc, or that of a script of your own with its --goal",
+        ),
+        (asked not in (None, search.goal), f"{metric} not known with the goal {asked}"),
         (len(searched) < len(search.param), "a parameter is there twice"),
         ("--eta" in search.given and not prunes, "--eta has no effect without --prune"),
         (prunes and len(search.seeds) > 1, "pruning and --seeds: one at a time"),
@@ -750,8 +760,10 @@ def check_trials(search: Search) -> None:
     search.epochs = max(epochs)
     if search.prune:
         if search.bands or len(epochs) > 1 or search.epochs < search.eta:
-            need = f"one number of epochs, at least --eta {search.eta}, and no early_terminate"
-            raise UsageError(f"--prune needs {need}")
+            raise UsageError(
+                f"--prune needs one number of epochs, at least --eta {search.eta}, "
+                "and no early_terminate"
+            )
         bands = {search.epochs // search.eta**power for power in range(1, 13)}
         search.bands = sorted(bands - {0})
 
@@ -779,8 +791,9 @@ def load_script(script: str) -> Any:
     except (Exception, SystemExit) as error:
         is_at = isinstance(error, SyntaxError)
         at: Any = error if is_at else traceback.extract_tb(error.__traceback__)[-1]
-        text = f"{type(error).__name__}: {error}"
-        raise UsageError(f"--script {at.filename}, line {at.lineno}: {text}") from error
+        raise UsageError(
+            f"--script {at.filename}, line {at.lineno}: {type(error).__name__}: {error}"
+        ) from error
     if not hasattr(module, "main"):
         raise UsageError(f"--script {script}: it has no function main(argv, on_epoch=None)")
     return module
@@ -792,7 +805,7 @@ def parse_trial(search: Search, params: dict) -> tuple[Namespace, dict]:
     UsageError with the script's own message where it refuses the trial.
     """
     parse = getattr(load_script(search.script), "parse_arguments", lambda argv: Namespace())
-    argv = [*search.words(params, 0), "--no-test", "--quiet"]
+    argv = [*search.argv(params, 0), "--no-test", "--quiet"]
     argv += ["--runs-dir", str(search.runs_dir), "--run-name", "trial"]
     try:
         args = parsed(parse, argv)
@@ -806,8 +819,10 @@ def parse_trial(search: Search, params: dict) -> tuple[Namespace, dict]:
             raise
         return parse_trial(search, {key: params[key] for key in params if key != name})
     except Exception as error:  # whatever a script of one's own raises
-        text = f"parse_arguments raised {type(error).__name__}: {error}"
-        raise UsageError(f"--script {shown(search.script)}: {text}") from error
+        raise UsageError(
+            f"--script {shown(search.script)}: parse_arguments raised "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def check_data(search: Search) -> tuple[str, bytes | None]:
@@ -886,8 +901,10 @@ def open_storage(search: Search) -> Any:
         try:
             return RDBStorage(search.storage, engine, **heart)
         except (exc.ArgumentError, ImportError, ValueError) as error:
-            hint = 'for PostgreSQL: pip install "sqlalchemy>=2.1" "psycopg[binary]"'
-            raise UsageError(f"{storage_problem(search, error)}; {hint}") from error
+            raise UsageError(
+                f"{storage_problem(search, error)}; "
+                'for PostgreSQL: pip install "sqlalchemy>=2.1" "psycopg[binary]"'
+            ) from error
         except exc.SQLAlchemyError as error:
             if not attempts_left:  # until then another machine may be making the tables
                 raise RunError(storage_problem(search, error)) from error
@@ -914,8 +931,10 @@ def find_directory(search: Search) -> None:
         raise UsageError(f"--resume {name}: there is no such directory")
     if not search.storage and not (search.directory / "study.journal").exists():
         if search.resume:
-            hint = "for a shared sweep give its --storage again"
-            raise UsageError(f"--resume {name}: it has no study.journal; {hint}")
+            raise UsageError(
+                f"--resume {name}: it has no study.journal; "
+                "for a shared sweep give its --storage again"
+            )
         if any(search.directory.glob("[!.]*")):
             raise UsageError(f"--name {search.name}: {name} exists, and is no sweep")
 
@@ -943,15 +962,18 @@ def open_study(search: Search) -> None:
     if "sweep" in held:
         take_over(search, held["sweep"])
     elif search.resume or held:
-        reason = "it was stopped before it began, or is of an earlier version"
-        raise UsageError(f"{name} cannot go on: {reason}")
+        raise UsageError(
+            f"{name} cannot go on: it was stopped before it began, or is of an earlier version"
+        )
 
     # W&B makes a sweep of its own. Then the study keeps what is searched, and how.
     if search.engine == "wandb" and not search.sweep_id:
         search.sweep_id = make_sweep(search)
     if search.sweep_id:
-        hint = f"another machine joins with --sweep-id {search.sweep_id}"
-        say(f"W&B sweep {search.sweep_id}; {hint}", search.quiet)
+        say(
+            f"W&B sweep {search.sweep_id}; another machine joins with --sweep-id {search.sweep_id}",
+            search.quiet,
+        )
     search.threads = search.threads or max(1, torch.get_num_threads() // search.jobs)
     search.study.set_user_attr("sweep", {key: getattr(search, key) for key in search.KEPT})
 
@@ -962,8 +984,9 @@ def take_over(search: Search, held: dict) -> None:
     count = search.count or 0
     for key in () if search.resume else search.SAME:
         if getattr(search, key) != held[key]:
-            text = f"{name} is another search: its {key} is {held[key]}"
-            raise UsageError(f"{text}; take another --name")
+            raise UsageError(
+                f"{name} is another search: its {key} is {held[key]}; take another --name"
+            )
     if "--count" in search.given and count < held["count"]:
         raise UsageError(f"--count {count}: the search has {held['count']} already")
     threads = search.threads or (None if search.storage else held["threads"])
@@ -982,8 +1005,8 @@ def retry(search: Search) -> None:
 
 
 def trials_of(search: Search) -> list[FrozenTrial]:
-    """The trials of the search, by number. Of several with one number the first counts that has
-    not failed: two machines may make the same at once, and one that failed may be run again."""
+    """The trials of the search, by number. Two machines may make the same at once, and one that
+    failed may be run again: of those with one number, the first that has not failed counts."""
     found = {}
     for trial in search.study.get_trials(deepcopy=False):
         number = trial.user_attrs["trial"]
@@ -1045,7 +1068,7 @@ def run_trials(search: Search, lines: list[dict]) -> str | None:
                         say(line_as_text(line, search), search.quiet)
                         told.add(line["trial"])
                         write_lines(search, lines)
-                show(bar, search, trials, lines)
+                show_progress(bar, search, trials, lines)
     except KeyboardInterrupt as interruption:
         # A training that is told to stop writes that down; it has two seconds for it.
         end = time.monotonic() + 2
@@ -1062,8 +1085,10 @@ def run_trials(search: Search, lines: list[dict]) -> str | None:
             path.unlink()
     failed = failed_in_a_row(search, lines)
     if failed:
-        text = f"{len(failed)} trials in a row failed, the last with: {failed[-1]['error']}"
-        raise RunError(f"{text}; {how_to_mend(search)}")
+        raise RunError(
+            f"{len(failed)} trials in a row failed, the last with: {failed[-1]['error']}; "
+            f"{how_to_mend(search)}"
+        )
     return None
 
 
@@ -1107,12 +1132,12 @@ def is_over(search: Search, lines: list[dict]) -> bool:
 
 def failed_in_a_row(search: Search, lines: list[dict]) -> list[dict]:
     """The last --max-failures trials that have ended in this call, if all of them have failed."""
-    last = lines[search.before :][-search.max_failures :]
+    last = lines[search.ended_before :][-search.max_failures :]
     failed = [line for line in last if line["status"] == "failed"]
     return failed if len(failed) == search.max_failures else []
 
 
-def show(bar: tqdm, search: Search, trials: list[FrozenTrial], lines: list[dict]) -> None:
+def show_progress(bar: tqdm, search: Search, trials: list[FrozenTrial], lines: list[dict]) -> None:
     """Show how far the search is; the bar also moves while trials run."""
     epochs = [trial.last_step or 0 for trial in trials if trial.state == TrialState.RUNNING]
     bar.n = len(lines) + sum(epochs) / (search.epochs or math.inf)
@@ -1276,7 +1301,7 @@ def propose(search: Search, trials: list[FrozenTrial]) -> dict | None:
 
 
 def release_silent(search: Search, silent: dict[int, float]) -> None:
-    """Let the trials wait again of machines that have died. After an outage of the database all
+    """Let the trials of machines that have died wait again. After an outage of the database all
     hearts seem to have stopped: a living machine has a quarter of --grace to be heard."""
     storage = search.study._storage
     now = time.monotonic()
@@ -1404,7 +1429,7 @@ def train_trial(search: Search, trial: FrozenTrial, directory: Path) -> dict:
         argv = ["--resume", str(directory), "--quiet", *places]
     else:
         shutil.rmtree(directory, ignore_errors=True)
-        argv = [*search.words(trial.user_attrs["params"], number), "--no-test", "--quiet"]
+        argv = [*search.argv(trial.user_attrs["params"], number), "--no-test", "--quiet"]
         argv += ["--runs-dir", str(directory.parent), "--run-name", directory.name]
     if search.sweep_id:
         argv += ["--wandb", "online", "--wandb-project", search.wandb_project]
@@ -1485,8 +1510,9 @@ def reach_wandb(search: Namespace) -> None:
     except urllib.error.HTTPError:
         return  # it answers
     except (OSError, ValueError) as error:
-        text = f"W&B's server {address} cannot be reached ({error})"
-        raise RunError(f"{text}; --engine local does without") from error
+        raise RunError(
+            f"W&B's server {address} cannot be reached ({error}); --engine local does without"
+        ) from error
 
 
 def wandb_config(search: Namespace) -> Any:
@@ -1507,7 +1533,6 @@ def make_sweep(search: Search) -> str:
     """Make a sweep at W&B: its name."""
     import wandb
 
-    command = ["${env}", "${interpreter}", "${program}", *search.flags, *search.places, "${args}"]
     config = {
         "program": search.script,
         "method": search.method,
@@ -1515,11 +1540,21 @@ def make_sweep(search: Search) -> str:
         "parameters": {name: parameter.entry for name, parameter in search.parameters.items()},
         # The best so far is what W&B is to compare: `fit` logs it.
         "metric": {"name": f"best_{search.metric}", "goal": search.goal},
-        "command": command,
+        "command": [
+            "${env}",
+            "${interpreter}",
+            "${program}",
+            *search.flags,
+            *search.places,
+            "${args}",
+        ],
     }
     if search.bands:
-        rule = {"type": "hyperband", "min_iter": search.bands[0], "eta": search.eta}
-        config["early_terminate"] = rule
+        config["early_terminate"] = {
+            "type": "hyperband",
+            "min_iter": search.bands[0],
+            "eta": search.eta,
+        }
     return wandb.sweep(config, project=search.wandb_project)
 
 
