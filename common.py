@@ -750,8 +750,9 @@ class ImageSet:
     def checksum(self) -> str:
         """SHA-256 of the images and the labels; of images from files, of these and the labels."""
         digest = hashlib.sha256("\n".join(file.sha256 for file in self.files or ()).encode())
-        for images in () if self.files else self.chunks():
-            digest.update(images.contiguous().numpy())
+        if not self.files:
+            for images in self.chunks():
+                digest.update(images.contiguous().numpy())
         digest.update(self.labels.cpu().numpy())
         return digest.hexdigest()
 
@@ -1151,11 +1152,12 @@ def settle_parts(files: list[File], classes: list[str], args: Namespace) -> None
     if "val" in parts and drawn:
         flag = as_flag(min(drawn))
         raise UsageError(f"{flag} has no effect where images of their own validate")
-    for name in classes if parts == {"train"} and not args.fold else ():
-        group = [file for file in files if file.label == name]
-        count = max(1, round(len(group) / 10)) if len(group) > 2 else 0
-        for file in sorted(group, key=lambda file: hash_of(file.name))[:count]:
-            file.part = "test"
+    if parts == {"train"} and not args.fold:
+        for name in classes:
+            group = [file for file in files if file.label == name]
+            count = max(1, round(len(group) / 10)) if len(group) > 2 else 0
+            for file in sorted(group, key=lambda file: hash_of(file.name))[:count]:
+                file.part = "test"
 
 
 def read_csv(path: Path, root: Path) -> list[File]:
@@ -1296,7 +1298,9 @@ def say_twins(parts, quiet):
     seen = {}
     twins = []
     for part, images in parts.items():
-        for file in images.files if part in PARTS else ():
+        if part == "unused":
+            continue
+        for file in images.files:
             other_part, other = seen.setdefault(file.sha256, (part, file.name))
             if other_part != part:
                 twins.append(f"{other} ({other_part}) and {file.name} ({part})")
@@ -2251,7 +2255,9 @@ def make_optimizers(args: Namespace, model: nn.Module) -> list[torch.optim.Optim
     }
     optimizers = []
     for rate, part in parts.items():
-        for optimizer in make(part, args.lr, args.precision) if part else ():
+        if not part:
+            continue
+        for optimizer in make(part, args.lr, args.precision):
             optimizers.append(optimizer)
             for group in optimizer.param_groups:
                 group["initial_lr"] = rate * group["lr"]  # torch's own name for it

@@ -675,10 +675,11 @@ def draw_confusion(metrics: dict, title: str) -> Figure:
         ax.set_xticks(places, rotation=90, **look)
         ax.set_yticks(places, **look)
         ax.set(title=heading, xlabel="predicted class", ylabel="actual class")
-        for (row, column), value in values.stack().dropna().items() if len(names) <= 20 else ():
-            text = f"{value:.1f}".removesuffix(".0")
-            colour = "white" if norm(value) > 0.6 else "black" if value else "silver"
-            ax.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
+        if len(names) <= 20:
+            for (row, column), value in values.stack().dropna().items():
+                text = f"{value:.1f}".removesuffix(".0")
+                colour = "white" if norm(value) > 0.6 else "black" if value else "silver"
+                ax.text(column, row, text, ha="center", va="center", fontsize=9, color=colour)
     return figure
 
 

@@ -746,14 +746,17 @@ def check_trials(search: Search) -> None:
         say("a parameter is left out of the trials in which it has no effect", search.quiet)
 
     # Losses are compared where the rule for the comparison of runs allows it. It reads run.json.
-    runs = []
-    for args in trials if search.is_ours and search.metric == "val_loss" else ():
-        known = {key: value for key, value in vars(args).items() if key not in records.NOT_RECORDED}
-        images = {"val_checksum": (args.dataset, args.val_size, args.fold)}
-        runs.append({"name": "", "threads": 1, "args": known, "data": images})
-        reason = common.why_not_comparable(runs[0], runs[-1], search.metric)
-        if reason:
-            raise UsageError(f"{reason}: they have no common val_loss; use --metric val_acc")
+    if search.is_ours and search.metric == "val_loss":
+        runs = []
+        for args in trials:
+            known = {
+                key: value for key, value in vars(args).items() if key not in records.NOT_RECORDED
+            }
+            images = {"val_checksum": (args.dataset, args.val_size, args.fold)}
+            runs.append({"name": "", "threads": 1, "args": known, "data": images})
+            reason = common.why_not_comparable(runs[0], runs[-1], search.metric)
+            if reason:
+                raise UsageError(f"{reason}: they have no common val_loss; use --metric val_acc")
 
     # The epochs at which trials are compared.
     epochs = {args.epochs for args in trials}
@@ -982,8 +985,8 @@ def take_over(search: Search, held: dict) -> None:
     """Go on with the search that a study holds. UsageError where that is another one."""
     name = shown(search.directory)
     count = search.count or 0
-    for key in () if search.resume else search.SAME:
-        if getattr(search, key) != held[key]:
+    for key in search.SAME:
+        if not search.resume and getattr(search, key) != held[key]:
             raise UsageError(
                 f"{name} is another search: its {key} is {held[key]}; take another --name"
             )
@@ -1624,7 +1627,9 @@ def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
     # The table.
     board = leaderboard(search, lines)
     columns = ["trial", "run", "status", *dict.fromkeys((*METRICS, search.metric))]
-    columns += ["mean", "low", "high"] * (len(search.seeds) > 1) + ["epochs", "seconds"]
+    if len(search.seeds) > 1:
+        columns += ["mean", "low", "high"]
+    columns += ["epochs", "seconds"]
     params = DataFrame([*board.params], board.index, search.parameters, dtype=object)
     taken = {*columns, "error"}
     params.columns = [f"{name} (searched)" if name in taken else name for name in params]
@@ -1716,7 +1721,10 @@ def draw_sweep(search: Search, board: DataFrame) -> dict[str, bytes]:
     if len(board) and search.method == "grid" and len(search.parameters) == 2:
         pictures["grid"] = evaluate.render(draw_grid(search, board))
 
-    # Optuna's, of what is to be seen.
+    if len(board) < 2:
+        return pictures
+
+    # Optuna's pictures, where there are trials to compare.
     losses, note = cut_off(search, board.loss)
     seen = study_to_draw(search, board.params, search.sign * losses)
     drawings = {"slices": optunas.plot_slice, "parallel": optunas.plot_parallel_coordinate}
@@ -1727,7 +1735,7 @@ def draw_sweep(search: Search, board: DataFrame) -> dict[str, bytes]:
         )
         importance = functools.partial(optunas.plot_param_importances, evaluator=evaluator)
         drawings |= {"history": optunas.plot_optimization_history, "importance": importance}
-    for name, draw in drawings.items() if len(board) > 1 else ():
+    for name, draw in drawings.items():
         # They set a style, write powers of ten, and warn where all trials are alike. What is narrow
         # there gets room.
         look = {"text.parse_math": True, "savefig.bbox": "tight"}
