@@ -1180,9 +1180,10 @@ def read_csv(path: Path, root: Path) -> list[File]:
     files = {}
     try:
         for line in lines:
-            name, label, part, checksum = row = [line.get(column) or "" for column in COLUMNS]
+            row = [line.get(column) or "" for column in COLUMNS]
             if not any(row):
                 continue  # a spreadsheet's empty line
+            name, label, part, checksum = row
             part = PART_NAMES.get(part.strip().lower() or "train")
             where = f"{shown(path)}, line {lines.line_num}"
             if not (name and label and part):

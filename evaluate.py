@@ -588,7 +588,8 @@ def label_epochs(ax, label: str) -> None:
 
 def curves_axes(figure):
     """Two axes, of loss and of accuracy, over epochs."""
-    losses, accuracies = axes = figure.subplots(1, 2)
+    axes = figure.subplots(1, 2)
+    losses, accuracies = axes
     label_epochs(losses, "loss per image")
     label_epochs(accuracies, "accuracy")
     accuracies.yaxis.set_major_formatter("{x:.1%}")
@@ -601,7 +602,8 @@ def plot_history(axes, directory: Path, part: str, **look) -> None:
     epochs = [row["epoch"] for row in rows]
     for ax, name in zip(axes, ("loss", "acc"), strict=True):
         (line,) = ax.plot(epochs, [row[f"{part}_{name}"] for row in rows], marker=".", **look)
-    line.sticky_edges.y.append(1)  # the axis of accuracies ends at 100%
+    # The last line is that of the accuracies, whose axis ends at 100%.
+    line.sticky_edges.y.append(1)
 
 
 def draw_history(trained: Trained) -> Figure:
@@ -1192,7 +1194,8 @@ def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
         # It has to have been evaluated on the same images.
         try:
             right = read_evaluation(run, split)
-            best_run, best_right = best = best or (run.run, right)
+            best = best or (run.run, right)
+            best_run, best_right = best
             if not right.index.equals(best_right.index):
                 raise RunError(f"evaluated on other {split} images than {best_run}")
         except RunError as error:
@@ -1498,11 +1501,12 @@ def main(argv: list[str] | None = None) -> dict:
     # What people are to see is printed and written by now; a program gets the figures alone.
     are_several = len(args.runs) > 1
     result = compare(args) if are_several else evaluate_run(args)
+    text = as_json(result)
     if args.json:
-        say(as_json(result))
+        say(text)
     elif args.csv:
         say(as_csv(result if are_several else result["classes"]).rstrip("\n"))
-    content = json.loads(as_json(result))
+    content = json.loads(text)
     return {"runs": content} if are_several else content
 
 

@@ -792,8 +792,10 @@ def load_script(script: str) -> Any:
         module = sys.modules[script] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        is_at = isinstance(error, SyntaxError)
-        at: Any = error if is_at else traceback.extract_tb(error.__traceback__)[-1]
+        # A SyntaxError knows its file and line, as the last entry of a traceback does.
+        at: Any = error
+        if not isinstance(error, SyntaxError):
+            at = traceback.extract_tb(error.__traceback__)[-1]
         raise UsageError(
             f"--script {at.filename}, line {at.lineno}: {type(error).__name__}: {error}"
         ) from error
@@ -1591,7 +1593,8 @@ def leaderboard(search: Search, lines: list[dict]) -> DataFrame:
     epochs that they survived; then those without a result. Of several seeds the mean decides."""
     from scipy.stats import t
 
-    # A row for each trial, with what the seeds of its configuration have together.
+    # A row for each trial, with what the seeds of its configuration have together. Its `place` is 0
+    # where it finished, 1 where it was pruned, 2 where it has no result.
     table = DataFrame(lines)
     table["configuration"] = table.trial // len(search.seeds)
     table["place"] = table.status.map({"finished": 0, "pruned": 1}).fillna(2)
