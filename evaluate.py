@@ -549,8 +549,14 @@ def new_figure(width: float, height: float, title: str) -> Figure:
     # A class may be called $x$, or have a name whose characters matplotlib's own font lacks.
     wider = re.compile("Noto Sans (CJK|Arabic)|WenQuanYi|Arial Unicode|Microsoft YaHei|PingFang")
     fonts = ["DejaVu Sans", *filter(wider.match, sorted(get_font_names()))]
-    look = {"image.cmap": "gray", "image.interpolation": "nearest"}
-    matplotlib.rcParams.update({"text.parse_math": False, "font.family": fonts, **look})
+    matplotlib.rcParams.update(
+        {
+            "text.parse_math": False,
+            "font.family": fonts,
+            "image.cmap": "gray",
+            "image.interpolation": "nearest",
+        }
+    )
     figure = Figure((width, height), dpi=100, layout="constrained")
     figure.suptitle(title)
     return figure
@@ -800,8 +806,7 @@ def draw_activations(found: Evaluation, name: str, layer: nn.Conv2d, index: int)
     figure = new_figure(11, max(3.5, math.ceil(len(tiles) / 8) * 0.95 + 1), title)
     left, right = figure.subplots(1, 2, width_ratios=(1, 4))
     draw_image(left, one.images[0])
-    look = {"cmap": "cividis", "vmin": None, "vmax": None}
-    draw_tiles(right, tiles, 8, "output of the convolution", **look)
+    draw_tiles(right, tiles, 8, "output of the convolution", cmap="cividis", vmin=None, vmax=None)
     return figure
 
 

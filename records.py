@@ -366,12 +366,13 @@ class Run:
                 quiet,
             )
         if test:
-            images = f"{self.record['data']['test']:,} images"
-            plain = (
-                f", {test['plain_acc']:.2%} without averaged views" if "plain_acc" in test else ""
+            line = (
+                f"test loss {test['loss']:.4f}, "
+                f"accuracy {test['acc']:.2%} of {self.record['data']['test']:,} images"
             )
-            accuracy = f"{test['acc']:.2%} of {images}{plain}"
-            say(f"test loss {test['loss']:.4f}, accuracy {accuracy}", quiet)
+            if "plain_acc" in test:
+                line += f", {test['plain_acc']:.2%} without averaged views"
+            say(line, quiet)
         say(f"{self.record['status'].replace('_', ' ')}: {shown(self.directory)}", quiet)
 
 

@@ -257,8 +257,9 @@ def parse_arguments(argv: list[str]) -> "Search":
             config = load_yaml(search.config) if search.config else wandb_config(search)
             more_words, more_flags = read_config(config, search.config)
             if "--metric" in given:  # another metric has another goal, too
-                metric = "--goal=", "--target="
-                more_words = [word for word in more_words if not word.startswith(metric)]
+                more_words = [
+                    word for word in more_words if not word.startswith(("--goal=", "--target="))
+                ]
             parsed(parser.parse_args, more_words)
         except UsageError as error:
             raise UsageError(f"{source}: {error}") from error
@@ -537,10 +538,12 @@ def make_range(entry: dict, kind: str, given: dict) -> Parameter:
     whole = kind == "int_uniform"
     steps = "q" in given
     log = "log" in kind
-    hint = "log_uniform takes exponents of e; log_uniform_values takes the bounds themselves"
     narrow = not (whole or steps) and high - low < 1e-3 * abs(high)
     for is_wrong, text in (
-        (kind == "log_uniform" and 1 < low < math.e, hint),
+        (
+            kind == "log_uniform" and 1 < low < math.e,
+            "log_uniform takes exponents of e; log_uniform_values takes the bounds themselves",
+        ),
         (whole and not (type(low) is type(high) is int), "int needs whole numbers"),
         (low >= high, f"the lower bound {low} is not below the upper bound {high}"),
         (log and low <= 0, f"a logarithmic range needs a lower bound above 0, not {low}"),
@@ -1385,9 +1388,11 @@ def run_trial(search: Search, trial: FrozenTrial) -> None:
     storage.set_trial_user_attr(trial_id, "line", line)
 
     # Optuna's value: also of a trial that was pruned, and of one that diverged, which is the worst.
-    value = search.sign * math.inf if status == "diverged" else line[search.metric]
-    state = TrialState.FAIL if status == "failed" else TrialState.COMPLETE
-    storage.set_trial_state_values(trial_id, state, None if status == "failed" else [value])
+    if status == "failed":
+        storage.set_trial_state_values(trial_id, TrialState.FAIL)
+    else:
+        value = search.sign * math.inf if status == "diverged" else line[search.metric]
+        storage.set_trial_state_values(trial_id, TrialState.COMPLETE, [value])
 
 
 def failure(search: Search, directory: Path, error: BaseException) -> dict:
@@ -1814,8 +1819,14 @@ def draw_grid(search: Search, board: DataFrame) -> Any:
     ax.set_yticks(range(height), cells.index)
     ax.set(xlabel=across, ylabel=down)
     for (row, column), loss in ndenumerate(cells):
-        look = {"ha": "center", "va": "center", "bbox": {"facecolor": "white", "pad": 1.5}}
-        ax.text(column, row, value_as_text(search.sign * loss, search.metric), **look)
+        ax.text(
+            column,
+            row,
+            value_as_text(search.sign * loss, search.metric),
+            ha="center",
+            va="center",
+            bbox={"facecolor": "white", "pad": 1.5},
+        )
     return figure
 
 
