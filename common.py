@@ -58,7 +58,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action):
         unset = action.default is False or action.default in (None, [], argparse.SUPPRESS)
-        return (action.help or "") + ("" if unset else " (%(default)s)")
+        return action.help if unset else f"{action.help} (%(default)s)"
 
 
 # What others call our flags.
@@ -74,11 +74,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message):
         """Exit with status 2."""
-        unknown = re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else []
-        for word in unknown:
-            flag = SYNONYMS.get(word.replace("_", "-"), word)
-            for close in difflib.get_close_matches(flag, self._option_string_actions, 1, 0.75):
-                message += f" ({word}: did you mean {close}?)"
+        if message.startswith("unrecognized"):
+            for word in re.findall(r"--[\w-]+", message):
+                flag = SYNONYMS.get(word.replace("_", "-"), word)
+                for close in difflib.get_close_matches(flag, self._option_string_actions, 1, 0.75):
+                    message += f" ({word}: did you mean {close}?)"
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}; see --help\n")
 
 
@@ -457,7 +457,9 @@ def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
 
     # What goes with weights or an optimiser that the recipe is not for.
     if "weights" in typed:
-        recipe |= ANY_MODEL_DEFAULTS | (FREEZE_DEFAULTS if typed.get("freeze") else {})
+        recipe |= ANY_MODEL_DEFAULTS
+        if typed.get("freeze"):
+            recipe |= FREEZE_DEFAULTS
         recipe |= preprocessing_of(typed["weights"], typed.get("model", IMAGENET_MODEL))
     before, after = recipe.get("optimizer"), typed.get("optimizer")
     if after == "muon" != before:
@@ -2502,8 +2504,11 @@ class EarlyStopping:
 
     def state_dict(self):
         """What changes from epoch to epoch."""
-        names = ("best_loss", "epochs_without_improvement", "best_weights")
-        return {name: getattr(self, name) for name in names}
+        return {
+            "best_loss": self.best_loss,
+            "epochs_without_improvement": self.epochs_without_improvement,
+            "best_weights": self.best_weights,
+        }
 
     def load_state_dict(self, state):
         """Go on from `state_dict()`."""

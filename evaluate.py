@@ -793,7 +793,7 @@ def draw_activations(found: Evaluation, name: str, layer: nn.Conv2d, index: int)
     # A ReLU in place would otherwise change what was caught.
     maps = []
     one = found.images.select(torch.tensor([index]))
-    with layer.register_forward_hook(lambda *call: maps.append(call[2].clone())):
+    with layer.register_forward_hook(lambda layer, inputs, output: maps.append(output.clone())):
         found.trained.test(one)
     tiles = maps[0][0][:, None].float().cpu()
 

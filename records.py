@@ -91,6 +91,11 @@ def write_json(path: Path, content: dict | list) -> None:
     write_atomically(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
+def write_json_lines(path: Path, rows: list[dict]) -> None:
+    """Write a line of JSON for each row, atomically. RunError."""
+    write_atomically(path, "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+
+
 def read_json(path: Path, lines: bool = False) -> Any:
     """Read a file of JSON, or of JSON `lines`. RunError where it is damaged."""
     try:
@@ -330,8 +335,7 @@ class Run:
         if best and (best != self.record["best"] or not path.exists()):
             weights = {"weights": parts["early_stopping"].best_weights}
             save_checkpoint(path, parts["model"].config | best | weights)
-        log = "".join(json.dumps(row) + "\n" for row in self.history)
-        write_atomically(self.directory / "log.jsonl", log.encode())
+        write_json_lines(self.directory / "log.jsonl", self.history)
         self.write_record(epochs=len(self.history), best=best)
 
     def restore(self, parts):

@@ -104,13 +104,13 @@ def main(argv: list[str] | None = None) -> dict:
             # Run the trials that are left, and say what came out.
             stopped = None
             lines = lines_of(search, trials_of(search))
-            write_lines(search, lines)
+            records.write_json_lines(search.directory / "trials.jsonl", lines)
             search.ended_before = len(lines)
             if not is_over(search, lines):
                 keep_data(search, *(data or check_data(search)))
                 stopped = run_trials(search, lines)
                 lines = lines_of(search, trials_of(search))
-                write_lines(search, lines)
+                records.write_json_lines(search.directory / "trials.jsonl", lines)
             best = report(search, lines, complete=not stopped)
     except StorageInternalError as error:
         problem = storage_problem(search, error)
@@ -1075,7 +1075,7 @@ def run_trials(search: Search, lines: list[dict]) -> str | None:
                     if line["trial"] not in told:
                         say(line_as_text(line, search), search.quiet)
                         told.add(line["trial"])
-                        write_lines(search, lines)
+                        records.write_json_lines(search.directory / "trials.jsonl", lines)
                 show_progress(bar, search, trials, lines)
     except KeyboardInterrupt as interruption:
         # A training that is told to stop writes that down; it has two seconds for it.
@@ -1198,7 +1198,7 @@ def counted(number: int, what: str) -> str:
 # ------------------------ A worker ------------------------
 # The way of a trial: `take` makes it, with the parameters that `propose` gives, or finds one that
 # was left, and calls `claim`. `run_trial` has the script train it (`train_trial`) and keeps its
-# line in the study. `write_lines` writes the lines of all trials.
+# line in the study.
 #
 # A worker may die anywhere, and cleans nothing up: its claim on a trial is a lock that dies with
 # it, and the script has saved the epochs of the trial. Whoever takes the trial next goes on there.
@@ -1480,12 +1480,6 @@ def checked(record: Any, metric: str) -> dict:
         "main(argv, on_epoch) returned no record of a trial that has ended: "
         f"no status of {', '.join(ENDED)}, or no best {metric} that is a number"
     )
-
-
-def write_lines(search: Search, lines: list[dict]) -> None:
-    """Write trials.jsonl."""
-    content = "".join(f"{json.dumps(line)}\n" for line in lines)
-    records.write_atomically(search.directory / "trials.jsonl", content.encode())
 
 
 # ------------------------ Weights & Biases as the engine ------------------------
