@@ -134,7 +134,7 @@ def given_path(text: str) -> Path:
 
 
 def absolute_path(text: str) -> Path:
-    """An argparse `type`: a run names the same places wherever it is continued from."""
+    """An argparse `type`: an absolute path, as a run may go on from another directory."""
     return Path(os.path.expanduser(given_path(text))).absolute()
 
 
@@ -492,9 +492,9 @@ def recorded_arguments(record: dict) -> dict:
 def why_not_comparable(one: dict, other: dict, figure: str) -> str:
     """Why a figure of two runs cannot be compared, "" where it can; each run is its run.json.
 
-    `figure` is val_loss, val_acc, test_loss or test_acc. A loss needs the same loss, class weights
-    and pixels, an accuracy the same images at whatever size. The test's loss is always the plain
-    cross-entropy.
+    `figure` is val_loss, val_acc, test_loss or test_acc. Losses can be compared where --loss, the
+    class weights and the pixels are the same, accuracies where the images are, at whatever size.
+    The test's loss is always the plain cross-entropy.
     """
     part, kind = figure.split("_")
     args = [recorded_arguments(run) for run in (one, other)]
@@ -915,8 +915,8 @@ def read_named(args, synthetic, wanted):
 
 
 def divide(images: ImageSet, args: Namespace, draw: bool) -> dict[str, ImageSet]:
-    """Those of the `images` that train, that validate, and that are unused, as far as there are
-    such. RunError.
+    """Cut `images` into those that train, that validate, and that --limit-train leaves unused; a
+    part that would be empty is not there. RunError.
 
     A fold follows from the names of the images. Without `draw`, none of them validates.
     """
@@ -924,7 +924,7 @@ def divide(images: ImageSet, args: Namespace, draw: bool) -> dict[str, ImageSet]
     labels = images.labels.cpu()
     val = torch.zeros(count, dtype=torch.bool)
     if draw and args.fold:
-        # Every n-th of the images validates, with those of a class one after the other.
+        # Sort the images by class, and within a class by a hash. Then every n-th validates.
         part, parts = map(int, args.fold.split("/"))
         names = [file.name for file in images.files or ()] or map(str, range(count))
         keys = zip(labels.tolist(), map(hash_of, names), range(count), strict=True)
@@ -1012,7 +1012,7 @@ def read_torchvision(args, train):
 
 
 def downloading(args):
-    """What torchvision downloads in this context shows its bar where somebody sees it."""
+    """A context in which torchvision shows the bar of a download only where somebody sees it."""
     socket.setdefaulttimeout(60)  # a server that falls silent does not hold a run for ever
     is_silent = args.quiet or not sys.stderr.isatty()
     return contextlib.redirect_stderr(io.StringIO() if is_silent else sys.stderr)
@@ -1043,7 +1043,7 @@ def read_files(args: Namespace, wanted: tuple) -> dict[str, ImageSet]:
     if not root.is_dir():
         raise RunError(f"{shown(root)} is not there; say where the images are with --dataset")
 
-    # Which files: those that are written down, whatever has come since, or those that are there.
+    # The files that are written down, whatever has come since; else all that are there.
     files = list_files(args.listing or Path(args.dataset), root, args.quiet)
     if args.fold:
         files = [file for file in files if file.part != "test"]
@@ -1214,7 +1214,7 @@ def listing_as_csv(parts: dict[str, ImageSet]) -> bytes:
 
 def list_folder(root: Path, quiet: bool) -> list[File]:
     """The files of PATH/<class>/*, or of PATH/train/<class>/*, PATH/val and PATH/test. RunError."""
-    # The folders in it that hold images. They are parts if all have such names, or several.
+    # The folders in it that hold images. They are parts if all of them, or several, are named so.
     skipped = Counter()
     paths = {path.relative_to(root).parts: path for path in image_files(root, skipped)}
     tops = sorted({top for top, *below in paths if below})
@@ -1631,8 +1631,8 @@ class Dropout(nn.Dropout):
 
     The probability is rounded to 1/65536, and the scale is that of the rounded one.
 
-    With `always` it drops in evaluation too, as in the CIFAR-10 tutorial: the same of each batch of
-    a shape, so that evaluating twice gives the same.
+    With `always` it drops in evaluation too, as in the CIFAR-10 tutorial. Which elements it drops
+    follows from the shape of the batch alone, so that evaluating twice gives the same.
     """
 
     def __init__(self, p, always=False):
@@ -2422,8 +2422,8 @@ UNSURE = 0.75
 def average_views(model: nn.Module, images: Tensor, tta: str | None) -> Tensor:
     """Logits [B, K], float32, of `images` [B, C, H, W].
 
-    With `tta`, those of which the model is not sure, with no class above a probability of UNSURE,
-    are averaged over `views`: of the others hardly one would change its class.
+    With `tta`, the images of which the model is not sure are averaged over `views`: those with no
+    class above a probability of UNSURE. Of the others hardly one would change its class.
     """
     logits = model(images).float()
     unsure = logits.softmax(1).amax(1) <= UNSURE

@@ -1172,9 +1172,9 @@ def rank_and_pair(runs: DataFrame, split: str) -> tuple[DataFrame, list[str]]:
 
 
 def average(groups: Any, argument: str) -> DataFrame:
-    """Beside each run, what those of its group have together, which differ in an argument alone:
-    mean and standard deviation of their accuracies, and Student's 95% interval of the mean, from
-    three runs on."""
+    """A row for each run of a group, whose runs differ in `argument` alone: mean and standard
+    deviation of the group's accuracies, and Student's 95% interval of the mean, from three runs
+    on."""
     from scipy.stats import t
 
     count = groups.run.transform("size")
@@ -1219,8 +1219,8 @@ def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
 
 
 def read_evaluation(run: Any, split: str) -> Series:
-    """Of each image that a run was evaluated on whether it was right. An image goes by its file and
-    the checksum of all. RunError says why they are of no use."""
+    """Whether the run was right about each image that it was evaluated on. The index is the image's
+    file with the checksum of all images. RunError where the evaluation is of no use."""
     # Was it evaluated with the weights that it has now?
     directory = directory_of(Path(run.run), split)
     if not (directory / "metrics.json").exists():
@@ -1244,9 +1244,9 @@ def read_evaluation(run: Any, split: str) -> Series:
 
 
 def paired_difference(one: int, other: int, images: int) -> tuple[float, float, float, float]:
-    """The difference of two accuracies on the same `images`, of which `one` and `other` are right
-    with the one or the other model only; its 95% interval, and the two-sided mid-p of McNemar's
-    test that the models are equally good.
+    """The difference of two models' accuracies on the same `images`, its 95% interval, and the
+    two-sided mid-p of McNemar's test that they are equally good. About `one` of the images only the
+    one model is right, about `other` only the other.
 
     D. G. Bonett and R. M. Price, "Adjusted Wald confidence interval for a difference of binomial
     proportions based on paired data" (2012). M. W. Fagerland, S. Lydersen and P. Laake, "The

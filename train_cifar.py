@@ -52,8 +52,8 @@ FAST = {
 def photos(images: int, classes: int, rarest: int, side: float) -> dict:
     """The recipe for images of files: `fast`, fitted to what there is to train on.
 
-    There are so many `images` and `classes`, and so many images of the `rarest` class. `side` is
-    the median of their shorter sides, in pixels.
+    There are `images` to train on, of `classes` classes, `rarest` of them of the rarest one. `side`
+    is the median of their shorter sides, in pixels.
     """
     # Photos have details that 32 pixels do not show. Smaller images gain nothing by being enlarged.
     recipe = FAST | {"image_size": 32}
