@@ -1936,8 +1936,14 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     mean, std = args.mean or [0.5] * channels, args.std or [0.5] * channels
     if args.normalize == "dataset" and not args.mean:
         mean, std = train_set.mean_and_std()
-    config: dict = {"image_shape": [channels, *size], "classes": train_set.classes}
-    config |= {"mean": mean, "std": std, "temperature": 1.0, "resize": args.resize}
+    config: dict = {
+        "image_shape": [channels, *size],
+        "classes": train_set.classes,
+        "mean": mean,
+        "std": std,
+        "temperature": 1.0,
+        "resize": args.resize,
+    }
     for name in ("model", "batch_size", *options_of(MODELS[args.model])):
         config[name] = getattr(args, name)
 
@@ -2014,9 +2020,13 @@ def preprocessing_of(source: str, model: str) -> dict:
         images = models.get_model_weights(model).DEFAULT.transforms()
         side = images.crop_size[0]
         shorter = images.resize_size[0]
-        way = f"crop:{side / shorter:.5g}:{images.interpolation.value}"
-        mean, std = list(images.mean), list(images.std)
-        return {"model": model, "image_size": side, "resize": way, "mean": mean, "std": std}
+        return {
+            "model": model,
+            "image_size": side,
+            "resize": f"crop:{side / shorter:.5g}:{images.interpolation.value}",
+            "mean": list(images.mean),
+            "std": list(images.std),
+        }
     if source == "imagenet":
         raise UsageError(f"--weights imagenet is for a model of torchvision, not {model}")
     return {}

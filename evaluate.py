@@ -414,16 +414,17 @@ def class_metrics(confusion: DataFrame) -> DataFrame:
     support = confusion.sum(axis=1)
     predicted = confusion.sum()
     recall = correct / support
-    classes = {
-        "support": support,
-        "predicted": predicted,
-        "accuracy": recall,
-        "recall": recall,
-        "accuracy_interval": list(map(wilson_interval, correct, support)),
-        "precision": correct / predicted,
-        "f1": (2 * correct / (support + predicted)).where(support > 0),
-    }
-    return DataFrame(classes).reset_index(names="name")
+    return DataFrame(
+        {
+            "support": support,
+            "predicted": predicted,
+            "accuracy": recall,
+            "recall": recall,
+            "accuracy_interval": list(map(wilson_interval, correct, support)),
+            "precision": correct / predicted,
+            "f1": (2 * correct / (support + predicted)).where(support > 0),
+        }
+    ).reset_index(names="name")
 
 
 def calibration(confidence: Any, correct: Series, when: str = "") -> dict:

@@ -125,17 +125,18 @@ def main(argv: list[str] | None = None) -> dict:
 
 def dry_run(search: "Search") -> dict:
     """Print the command line of each trial; of a Bayesian search the space. OSError."""
+    if search.method == "bayes":
+        text = f"{counted(search.total, 'trial')} of {shown(search.script)}, proposed one by one"
+        say("\n  ".join([text, *search.param]), search.quiet, needed=True)
+        return {}
     trials: list = []
-    for number in range(search.total if search.method != "bayes" else 0):
+    for number in range(search.total):
         params = propose(search, trials)
         if not params:
             break
         trials.append(search.trial(number, params))
         command = search.command(trials[-1].user_attrs["params"], number)
         say(f"trial {number:4}  {command}", search.quiet, needed=True)
-    if not trials:
-        text = f"{counted(search.total, 'trial')} of {shown(search.script)}, proposed one by one"
-        say("\n  ".join([text, *search.param]), search.quiet, needed=True)
     return {}
 
 
