@@ -579,7 +579,7 @@ def choose_device_and_precision(device: str, precision: str) -> tuple[str, str]:
         "cpu": True,
     }
     if device == "auto":
-        device = next(filter(available.get, available))
+        device = next(name for name in available if available[name])
     if not available[device]:
         raise UsageError(
             f"--device {device}: this machine or this build of torch has none; "
@@ -593,7 +593,7 @@ def choose_device_and_precision(device: str, precision: str) -> tuple[str, str]:
         # Without AVX-512's bf16 instructions a CPU emulates it, many times slower than fp32.
         has_bf16 = device == "cpu" and torch.cpu._is_avx512_bf16_supported()
         precision = "bf16" if has_bf16 else "fp32"
-    if (device, precision) == ("cpu", "fp16"):
+    if device == "cpu" and precision == "fp16":
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32")
 
     # Two runs of one seed are to give the same bytes; cuDNN's fastest kernels do not.
@@ -928,10 +928,11 @@ def divide(images: ImageSet, args: Namespace, draw: bool) -> dict[str, ImageSet]
         part, parts = map(int, args.fold.split("/"))
         names = [file.name for file in images.files or ()] or map(str, range(count))
         keys = zip(labels.tolist(), map(hash_of, names), range(count), strict=True)
-        val[[index for _, _, index in sorted(keys)][part - 1 :: parts]] = True
+        order = [index for _, _, index in sorted(keys)]
+        val[order[part - 1 :: parts]] = True
     elif draw:
-        size = round(count * args.val_size)
-        val = stratified_sample(labels, size, generator_for(args.seed, "validation"))
+        random = generator_for(args.seed, "validation")
+        val = stratified_sample(labels, round(count * args.val_size), random)
 
     # Of the others, train with as many as --limit-train says.
     train = ~val
@@ -2390,7 +2391,7 @@ def side_in_epoch(args, epoch, side):
     """
     sides = [round(size * side) if size <= 1 else size for size in args.sizes or [1]]
     changes_left = (args.epochs - epoch) * len(sides) // args.epochs
-    return sides[len(sides) - 1 - changes_left]
+    return sides[-1 - changes_left]
 
 
 @torch.inference_mode()
@@ -2453,8 +2454,11 @@ def views(images: Tensor, tta: str) -> list[tuple[float, Tensor]]:
     one = torch.ones(len(images), dtype=torch.long, device=images.device)
     found = [(1.0, images)]
     if "shift" in tta:
-        moved = (shift_by(images, direction, direction, 1) for direction in (one, -one))
-        found = [(0.5, images), *((0.25, view) for view in moved)]
+        found = [
+            (0.5, images),
+            (0.25, shift_by(images, one, one, 1)),
+            (0.25, shift_by(images, -one, -one, 1)),
+        ]
     if "mirror" in tta:
         found = [(weight / 2, view) for weight, image in found for view in (image, image.flip(3))]
     return found

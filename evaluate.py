@@ -181,7 +181,7 @@ def load_trained(directory: Path, args: Namespace) -> Trained:
     # Compute as the training did; another number of threads rounds otherwise.
     device, _ = common.choose_device_and_precision(args.device, "fp32")
     precision = record["precision"]
-    if (device, precision) == ("cpu", "fp16"):
+    if device == "cpu" and precision == "fp16":
         precision = "fp32"
         note("fp16 needs a GPU: computed in fp32, the figures may differ from run.json's", args)
     torch.set_num_threads(record["threads"])
