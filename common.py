@@ -461,7 +461,8 @@ def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
         if typed.get("freeze"):
             recipe |= FREEZE_DEFAULTS
         recipe |= preprocessing_of(typed["weights"], typed.get("model", IMAGENET_MODEL))
-    before, after = recipe.get("optimizer"), typed.get("optimizer")
+    before = recipe.get("optimizer")
+    after = typed.get("optimizer")
     if after == "muon" != before:
         recipe |= MUON_DEFAULTS
     elif before == "muon" and after in ("adam", "adamw"):
@@ -653,7 +654,8 @@ def command_line(main: Callable[[list[str]], dict]) -> int:
         return fail(128 + signal.Signals[name], f"interrupted by {name}")
 
     # A run that did not come to its end says so in its record.
-    status, error = record.get("status"), record.get("error")
+    status = record.get("status")
+    error = record.get("error")
     if status == "diverged":
         return fail(
             1,
@@ -1468,7 +1470,9 @@ def rotate(images: Tensor, degrees: float, random: torch.Generator) -> Tensor:
     neighbour, black corners."""
     height, width = images.shape[-2:]
     angle = ((one_each(images, random).flatten() * 2 - 1) * degrees).deg2rad()
-    cos, sin, zero = angle.cos(), angle.sin(), torch.zeros_like(angle)
+    cos = angle.cos()
+    sin = angle.sin()
+    zero = torch.zeros_like(angle)
     # From where in the source each pixel comes; the coordinates run from -1 to 1 along each axis.
     rows = (cos, -sin * height / width, zero, sin * width / height, cos, zero)
     grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
@@ -1934,7 +1938,8 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     """
     # What best.pt holds beside the weights: the model and its preprocessing.
     channels, *size = train_set.pixels.shape[1:]
-    mean, std = args.mean or [0.5] * channels, args.std or [0.5] * channels
+    mean = args.mean or [0.5] * channels
+    std = args.std or [0.5] * channels
     if args.normalize == "dataset" and not args.mean:
         mean, std = train_set.mean_and_std()
     config: dict = {

@@ -467,7 +467,8 @@ def gallery(title: str, images: ImageSet, answers: DataFrame, is_suspect: bool =
 def caption(answer: dict, is_suspect: bool) -> str:
     """Lines about an image: its class, and what is predicted how surely; of a suspect also how
     likely its class is, and the file."""
-    name, other = shorten(answer["class"], 12), shorten(answer["predicted"], 12)
+    name = shorten(answer["class"], 12)
+    other = shorten(answer["predicted"], 12)
     confidence = f"({answer['predicted_probability']:.0%})"
     if is_suspect:
         file = Path(answer["file"]).name
@@ -704,7 +705,8 @@ def draw_gallery(images: Gallery, title: str) -> Figure:
     shown_ones = zip(images.pixels, images.captions, are_wrong, strict=False)
     for place, (pixels, words, is_wrong) in enumerate(shown_ones):
         # The image, and a frame around it.
-        left, top = place % columns + 0.05, place // columns * height + 0.35
+        left = place % columns + 0.05
+        top = place // columns * height + 0.35
         draw_image(ax, pixels, extent=(left, left + 0.9, top + 0.9, top))
         colour = ORANGE if is_wrong else "black"
         if is_wrong:
@@ -728,7 +730,8 @@ def draw_calibration(metrics: dict, title: str) -> Figure:
     # Accuracy, and where it was before the temperature.
     figure = new_figure(8, 6.5, title)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    bins, before = metrics["calibration"].dropna(), metrics["calibration_before"].dropna()
+    bins = metrics["calibration"].dropna()
+    before = metrics["calibration_before"].dropna()
     look = {"width": 1 / CALIBRATION_BINS, "align": "edge", "color": BLUE, "edgecolor": "white"}
     above.bar(bins.low, bins.accuracy, label="accuracy", **look)
     above.plot(bins.confidence, bins.accuracy, "k.")
@@ -1211,7 +1214,8 @@ def measure_pairs(runs: DataFrame, split: str) -> DataFrame:
 
         # How often is the one right where the other is wrong?
         if best_run != run.run:
-            one, other = int((right > best_right).sum()), int((right < best_right).sum())
+            one = int((right > best_right).sum())
+            other = int((right < best_right).sum())
             figures = paired_difference(one, other, len(right))
             values = best_run, len(right), one, other, *figures
             rows[run.Index] = dict(zip(PAIR_COLUMNS, values, strict=True))
@@ -1257,9 +1261,11 @@ def paired_difference(one: int, other: int, images: int) -> tuple[float, float, 
     from scipy.stats import binom, norm
 
     # The interval.
-    p, q = (one + 1) / (images + 2), (other + 1) / (images + 2)
+    p = (one + 1) / (images + 2)
+    q = (other + 1) / (images + 2)
     half = norm.ppf(0.975) * math.sqrt((p + q - (p - q) ** 2) / (images + 2))
-    low, high = max(-1.0, p - q - half), min(1.0, p - q + half)
+    low = max(-1.0, p - q - half)
+    high = min(1.0, p - q + half)
 
     # The test.
     fewer = binom(one + other, 0.5)

@@ -535,7 +535,8 @@ def make_range(entry: dict, kind: str, given: dict) -> Parameter:
         raise ValueError("the bounds and the step must be finite numbers")
     low, high, step = numbers
     if kind == "log_uniform":
-        low, high = math.exp(min(low, 99)), math.exp(min(high, 99))
+        low = math.exp(min(low, 99))
+        high = math.exp(min(high, 99))
     whole = kind == "int_uniform"
     steps = "q" in given
     log = "log" in kind
@@ -674,7 +675,8 @@ def fill_in(search: Search) -> None:
             raise UsageError(
                 f"--script {search.script} needs its own search: --param NAME=SPEC or --config FILE"
             )
-        search.param, search.flags = space, flags + search.flags
+        search.param = space
+        search.flags = flags + search.flags
     for at, text in enumerate(search.param):
         name, parameter = parse_parameter(text)
         if common.as_flag(name) in PLACES:
@@ -1603,7 +1605,8 @@ def leaderboard(search: Search, lines: list[dict]) -> DataFrame:
     table["seconds"] = groups.seconds.transform("sum")
     table["mean"] = search.sign * groups.loss.transform("mean")
     half = t.ppf(0.975, groups.loss.transform("count") - 1) * groups.loss.transform("sem")
-    table["low"], table["high"] = table["mean"] - half, table["mean"] + half
+    table["low"] = table["mean"] - half
+    table["high"] = table["mean"] + half
 
     # The best seed stands for all, unless one of them did not finish.
     table = table.sort_values(["place", "loss"], ascending=[False, True])

@@ -171,14 +171,16 @@ def synthetic_shapes(count, seed):
     axis = torch.arange(32.0) - 15.5
     angle = uniform(-0.25, 0.25)
     size = uniform(6, 12)
-    x, y = axis.view(1, 1, -1) - uniform(-5, 5), axis.view(1, -1, 1) - uniform(-5, 5)
+    x = axis.view(1, 1, -1) - uniform(-5, 5)
+    y = axis.view(1, -1, 1) - uniform(-5, 5)
     x, y = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
     radius = (x**2 + y**2).sqrt()
     moon = ((x - size / 2) ** 2 + y**2).sqrt()
     # Each is positive inside the figure and grows by about one a pixel. A texture has a period of 3
     # to 8 pixels.
     period = 2 * math.pi / uniform(3, 8)
-    wave_x, wave_y = (x * period).sin() * 2, (y * period).sin() * 2
+    wave_x = (x * period).sin() * 2
+    wave_y = (y * period).sin() * 2
     figures = [
         size - radius,
         size / 4 - (radius - size * 0.8).abs(),
