@@ -137,7 +137,9 @@ class Trained:
     device: str
     autocast: Callable
 
-    def test(self, images: ImageSet, tta: str | None = None) -> tuple[common.AverageMeter, Tensor]:
+    def evaluate(
+        self, images: ImageSet, tta: str | None = None
+    ) -> tuple[common.AverageMeter, Tensor]:
         """Loss and accuracy of the images, and the logits [N, K], float32, on the CPU."""
         images = images.to(self.device)
         loader = common.evaluation_loader(images, self.config["batch_size"], self.config)
@@ -298,7 +300,7 @@ class Evaluation:
 def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     """Compute everything that is shown of a run."""
     # What the model answers, image by image.
-    meter, logits = trained.test(images)
+    meter, logits = trained.evaluate(images)
     answers = answer_table(trained, images, logits)
     confidence = answers.predicted_probability
     correct = answers["class"] == answers.predicted
@@ -330,7 +332,7 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
     # With averaged views, if the run or the user wants it.
     views = args.tta or trained.record["args"]["tta"]
     if views:
-        metrics["tta"] = {"views": views, **meter_metrics(trained.test(images, views)[0])}
+        metrics["tta"] = {"views": views, **meter_metrics(trained.evaluate(images, views)[0])}
 
     # The images that are shown, and where the model looked when it was wrong.
     sample = answers.sample(min(args.sample, len(answers)), random_state=0)
@@ -454,7 +456,7 @@ def find_suspects(answers: DataFrame, images: ImageSet, verdict: str) -> Gallery
     suspects = wrong.nsmallest(math.ceil(len(answers) / 10), "probability")
     title = f"Suspects: {len(suspects):,} of {len(answers):,} images, whose class {verdict}"
     shown_ones = gallery(title, images, suspects.head(SHOWN_IMAGES), is_suspect=True)
-    return shown_ones._replace(answers=suspects)
+    return shown_ones._replace(answers=suspects)  # all of them, for suspects.csv
 
 
 def gallery(title: str, images: ImageSet, answers: DataFrame, is_suspect: bool = False) -> Gallery:
@@ -702,7 +704,7 @@ def draw_gallery(images: Gallery, title: str) -> Figure:
     ax = figure.subplots()  # one for all: forty take seconds
     ax.set_axis_off()
     are_wrong = images.answers["class"] != images.answers.predicted
-    shown_ones = zip(images.pixels, images.captions, are_wrong, strict=False)
+    shown_ones = zip(images.pixels, images.captions, are_wrong, strict=False)  # not all suspects
     for place, (pixels, words, is_wrong) in enumerate(shown_ones):
         # The image, and a frame around it.
         left = place % columns + 0.05
@@ -798,7 +800,7 @@ def draw_activations(found: Evaluation, name: str, layer: nn.Conv2d, index: int)
     maps = []
     one = found.images.select(torch.tensor([index]))
     with layer.register_forward_hook(lambda layer, inputs, output: maps.append(output.clone())):
-        found.trained.test(one)
+        found.trained.evaluate(one)
     tiles = maps[0][0][:, None].float().cpu()
 
     # The image, and the maps beside it.
@@ -1282,7 +1284,7 @@ def judge_out_of_fold(group: DataFrame, args: Namespace) -> tuple[DataFrame, Ima
         trained = load_trained(Path(directory), args)
         images = load_images(trained, "val", args)
         parts.append(images)
-        answers.append(answer_table(trained, images, trained.test(images)[1]))
+        answers.append(answer_table(trained, images, trained.evaluate(images)[1]))
 
     # Put the folds together.
     whole = trained.as_images(torch.cat([part.images for part in parts]))
@@ -1376,7 +1378,7 @@ def likeliest_classes(
         return []
 
     # Classify the others.
-    _, logits = trained.test(trained.as_images(torch.stack(pixels)))
+    _, logits = trained.evaluate(trained.as_images(torch.stack(pixels)))
     likeliest = trained.probabilities(logits).topk(top)
     classes = trained.config["classes"]
     return [

@@ -68,7 +68,7 @@ def without_dropout(directory: str) -> float:
     trained = evaluate.load_trained(Path(directory), asked)
     for layer in (trained.model.dropout1, trained.model.dropout2):
         layer.always = False
-    meter, _ = trained.test(evaluate.load_images(trained, "test", asked))
+    meter, _ = trained.evaluate(evaluate.load_images(trained, "test", asked))
     return meter.accuracy
 
 
