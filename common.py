@@ -850,7 +850,7 @@ def load_data(
 
     # Cut the training images in two.
     if "train" in parts:
-        parts |= divide(parts["train"], args, draw="val" not in parts)
+        parts |= divide(parts["train"], args, needs_val="val" not in parts)
 
     # Put the parts together. Of a test set that is not to be read, the files were looked at.
     files = None
@@ -916,23 +916,23 @@ def read_named(args, synthetic, wanted):
     return parts
 
 
-def divide(images: ImageSet, args: Namespace, draw: bool) -> dict[str, ImageSet]:
+def divide(images: ImageSet, args: Namespace, needs_val: bool) -> dict[str, ImageSet]:
     """Cut `images` into those that train, that validate, and that --limit-train leaves unused; a
     part that would be empty is not there. RunError.
 
-    A fold follows from the names of the images. Without `draw`, none of them validates.
+    A fold follows from the names of the images. Without `needs_val`, none of them validates.
     """
     count = len(images)
     labels = images.labels.cpu()
     val = torch.zeros(count, dtype=torch.bool)
-    if draw and args.fold:
+    if needs_val and args.fold:
         # Sort the images by class, and within a class by a hash. Then every n-th validates.
         part, parts = map(int, args.fold.split("/"))
         names = [file.name for file in images.files or ()] or map(str, range(count))
         keys = zip(labels.tolist(), map(hash_of, names), range(count), strict=True)
         order = [index for _, _, index in sorted(keys)]
         val[order[part - 1 :: parts]] = True
-    elif draw:
+    elif needs_val:
         random = generator_for(args.seed, "validation")
         val = stratified_sample(labels, round(count * args.val_size), random)
 
@@ -944,8 +944,10 @@ def divide(images: ImageSet, args: Namespace, draw: bool) -> dict[str, ImageSet]
             raise RunError(
                 f"--limit-train {args.limit_train}: there are only {len(places)} training images"
             )
-        random = generator_for(args.seed, "limit")
-        train[places[~stratified_sample(labels[places], args.limit_train, random)]] = False
+        kept = stratified_sample(
+            labels[places], args.limit_train, generator_for(args.seed, "limit")
+        )
+        train[places[~kept]] = False
     masks = {"train": train, "val": val, "unused": ~(train | val)}
     return {part: images.select(mask) for part, mask in masks.items() if mask.any()}
 

@@ -160,12 +160,13 @@ def build_parser() -> common.ArgumentParser:
         str,
         "training script, with main(argv, on_epoch) (grid: train_cifar.py, else train_mnist.py)",
     )
-    group.add_argument(
-        "--param",
+    common.add_flag(
+        group,
+        "--param NAME=SPEC",
+        str,
+        "48,96 or 0.0..0.5 or int:64..512 or log:1e-4..1e-1; once for each parameter",
         action="append",
         default=[],
-        metavar="NAME=SPEC",
-        help="48,96 or 0.0..0.5 or int:64..512 or log:1e-4..1e-1; once for each parameter",
     )
     flag("--config FILE", Path, "YAML or JSON in the schema of W&B's sweeps")
     flag(
