@@ -37,6 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -122,8 +123,7 @@ def run_name(text: str) -> str:
 
 def new_name(start: str) -> str:
     """The name of a directory that no other has: `start`, the time in UTC, and random letters."""
-    now = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    return f"{start}-{now}-{secrets.token_hex(4)}"
+    return f"{start}-{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
 
 def given_path(text: str) -> Path:
