@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import records
-from records import RunError, UsageError, say, shown
+from records import RunError, UsageError, checksum_of, say, shown
 
 import torch
 import torch.nn.functional as F
@@ -801,7 +801,7 @@ class Data:
             about[part] = images and len(images)
             key = "checksum" if part == "train" else f"{part}_checksum"
             about[key] = images and images.checksum
-        checksum = self.files and hashlib.sha256(self.listing).hexdigest()
+        checksum = self.files and checksum_of(self.listing)
         return {**about, "files": self.files, "files_checksum": checksum}
 
     def check(self, known: dict, source: Path | str, directory: Path) -> None:
@@ -954,7 +954,7 @@ def divide(images: ImageSet, args: Namespace, needs_val: bool) -> dict[str, Imag
 
 def hash_of(name):
     """A hash that puts names into an order of no meaning, always the same."""
-    return hashlib.sha256(os.fsencode(name)).hexdigest()
+    return checksum_of(os.fsencode(name))
 
 
 def stratified_sample(labels: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -1105,7 +1105,7 @@ def listing_of(directory: Path, record: dict) -> Path | None:
             f"{shown(path)} is missing: it says which images are those of the run "
             "(an earlier version did not write down its images: train anew)"
         )
-    if hashlib.sha256(path.read_bytes()).hexdigest() != about["files_checksum"]:
+    if checksum_of(path.read_bytes()) != about["files_checksum"]:
         raise RunError(f"{shown(path)} has changed since the run began")
     return path
 
@@ -1330,7 +1330,7 @@ def read_pixels(files: list[File], args: Namespace) -> Tensor:
         file = files[index]
         try:
             content = file.path.read_bytes()
-            checksum = hashlib.sha256(content).hexdigest()
+            checksum = checksum_of(content)
             if file.sha256 not in ("", checksum):
                 raise ValueError("the file has changed")
             if not decoded:

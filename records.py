@@ -71,6 +71,11 @@ def shown(path: Path | str) -> str:
 
 
 # ------------------------ Files ------------------------
+def checksum_of(content: bytes) -> str:
+    """The SHA-256 of `content`, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside `path`, then rename: a reader sees the old file or the new one. RunError."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -111,7 +116,7 @@ def save_checkpoint(path: Path, state: dict) -> str:
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, **state}, buffer)
     write_atomically(path, buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    return checksum_of(buffer.getvalue())
 
 
 def load_checkpoint(path: Path, sha256: str | None = None) -> dict:
@@ -136,7 +141,7 @@ def load_checkpoint(path: Path, sha256: str | None = None) -> dict:
     if damaged:
         raise RunError(f"{shown(path)} is damaged: the checksum of {damaged} is not right")
     check_format(path, state)
-    if sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+    if sha256 and checksum_of(path.read_bytes()) != sha256:
         raise RunError(f"{shown(path)} is not that of this run")
     if "frozen" in state:  # the weights that a run has not changed lie beside those that it has
         frozen = load_checkpoint(path.with_name("frozen.pt"), state["frozen"])

@@ -14,7 +14,6 @@ many machines share. Any process may die at any moment: what it ran is taken up 
 import contextlib
 import copy
 import functools
-import hashlib
 import importlib.util
 import io
 import itertools
@@ -857,7 +856,7 @@ def check_data(search: Search) -> tuple[str, bytes | None]:
             listing = known.read_bytes()
         else:  # each trial cuts the training images in two
             listing = common.listing_as_csv(common.read_files(args, common.PARTS))
-        return hashlib.sha256(listing).hexdigest(), listing
+        return records.checksum_of(listing), listing
     except RunError as error:
         raise UsageError(str(error)) from error
     finally:
