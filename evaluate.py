@@ -1092,8 +1092,8 @@ def compare(args: Namespace) -> DataFrame:
             except RunError as error:  # the other runs can be compared without images
                 remarks.append(f"wrong labels are not looked for: {error}")
                 continue
-            confusion = confusion_of(answers, images.classes)
-            tables["Classes, over all folds"] = for_people(class_metrics(confusion)[CLASS_COLUMNS])
+            classes = class_metrics(confusion_of(answers, images.classes))
+            tables["Classes, over all folds"] = for_people(classes[CLASS_COLUMNS])
             verdict = "a run that was not trained on them finds unlikely"
             galleries["suspects"] = find_suspects(answers, images, verdict)
 
