@@ -330,7 +330,9 @@ def measure(trained: Trained, images: ImageSet, args: Namespace) -> Evaluation:
         metrics["top5_accuracy"] = among_five.double().mean().item()
 
     # With averaged views, if the run or the user wants it.
-    views = args.tta or trained.record["args"]["tta"]
+    views = args.tta
+    if args.split == "test":
+        views = views or trained.record["args"]["tta"]
     if views:
         metrics["tta"] = {"views": views, **meter_metrics(trained.evaluate(images, views)[0])}
 
@@ -598,11 +600,13 @@ def label_epochs(ax, label: str) -> None:
 
 def curves_axes(figure):
     """Two axes, of loss and of accuracy, over epochs."""
+    from matplotlib.ticker import PercentFormatter
+
     axes = figure.subplots(1, 2)
     losses, accuracies = axes
     label_epochs(losses, "loss per image")
     label_epochs(accuracies, "accuracy")
-    accuracies.yaxis.set_major_formatter("{x:.1%}")
+    accuracies.yaxis.set_major_formatter(PercentFormatter(1))  # decimals as the ticks need them
     return axes
 
 
@@ -996,6 +1000,9 @@ def most_confused(answers: DataFrame) -> DataFrame:
     return table[table["class"] != table.predicted].head(10)
 
 
+FLATTERED = "the test set validated (--val-size 0), which flatters its figures"
+
+
 def remarks_on(trained: Trained, figures: dict) -> list[str]:
     """What is to be known before the figures of a run are believed."""
     record = trained.record
@@ -1004,7 +1011,7 @@ def remarks_on(trained: Trained, figures: dict) -> list[str]:
         where = shown(trained.directory)
         remarks.append(f"{where}: {record['status']} after {record['epochs']} epochs")
     if record["data"]["selection"] == "test set":
-        remarks.append("the test set validated (--val-size 0), which flatters its figures")
+        remarks.append(FLATTERED)
     if "filters" not in figures:
         remarks.append("no convolution, so no filters.png")
     return remarks
@@ -1013,8 +1020,8 @@ def remarks_on(trained: Trained, figures: dict) -> list[str]:
 # ------------------------ Compare runs ------------------------
 COMPLETED = ("finished", "stopped_early")
 # What two runs may differ in, and still be equal but for the seed and the fold.
-ELSEWHERE = {"seed", "fold", "threads", "device", "run_name", "runs_dir", "data_dir", "wandb"}
-ELSEWHERE |= {"wandb_project", "mean", "std"}
+ELSEWHERE = {"threads", "device", "run_name", "runs_dir", "data_dir", "wandb", "wandb_project"}
+ELSEWHERE |= {"mean", "std"}
 # What is compared: its place in run.json, and its name. The table of runs ends with the status.
 COMPARED = {
     "run": "run",
@@ -1063,8 +1070,13 @@ def compare(args: Namespace) -> DataFrame:
         "Where they differ": different_flags(runs),
         f"Image by image, {args.split} images": for_people(paired[["run", *PAIR_COLUMNS]]),
     }
-    for argument, other in (("seed", "fold"), ("fold", "seed")):
-        means = average(once.groupby(["equal", other]), argument)
+    folds = once[once.fold != ""]
+    parts = folds.fold.str.split("/").str[1]  # a third and a fifth overlap
+    for argument, groups in (
+        ("seed", once.groupby(["equal", "fold"])),
+        ("fold", folds.groupby(["equal", "seed", parts])),
+    ):
+        means = average(groups, argument)
         table = means.drop_duplicates(f"{argument}_runs")
         tables[f"Equal but for the {argument}"] = for_people(table)
         runs = runs.join(means.drop(columns="model"))
@@ -1077,6 +1089,9 @@ def compare(args: Namespace) -> DataFrame:
         for reason, names in runs.groupby(column).run:
             text = ", ".join(names) if len(names) <= 5 else f"{len(names)} runs"
             remarks.append(f"{what}, as {reason}: {text}")
+    flattered = ", ".join(runs[runs.validated_on == "test set"].run)
+    if flattered:
+        remarks.append(f"{FLATTERED}: {flattered}")
     if len(paired):
         remarks.append("one in twenty pairs of equally good models has a mid-p below 0.05")
 
@@ -1086,7 +1101,7 @@ def compare(args: Namespace) -> DataFrame:
         parts = int(group.fold.iloc[0].split("/")[1])
         if len(group) < parts:
             remarks.append(f"{len(group)} of {parts} folds: with all, wrong labels are looked for")
-        elif group.record.iloc[0]["data"]["files"] and not galleries:
+        elif group.record.iloc[0]["data"].get("files") and not galleries:
             try:
                 answers, images = judge_out_of_fold(group, args)
             except RunError as error:  # the other runs can be compared without images
@@ -1104,7 +1119,7 @@ def compare(args: Namespace) -> DataFrame:
         "tables": tables,
         "galleries": galleries,
     }
-    out = args.out or args.runs[0].parent
+    out = args.out or args.runs[0].absolute().parent
     figures = {"compare": draw_comparison(runs)}
     publish(args, out / "compare.html", figures, {}, content)
     return runs.drop(columns=["record", "equal", "val_images"])
@@ -1113,9 +1128,9 @@ def compare(args: Namespace) -> DataFrame:
 def measure_runs(args: Namespace) -> DataFrame:
     """A row for each run: its `record`, run.json, what is `equal` in runs that differ in seed or
     fold alone, and what is compared. UsageError, RunError where there is none."""
-    # Read them.
+    # Read them, each once: the `best` of a search is one of its trials.
     found = []
-    for directory in args.runs:
+    for directory in {path.resolve(): path for path in args.runs}.values():
         if directory.is_file():
             continue  # `runs/*` names pictures and pages, too
         try:
@@ -1145,11 +1160,22 @@ def different_flags(runs: DataFrame) -> DataFrame:
     return flags if names else DataFrame()
 
 
-def configuration(record: dict) -> str:
-    """What runs have in common that are equal but for the seed and the fold."""
-    args = {name: value for name, value in record["args"].items() if name not in ELSEWHERE}
-    images = record["data"]["train"] + record["data"]["val"]
-    return str([record["script"], images, sorted(args.items())])
+def configuration(record: dict) -> int:
+    """A number that runs have in common that are equal but for the seed and the fold."""
+    ignored = ELSEWHERE | {"seed", "fold"}
+    args = {name: value for name, value in record["args"].items() if name not in ignored}
+
+    # The same images, however they are divided. With --limit-train, folds may differ by one.
+    images = record["data"]["train"]
+    if not args["limit_train"]:
+        images += record["data"]["val"]
+    with contextlib.suppress(RunError):  # a data.csv that was changed says nothing
+        listing = common.listing_of(Path(record["run"]), record)
+        if listing:
+            files = common.read_csv(listing, Path())
+            images = sorted((file.name, file.label, file.sha256) for file in files)
+            del args["dataset"]  # wherever they are
+    return common.random_seed(record["script"], images, sorted(args.items()))
 
 
 def rank_and_pair(runs: DataFrame, split: str) -> tuple[DataFrame, list[str]]:
@@ -1244,9 +1270,9 @@ def read_evaluation(run: Any, split: str) -> Series:
         answers = read_csv(path, usecols=columns, **plain)
         if len(answers) != metrics["images"]:
             raise ValueError("another number of images")
-    except (ValueError, OSError) as error:
+        answers = answers.set_index(answers.file + metrics["checksum"]).sort_index()
+    except (ValueError, LookupError, OSError) as error:
         raise RunError(f"{shown(path)} is damaged") from error
-    answers = answers.set_index(answers.file + metrics["checksum"]).sort_index()
     return answers["class"] == answers.predicted
 
 
@@ -1321,10 +1347,9 @@ def classify(args: Namespace) -> dict:
     """
     # What is to be classified.
     trained = load_trained(args.runs[0], args)
-    top = args.top or 1
     most = len(trained.config["classes"])
-    if top > most:
-        raise UsageError(f"--top {top}: the model has {most} classes")
+    if args.top and args.top > most:
+        raise UsageError(f"--top {args.top}: the model has {most} classes")
     files = []
     skipped = Counter()
     unreadable = Counter()
@@ -1336,7 +1361,7 @@ def classify(args: Namespace) -> dict:
     starts = range(0, len(files), FILES_AT_A_TIME)
     for start in tqdm(starts, leave=False, disable=args.quiet or None):
         some = files[start : start + FILES_AT_A_TIME]
-        rows = likeliest_classes(trained, some, top, unreadable)
+        rows = likeliest_classes(trained, some, args, unreadable)
         if rows:
             print_predictions(rows, args, heading=not predictions)
             predictions += rows
@@ -1353,9 +1378,9 @@ def classify(args: Namespace) -> dict:
 
 
 def likeliest_classes(
-    trained: Trained, files: list[Path], top: int, unreadable: Counter
+    trained: Trained, files: list[Path], args: Namespace, unreadable: Counter
 ) -> list[dict]:
-    """The `top` likeliest classes of each file, likeliest first. Those that cannot be read are
+    """The --top likeliest classes of each file, likeliest first. Those that cannot be read are
     named on stderr, and `unreadable` counts their endings."""
     # Decode as many at a time as there are cores, to the pixels of training.
     channels, side, _ = trained.config["image_shape"]
@@ -1378,8 +1403,10 @@ def likeliest_classes(
         return []
 
     # Classify the others.
-    _, logits = trained.evaluate(trained.as_images(torch.stack(pixels)))
-    likeliest = trained.probabilities(logits).topk(top)
+    _, logits = trained.evaluate(trained.as_images(torch.stack(pixels)), args.tta)
+    # Of equally likely classes the first comes first, as in predictions.csv.
+    ordered = trained.probabilities(logits).sort(dim=1, descending=True, stable=True)
+    likeliest = [part[:, : args.top or 1] for part in ordered]
     classes = trained.config["classes"]
     return [
         {"file": file, "class": classes[label], "probability": probability.item()}
@@ -1395,7 +1422,7 @@ def print_predictions(rows: list[dict], args: Namespace, heading: bool) -> None:
         lines = [json.dumps(row) for row in rows]
     elif args.csv:
         lines = [as_csv(rows, heading).rstrip("\n")]
-    say("\n".join(lines))
+    say("\n".join(lines), needed=True)
 
 
 # ------------------------ Export ------------------------
@@ -1427,11 +1454,12 @@ def export(args: Namespace) -> dict:
     ).eval()
 
     # What the file leaves to its user: as common.read_image does it.
+    kernel = config["resize"].split(":")[2] if ":" in config["resize"] else "bilinear"
     metadata = {
         "classes": config["classes"],
         "image_shape": shape,
         "mode": "L" if shape[0] == 1 else "RGB",
-        "resize": "bilinear, antialiased, as Pillow's Image.resize",
+        "resize": f"{kernel}, antialiased, as Pillow's Image.resize",
         "square": config["resize"],
         "transparent pixels": "on white",
     }
@@ -1516,11 +1544,11 @@ def main(argv: list[str] | None = None) -> dict:
     are_several = len(args.runs) > 1
     result = compare(args) if are_several else evaluate_run(args)
     text = as_json(result)
-    if args.json:
-        say(text)
-    elif args.csv:
-        say(as_csv(result if are_several else result["classes"]).rstrip("\n"))
     content = json.loads(text)
+    if args.csv:
+        text = as_csv(result if are_several else result["classes"]).rstrip("\n")
+    if args.csv or args.json:
+        say(text, needed=True)
     return {"runs": content} if are_several else content
 
 

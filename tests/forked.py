@@ -79,7 +79,7 @@ def as_a_program(script, argv, before, each_epoch, out, err):
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main = importlib.import_module(script).main
-    if script != "sweep":
+    if script.startswith("train"):
         main = functools.partial(main, on_epoch=lambda row: exec(each_epoch, globals()))
     sys.exit(common.command_line(main))
 

@@ -2,6 +2,7 @@
 line and its files."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -403,3 +404,55 @@ def test_folds_are_ranked_with_their_like_even_where_some_are_missing(copy, monk
     assert "4 of 5 folds" in out
     assert "not ranked" not in out
     assert "image by image" not in out
+
+
+def test_folds_belong_together_that_divide_the_same_images_in_the_same_way(copy):
+    """Thirds and halves overlap, and a run that is no fold is none of them."""
+    made = [copy(fold.replace("/", "of"), fold=fold) for fold in ("1/3", "2/3", "1/2", "2/2")]
+    rows = compared(copy("whole"), *made, copy("3of3", fold="3/3", limit_train=9, val=29))
+    assert {name: row["folds"] for name, row in rows.items()} == {
+        "whole": None,
+        "1of3": 2,
+        "2of3": 2,
+        "3of3": None,
+        "1of2": 2,
+        "2of2": 2,
+    }
+
+    # A copy of the images is the same; a label that was corrected meanwhile makes others of them.
+    draw_photos()
+    shutil.copytree("p", "q")
+    folds = [on_photos(f"{DENSE} --fold 1/2 --run-name f1")]
+    folds.append(on_photos(f"{DENSE} --fold 2/2 --dataset q --run-name f2"))
+    assert compared(*folds)["f1"]["folds"] == 2
+    shutil.move("q/light/3.png", "q/dark/3.png")
+    folds[1] = on_photos(f"{DENSE} --fold 2/2 --dataset q --run-name other")
+    assert compared(*folds)["f1"]["folds"] is None
+
+
+def test_what_is_to_be_known_of_a_comparison(copy, monkeypatch, capsys):
+    """A seed is a difference, and the test set may have chosen. A run named twice is one run."""
+    other = copy("b", selection="test set")
+    record = records.read_record(other)
+    record["args"]["seed"] = 1
+    records.write_json(other / "run.json", record)
+    monkeypatch.chdir(copy("a"))
+    rows = compared(".", "../b", "../a")
+    assert [*rows] == ["a", "b"]
+    out = capsys.readouterr().out
+    assert re.search(r"run +--seed", out)
+    assert "which flatters its figures: ../b" in out
+    assert Path("../compare.html").exists()
+
+
+def test_equally_likely_classes_come_in_their_order(copy):
+    """--predict answers as predictions.csv does."""
+    run = copy("r")
+    state = records.load_checkpoint(run / "best.pt")
+    state["weights"] = {name: 0 * value for name, value in state["weights"].items()}
+    records.save_checkpoint(run / "best.pt", state)
+    evaluated(run)
+    assert {row["predicted"] for row in rows_of(run / "predictions.csv")} == {"0"}
+    draw_photos()
+    answers = evaluated(run, "--predict p/dark/2.png --top 10")["predictions"]
+    assert [answer["class"] for answer in answers] == list("0123456789")

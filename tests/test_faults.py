@@ -288,11 +288,14 @@ def test_a_checkpoint_that_would_run_code_is_not_executed():
 
 
 # ------------------------ Terminals, pipes ------------------------
+FULL = "[os.dup2(os.open('/dev/full', os.O_WRONLY), number) for number in (1, 2)]"
+
+
 @pytest.mark.parametrize(
     ("before", "last"),
     [
         ("os.close(1), os.close(2)", ""),
-        ("[os.dup2(os.open('/dev/full', os.O_WRONLY), number) for number in (1, 2)]", ""),
+        (FULL, ""),
         ("sys.stdout.reconfigure(encoding='ascii')", "finished: runs/\\u732b \\xf1\n"),
     ],
     ids=["closed", "full", "ascii"],
@@ -304,6 +307,11 @@ def test_outputs_may_be_closed_or_full_or_lack_characters(before, last):
     assert Path("out").read_text().endswith(last)
     directory = Path("runs/猫 ñ")
     assert records.read_record(directory)["status"] == "finished"
+
+    # But figures that were asked for are not lost in silence.
+    undrawn = "import undrawn; undrawn.nothing_is_drawn()"
+    status, _ = Forked("evaluate", directory, "--csv", before=f"{undrawn}; {before}").finish()
+    assert status == (before == FULL)
 
     # What is printed goes into no file that has taken an output's place.
     assert not (directory / ".lock").read_bytes()
