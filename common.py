@@ -190,6 +190,9 @@ def fold(text: str) -> str:
     raise argparse.ArgumentTypeError(f"expected K/N, K from 1 to N, as in 1/5, not {text!r}")
 
 
+# The arguments that say how a file becomes pixels.
+PIXELS = {"image_size", "resize", "grey"}
+
 COUNT = number(int, 1)
 POSITIVE = number(float, above=0)
 PART = number(float, 0, below=1)
@@ -460,13 +463,21 @@ def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
         recipe |= ANY_MODEL_DEFAULTS
         if typed.get("freeze"):
             recipe |= FREEZE_DEFAULTS
-        recipe |= preprocessing_of(typed["weights"], typed.get("model", IMAGENET_MODEL))
+        known = preprocessing_of(typed["weights"], typed.get("model", IMAGENET_MODEL))
+        if not of_files:  # the pixels are what they are
+            known = {name: known[name] for name in known.keys() - PIXELS}
+        recipe |= known
     before = recipe.get("optimizer")
     after = typed.get("optimizer")
     if after == "muon" != before:
         recipe |= MUON_DEFAULTS
     elif before == "muon" and after in ("adam", "adamw"):
         recipe |= {"lr": ANY_MODEL_DEFAULTS["lr"]}
+
+    # A net that learns from no mirrored images, as left and right may matter, is tested on none.
+    mirrors = typed.get("flip", 1) and typed.get("augment", True)
+    if recipe.get("tta") == "mirror+shift" and not mirrors:
+        recipe |= {"tta": "shift"}
     return recipe
 
 
@@ -499,9 +510,9 @@ def why_not_comparable(one: dict, other: dict, figure: str) -> str:
     """
     part, kind = figure.split("_")
     args = [recorded_arguments(run) for run in (one, other)]
-    names = {"image_size", "resize", "grey"} if kind == "loss" else set()
+    names = PIXELS if kind == "loss" else set()
     if figure == "val_loss":
-        names |= {"loss", "class_weights", *options_of(LOSSES[args[0]["loss"]])}
+        names = names | {"loss", "class_weights", *options_of(LOSSES[args[0]["loss"]])}
     reasons = [as_flag(name) for name in sorted(names) if args[0].get(name) != args[1].get(name)]
 
     # An older run has no checksum of the images that validate; they follow from the others.
@@ -518,7 +529,7 @@ def refuse_what_has_no_effect(values, typed):
     augmented = values["augment"]
     # The flags, where they have an effect, and what to say where they have none.
     rules = [
-        ({"image_size", "resize", "grey"}, source not in DATASETS, f"with --dataset {source}"),
+        (PIXELS, source not in DATASETS, f"with --dataset {source}"),
         ({"data_dir"}, source in TORCHVISION, f"with --dataset {source}"),
         ({*AUGMENTATIONS, "alternate_flip"}, augmented, "without --augment"),
         ({"alternate_flip"}, augmented and values["flip"], "without --flip"),
@@ -884,6 +895,15 @@ def announce_data(data: Data, args: Namespace) -> None:
         f"{len(classes)} classes, the smallest {counts[rarest]:,} ({classes[rarest]})",
         args.quiet,
     )
+    learnt = images_behind(args)
+    judging = [file for part in (data.val, data.test) if part for file in part.files or ()]
+    flattered = sum(file.sha256 in learnt for file in judging)
+    if flattered:
+        say(
+            f"{flattered} of the {len(judging)} images that validate or test have trained "
+            f"{shown(args.weights)}, so the figures are flattered",
+            args.quiet,
+        )
     if data.val is data.test:
         say(
             "--val-size 0: the test set validates, as in the tutorials; its figures are flattered",
@@ -1034,7 +1054,6 @@ PART_NAMES = {
     "validation": "val",
     "test": "test",
     "testing": "test",
-    "unused": "unused",  # by --limit-train
 }
 
 
@@ -1058,6 +1077,8 @@ def read_files(args: Namespace, wanted: tuple) -> dict[str, ImageSet]:
             f"{shown(args.dataset)}: expected at least two classes, PATH/<class>/*, "
             "with images in each"
         )
+    if len({name.strip() for name in classes}) < len(classes):
+        raise RunError(f"{shown(args.dataset)}: two classes differ in spaces alone")
     if not args.listing:
         settle_parts(files, classes, args)
 
@@ -1191,7 +1212,9 @@ def read_csv(path: Path, root: Path) -> list[File]:
             if not any(row):
                 continue  # a spreadsheet's empty line
             name, label, part, checksum = row
-            part = PART_NAMES.get(part.strip().lower() or "train")
+            part = part.strip().lower() or "train"
+            if part != "unused":  # by --limit-train
+                part = PART_NAMES.get(part)
             where = f"{shown(path)}, line {lines.line_num}"
             if not (name and label and part):
                 raise RunError(
@@ -1226,12 +1249,14 @@ def list_folder(root: Path, quiet: bool) -> list[File]:
     parts = {top: PART_NAMES[top.lower()] for top in tops if top.lower() in PART_NAMES}
     level = 1 if len(parts) > 1 or (parts and len(parts) == len(tops)) else 0  # of the classes
 
-    # Beside a part, a folder of another name is hardly a class.
-    others = ", ".join(top for top in tops if top not in parts)
-    if parts and not level and all(len(name) > 2 for name in paths if name[0] in parts):
+    # Beside a part, a folder of another name is hardly a class. Nor are training_set and test_set.
+    words = re.findall("[a-z]+", " ".join(tops).lower())
+    alike = {PART_NAMES[word] for word in words if word in PART_NAMES}
+    nested = parts and all(len(name) > 2 for name in paths if name[0] in parts)
+    if not level and (nested or len(alike) > 1):
         raise RunError(
-            f"{shown(root)} has {others} beside {', '.join(parts)}: "
-            "call the folders of the parts train, val and test"
+            f"{shown(root)} has the folders {', '.join(tops[:10])}: "
+            "call those of the parts train, val and test"
         )
 
     # What is in no class is left out.
@@ -1258,9 +1283,14 @@ def endings_in_words(counts: Counter) -> str:
     return ", ".join(f"{n} {kind}{hints.get(kind, '')}" for kind, n in counts.most_common())
 
 
+# Folders that a Mac, a Synology disk station, Windows and Linux make by themselves.
+NOT_THE_USERS = {"__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information"}
+NOT_THE_USERS |= {"lost+found"}
+
+
 def is_visible(name):
     """Whether a file or folder is one of the user's, and not of some program's."""
-    return name[0] != "." and name != "__MACOSX"
+    return name[0] != "." and name not in NOT_THE_USERS
 
 
 def in_natural_order(name):
@@ -1279,7 +1309,10 @@ def image_files(folder: Path, skipped: Counter) -> list[Path]:
     found = []
     endings = image_endings()
     for here, names, files in os.walk(folder, onerror=fail, followlinks=True):
-        names[:] = filter(is_visible, names)
+        # A link to a folder above would have its files found again and again.
+        real = Path(here).resolve()
+        below = filter(lambda name: not real.is_relative_to(Path(here, name).resolve()), names)
+        names[:] = filter(is_visible, below)
         for name in filter(is_visible, files):
             ending = Path(name).suffix.lower()
             if ending in endings:
@@ -1298,7 +1331,9 @@ def image_endings() -> set[str]:
         import pillow_heif
 
         pillow_heif.register_heif_opener()
-    return {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    endings = Image.registered_extensions()
+    kinds = Image.OPEN.keys() - {"MPEG", "HDF5", "BUFR", "GRIB"}  # which it knows, but cannot read
+    return {ending for ending, kind in endings.items() if kind in kinds}
 
 
 def say_twins(parts, quiet):
@@ -1433,9 +1468,12 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
     import numpy
     from PIL import Image, ImageOps
 
+    Image.MAX_IMAGE_PIXELS = None  # phones make photos of 200 megapixels
     with Image.open(io.BytesIO(content)) as image:
         # A JPEG is read in half, a quarter or an eighth of its size, where that is enough.
         image.draft(None, (2 * side, 2 * side))
+        image.getexif()
+        image.info.pop("exif", None)  # what else is in it may be malformed
         image = ImageOps.exif_transpose(image)
 
         # Bring it to 8 bits a channel, without transparency.
@@ -1886,6 +1924,8 @@ def torchvision_net(name: str, image_shape: list[int], classes: int) -> nn.Modul
     size = {"image_size": image_shape[1]} if name.startswith("vit_") else {}
     net = models.get_model(name, num_classes=classes, **size)
     net.register_forward_pre_hook(lambda net, inputs: inputs[0].expand(-1, 3, -1, -1))
+    if name.startswith("mnasnet"):  # it refuses weights that do not say of which version they are
+        net._load_from_state_dict = functools.partial(nn.Module._load_from_state_dict, net)
     return net
 
 
@@ -1955,23 +1995,8 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
     for name in ("model", "batch_size", *options_of(MODELS[args.model])):
         config[name] = getattr(args, name)
 
-    # Try it on the smallest images, without memory or arithmetic.
-    smallest = size
-    if args.sizes:
-        epochs = range(1, args.epochs + 1)
-        smallest = [min(side_in_epoch(args, epoch, size[1]) for epoch in epochs)] * 2
-    try:
-        with torch.device("meta"):
-            images = torch.zeros(min(2, args.batch_size), channels, *smallest)
-            if not isinstance(build_model(config)(images), Tensor):
-                raise ValueError("it has more than one output")
-    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
-        shape = "x".join(map(str, smallest))
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--model {args.model} with these options does not take images of {shape} pixels, "
-            f"{args.batch_size} in a batch ({reason})"
-        ) from error
+    # Does it take such images?
+    try_model(args, config)
     if channels == 1 and args.hue and "hue" in args.typed:
         raise UsageError("--hue has no effect on grey images")
     if args.augment and args.shift >= min(size):
@@ -1990,6 +2015,29 @@ def new_model(args: Namespace, train_set: ImageSet) -> nn.Module:
             "fastnet, and not for --freeze"
         )
     return model
+
+
+def try_model(args: Namespace, config: dict) -> None:
+    """Try the model of `config` on its smallest images, without memory or arithmetic. UsageError
+    where it does not take them."""
+    channels, *smallest = config["image_shape"]
+    if args.sizes:
+        epochs = range(1, args.epochs + 1)
+        smallest = [min(side_in_epoch(args, epoch, smallest[1]) for epoch in epochs)] * 2
+    try:
+        with torch.device("meta"):
+            images = torch.zeros(min(2, args.batch_size), channels, *smallest)
+            if not isinstance(build_model(config)(images), Tensor):
+                raise ValueError("it has more than one output")
+    except NotImplementedError:
+        pass  # a RegNet cannot be built without arithmetic
+    except (RuntimeError, ValueError, OverflowError, TypeError) as error:
+        shape = "x".join(map(str, smallest))
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--model {args.model} with these options does not take images of {shape} pixels, "
+            f"{args.batch_size} in a batch ({reason})"
+        ) from error
 
 
 # ------------------------ Pretrained nets ------------------------
@@ -2054,6 +2102,16 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module]:
     return found[-1]
 
 
+def images_behind(args: Namespace) -> set[str]:
+    """The SHA-256 of the files that have trained the run --weights. RunError."""
+    directory = Path(args.weights or "imagenet")
+    if args.resume or not directory.is_dir():
+        return set()
+    listing = listing_of(directory, records.read_record(directory))
+    files = read_csv(listing, directory) if listing else []
+    return {file.sha256 for file in files if file.part == "train"}
+
+
 def take_weights(model: nn.Module, args: Namespace) -> None:
     """Give `model` the weights of --weights. Its head stays new, unless they are of a run with the
     same classes. RunError."""
@@ -2068,10 +2126,12 @@ def take_weights(model: nn.Module, args: Namespace) -> None:
     else:
         try:
             found = torch.load(source, map_location="cpu", weights_only=True)
-            for key in ("state_dict", "model"):
-                found = found.get(key, found)
+            for key in ("state_dict", "model_state_dict", "model", "weights"):
+                if isinstance(found.get(key), dict):
+                    found = found[key]
             tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}
-            weights = {name.removeprefix("module."): value for name, value in tensors.items()}
+            wrappers = re.compile(r"(module\.|_orig_mod\.)*")  # of DataParallel and torch.compile
+            weights = {wrappers.sub("", name, 1): value for name, value in tensors.items()}
         except Exception as error:  # torch.load raises whatever it stumbles over
             reason = type(error).__name__
             raise RunError(f"{shown(source)} is no file of weights ({reason})") from error

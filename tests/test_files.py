@@ -412,7 +412,10 @@ def test_what_is_read_of_folders_links_and_what_programs_leave_in_them(capsys):
     pictures("far", {"away": 6})
     for link in ("p/10/linked", "p/c"):
         Path(link).symlink_to(Path("far/away").absolute())
-    for stray in ("__MACOSX/2/0.png", ".hidden/0.png", "2/.x/0.png", "2/._0.png", "2/.DS_Store"):
+    Path("p/10/above").symlink_to(Path("p").absolute())
+    strays = ["__MACOSX/2/0.png", ".hidden/0.png", "2/.x/0.png", "2/._0.png", "2/.DS_Store"]
+    strays += ["2/@eaDir/0.jpg", "$RECYCLE.BIN/x/0.jpg", "lost+found/0.jpg"]
+    for stray in strays:
         Path("p", stray).parent.mkdir(parents=True, exist_ok=True)
         Path("p", stray).touch()
     directory = train("--no-quiet")
@@ -434,7 +437,13 @@ def test_the_names_of_parts_do_not_become_the_classes(capsys):
     Path("p/test").rename("p/dev")
     shutil.copytree("p/train", "p/dev", dirs_exist_ok=True)
     shutil.rmtree("runs")
-    assert "p has dev beside train: call the folders" in fails_on_p()
+    assert "p has the folders dev, train: call those of the parts" in fails_on_p()
+    for before, after in (("dev", "test_set"), ("train", "training_set")):
+        Path("p", before).rename(f"p/{after}")
+        assert "call those of the parts train, val and test" in fails_on_p()
+    for before, after in (("test_set", "pregnancy_test"), ("training_set", "unused")):
+        Path("p", before).rename(f"p/{after}")
+    assert classes_of(train()) == ["pregnancy_test", "unused"]
 
 
 def test_parts_and_classes_that_do_not_fit_are_refused_and_named(divided, capsys):
@@ -469,11 +478,12 @@ def test_files_of_each_ending_are_read_and_others_counted(capsys):
         for ending in endings:
             picture(f"{name}/photo{ending}", 40)
         Path(name, "photo.HEIC").touch()
+        Path(name, "video.MPG").touch()
     Path("p/b/notes.xyz").touch()
     directory = train("--no-quiet --normalize dataset")
     assert len(rows_of(directory)) == 2 * len(endings)
     if not importlib.util.find_spec("pillow_heif"):
-        skipped = "3 files skipped: 2 .heic (pip install pillow-heif), 1 .xyz\n"
+        skipped = "5 files skipped: 2 .heic (pip install pillow-heif), 2 .mpg, 1 .xyz\n"
         assert skipped in capsys.readouterr().out
 
     # Images that are all the same can be normalised, too.
@@ -606,3 +616,22 @@ def test_directories_of_data_that_cannot_be_written_are_enough(folder, mnist_dir
     for place in places:
         place.chmod(0o755)
     assert [path.name for path in mnist_dir.iterdir()] == ["MNIST"]
+
+
+def test_a_photo_of_a_phone_is_read_however_large_it_is_and_whatever_its_exif_says():
+    """Only the turn is taken from the EXIF data; what else is in it may be malformed."""
+    for name, level in (("a", 20), ("b", 120)):
+        Path("p", name).mkdir(parents=True)
+        Image.new("L", (16320, 12240), level).save(f"p/{name}/0.jpg")
+        exif = Image.Exif()
+        exif[0x0112] = 6  # it was turned by a quarter
+        exif[0x011A] = 72.0  # its resolution, which becomes a text
+        Image.linear_gradient("L").rotate(90).save(f"p/{name}/1.jpg", exif=exif)
+        content = Path(f"p/{name}/1.jpg").read_bytes()
+        malformed = content.replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")
+        assert malformed != content
+        Path(f"p/{name}/1.jpg").write_bytes(malformed)
+    images = load(train_mnist, *words(ON_P)).images.float()
+    assert images[::2].mean((1, 2, 3)).tolist() == [20, 120]
+    rows = images[1, 0].mean(1)
+    assert rows[-1] - rows[0] > 200

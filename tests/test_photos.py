@@ -57,3 +57,14 @@ def test_a_folder_alone_is_enough_and_the_choice_is_in_the_record_and_kept():
     argv = ["--resume", directory, "--quiet", "--stop-after", 2]
     _, record, _ = run(train_cifar, *argv)
     assert record["args"] == args
+
+
+def test_where_left_and_right_matter_no_mirrored_view_is_averaged(folder):
+    """A net that has seen no mirrored image would be wrong about them."""
+    for flags, views in (
+        ("", "mirror+shift"),
+        ("--flip 0", "shift"),
+        ("--no-augment", "shift"),
+        ("--flip 0 --tta mirror", "mirror"),
+    ):
+        assert chosen(flags).tta == views

@@ -61,6 +61,8 @@ def changed(before, after):
     [
         ("mobilenet_v3_small", "classifier.3", "state_dict"),
         ("squeezenet1_1", "classifier.1", "model"),  # a convolution
+        ("mnasnet0_5", "classifier.1", "model_state_dict"),
+        ("regnet_y_400mf", "fc", "weights"),
     ],
 )
 def test_a_frozen_net_trains_its_last_layer_alone_resumes_and_is_evaluated(
@@ -69,7 +71,7 @@ def test_a_frozen_net_trains_its_last_layer_alone_resumes_and_is_evaluated(
     """It is a run as others are, but what it has not changed is saved once."""
     # The file has a level more, and the names of several GPUs.
     state = weights_file(name)
-    torch.save({key: {f"module.{name}": state[name] for name in state}}, "weights.pth")
+    torch.save({key: {f"_orig_mod.module.{name}": state[name] for name in state}}, "weights.pth")
     flags = f"{SMALL} --model {name} --weights weights.pth --freeze --grey"
     whole, record, _ = train(flags)
 
@@ -211,6 +213,16 @@ def test_what_a_net_learns_before_its_first_epoch_is_kept_too(freeze):
     moved = changed(best(first)["weights"], best(directory)["weights"])
     assert "0.weight" not in moved
     assert ("2.weight" in moved) == (freeze == "--no-freeze")
+
+
+def test_images_that_have_trained_the_weights_are_told(capsys):
+    """What validates or tests has to be new to the whole net."""
+    said = []
+    folded, *_ = train(f"{SMALL} --model dense --fold 1/3")
+    for flags in ("--seed 42", "--fold 1/3"):
+        train(f"{SMALL} --no-quiet --weights {folded} --epochs 1 {flags}")
+        said.append(f"have trained runs/{folded.name}" in capsys.readouterr().out)
+    assert said == [True, False]
 
 
 # ------------------------ Nets of torchvision ------------------------
