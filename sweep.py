@@ -66,6 +66,9 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 warnings.simplefilter("ignore", ExperimentalWarning)
 
 METRICS = {"val_loss": "minimize", "val_acc": "maximize"}
+# The other names in trials.jsonl and leaderboard.csv: no metric of a script of one's own has them.
+TAKEN = {"trial", "run", "status", "epochs", "seconds", "seed", "params", "error"}
+TAKEN |= {"configuration", "place", "mean", "low", "high", "survived"}
 
 # The searches of those who name no parameter: those of the tutorials.
 CIFAR_FLAGS = ["--model", "confignet", "--epochs", "10", "--lr", "0.001"]
@@ -107,16 +110,29 @@ def main(argv: list[str] | None = None) -> dict:
             search.ended_before = len(lines)
             if not is_over(search, lines):
                 keep_data(search, *(data or check_data(search)))
+            keep_search(search)  # with new places, now that the data were found there
+            if not is_over(search, lines):
                 stopped = run_trials(search, lines)
                 lines = lines_of(search, trials_of(search))
                 records.write_json_lines(search.directory / "trials.jsonl", lines)
-            best = report(search, lines, complete=not stopped)
+            failed = failed_in_a_row(search, lines)
+            is_complete = len(lines) >= search.total or not (stopped or failed)
+            best = report(search, lines, is_complete)
+            if failed:
+                raise RunError(
+                    f"{len(failed)} trials in a row failed, the last with: {failed[-1]['error']}; "
+                    f"{how_to_mend(search)}"
+                )
     except StorageInternalError as error:
         problem = storage_problem(search, error)
         raise RunError(f"{problem}; go on with: {how_to_go_on(search)}") from error
     if not (best or stopped):
-        error = lines[-1]["error"] if lines else "W&B gave none out"
-        raise RunError(f"{shown(search.directory)}: no trial finished; the last with: {error}")
+        reasons = [
+            line["error"] or line["status"] for line in lines if line["status"] != "finished"
+        ]
+        reason = reasons[-1] if reasons else "W&B gave none out"
+        what = "trial" if len(search.seeds) == 1 else "configuration with all its seeds"
+        raise RunError(f"{shown(search.directory)}: no {what} finished; the last with: {reason}")
     result = {"directory": str(search.directory), "trials": lines, "best": best, "error": stopped}
     status = "interrupted" if stopped else "finished"
     return {**result, "status": status, "go_on": how_to_go_on(search)}
@@ -332,16 +348,22 @@ def load_yaml(path: Path) -> Any:
     Loader.add_implicit_resolver("!exponent", digits, list("-+0123456789"))
     Loader.add_constructor("!exponent", lambda loader, node: scalar(node.value))
     try:
-        return yaml.load(path.read_text(), Loader)
+        text = path.read_text()
+        if path.suffix.lower() == ".json":  # YAML takes no tabs where JSON does
+            text = text.replace("\t", " ")
+        return yaml.load(text, Loader)
     except Exception as error:  # PyYAML lets its own errors out
         raise UsageError(f"it cannot be read: {error}") from error
 
 
 def scalar(word: str) -> Any:
     """A value as a user writes it: 3, 1e-4, true, or a word; 1e2 is 100."""
-    with contextlib.suppress(ValueError, OverflowError):
+    with contextlib.suppress(ValueError):
+        return int(word)
+    with contextlib.suppress(ValueError):
         number = float(word)
-        return int(number) if number.is_integer() and "." not in word else number
+        if math.isfinite(number):  # else a word: nan is not even equal to itself
+            return int(number) if number.is_integer() and "." not in word else number
     return {"true": True, "false": False}.get(word.lower(), word)
 
 
@@ -359,13 +381,10 @@ def read_config(config: Any, path: Path | None) -> tuple[list[str], list[str]]:
         given["program"] = path.parent / given["program"]
     words = [f"{flag}={given[key]}" for key, flag in AS_FLAGS.items() if key in given]
 
-    # The metric, with the names that others have for ours.
+    # The metric.
     metric = given.get("metric", {"name": "val_loss"})
     if not isinstance(metric, dict) or not {"name"} <= metric.keys() <= {"name", "goal", "target"}:
         raise UsageError("metric has a name and a goal, perhaps a target, and nothing else here")
-    name = r"(best.)?(epoch.)?val(idation)?[_/ ](loss|acc)(uracy)?"
-    ours = re.fullmatch(name, str(metric["name"]), re.IGNORECASE)
-    metric["name"] = f"val_{ours[4].lower()}" if ours else metric["name"]
     words += [f"--{key.replace('name', 'metric')}={value}" for key, value in metric.items()]
     words += read_early_terminate(given.get("early_terminate"))
     words += read_parameters(given.get("parameters"))
@@ -687,6 +706,7 @@ def fill_in(search: Search) -> None:
             say("learning_rate is read as lr", search.quiet)
 
     # The seeds, and what is compared; then all flags together.
+    search.metric = metric_of(search)
     if not isinstance(search.seeds, list):
         search.seeds = [*range(search.seed, search.seed + search.seeds)]
     check_flags(search)
@@ -698,6 +718,19 @@ def fill_in(search: Search) -> None:
     if grid and search.has_idle:
         different = {str(search.effective(params)) for params in search.combinations()}
         search.count = min(search.count, len(different))
+
+
+def metric_of(search: Search) -> str:
+    """The name of --metric here: others call ours otherwise."""
+    asked = search.metric
+    if search.sweep_id:  # perhaps one that `make_sweep` has made
+        asked = asked.removeprefix("best_")
+    known = re.fullmatch(
+        r"(best.)?(epoch.)?(val|valid|validation|eval)[_/ .-](epoch.)?(loss|acc)(uracy)?",
+        asked,
+        re.IGNORECASE,
+    )
+    return f"val_{known[5].lower()}" if known and search.is_ours else asked
 
 
 def check_flags(search: Search) -> None:
@@ -725,6 +758,7 @@ def check_flags(search: Search) -> None:
             not search.goal,
             f"{metric} expected val_loss, val_acc, or that of a script of your own with its --goal",
         ),
+        (search.metric in TAKEN, f"{metric} trials.jsonl has another use for this name"),
         (asked not in (None, search.goal), f"{metric} not known with the goal {asked}"),
         (len(searched) < len(search.param), "a parameter is there twice"),
         ("--eta" in search.given and not prunes, "--eta has no effect without --prune"),
@@ -986,6 +1020,12 @@ def open_study(search: Search) -> None:
             search.quiet,
         )
     search.threads = search.threads or max(1, torch.get_num_threads() // search.jobs)
+    if "sweep" not in held:
+        keep_search(search)
+
+
+def keep_search(search: Search) -> None:
+    """Keep in the study what is searched, and how."""
     search.study.set_user_attr("sweep", {key: getattr(search, key) for key in search.KEPT})
 
 
@@ -1002,6 +1042,12 @@ def take_over(search: Search, held: dict) -> None:
         raise UsageError(f"--count {count}: the search has {held['count']} already")
     threads = search.threads or (None if search.storage else held["threads"])
     places, _ = split_places(held["places"] + search.places)  # of one given twice the last counts
+    for word in {*places} ^ {*held["places"]}:  # a folder may have moved; a name is other data
+        if re.match("--dataset=[^/]", word):
+            raise UsageError(
+                f"{name} is another search: its flags are {' '.join(held['places'])}; "
+                "take another --name"
+            )
     vars(search).update({**held, "threads": threads, "places": places})
     search.count = max(held["count"], int(min(count, search.size)))
 
@@ -1043,7 +1089,7 @@ AWAY = 3  # the exit code of a worker whose database does not answer, or that wa
 def run_trials(search: Search, lines: list[dict]) -> str | None:
     """Keep --jobs workers at work until the search is over.
 
-    Returns the name of the signal that stopped it, or None. RunError where nothing comes of it.
+    Returns the name of the signal that stopped it, or None. RunError where a worker fails.
     """
     # Workers are forked from a process that has imported what they need, and that Ctrl-C does not
     # reach: it is for this one, which stops them.
@@ -1094,12 +1140,6 @@ def run_trials(search: Search, lines: list[dict]) -> str | None:
             worker.join()
         for path in search.directory.glob(".pixels-*"):  # the images that they have shared
             path.unlink()
-    failed = failed_in_a_row(search, lines)
-    if failed:
-        raise RunError(
-            f"{len(failed)} trials in a row failed, the last with: {failed[-1]['error']}; "
-            f"{how_to_mend(search)}"
-        )
     return None
 
 
@@ -1180,7 +1220,7 @@ def value_as_text(value: Any, name: str) -> str:
     """A value for a person. A parameter, or a metric of one's own, is as it is."""
     if value is None or value != value:
         return "-"
-    if isinstance(value, float) and re.search("acc|loss|seconds", name):
+    if isinstance(value, float) and name in (*METRICS, "seconds"):
         return evaluate.as_text(value, name)
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
@@ -1359,6 +1399,8 @@ def run_trial(search: Search, trial: FrozenTrial) -> None:
     number = trial.user_attrs["trial"]
     starts = trial.user_attrs["starts"]
     directory = search.directory / f"trial-{number:04}"
+    if [machine for machine, *_ in starts].count(search.machine) == 1:
+        shutil.rmtree(directory, ignore_errors=True)  # of a trial that failed, and is run again
     try:
         if starts.count(starts[-1]) > 2:  # the third time on this machine, at this epoch
             raise RunError("its process died twice, and came no further")
@@ -1446,7 +1488,12 @@ def train_trial(search: Search, trial: FrozenTrial, directory: Path) -> dict:
         argv += ["--runs-dir", str(directory.parent), "--run-name", directory.name]
     if search.sweep_id:
         argv += ["--wandb", "online", "--wandb-project", search.wandb_project]
-    record = load_script(search.script).main(argv, on_epoch)
+    try:
+        record = load_script(search.script).main(argv, on_epoch)
+    except optuna.TrialPruned as error:  # not to be taken for a fault of the database
+        raise RunError(
+            "main raised TrialPruned; it is to return a record: docs/searches.md"
+        ) from error
     if isinstance(record, dict) and record.get("status") == "interrupted":
         raise KeyboardInterrupt
     return checked(record, search.metric)
@@ -1559,7 +1606,7 @@ def make_sweep(search: Search) -> str:
     if search.bands:
         config["early_terminate"] = {
             "type": "hyperband",
-            "min_iter": search.bands[0],
+            "min_iter": min(filter(None, search.bands)),
             "eta": search.eta,
         }
     return wandb.sweep(config, project=search.wandb_project)
@@ -1600,7 +1647,8 @@ def leaderboard(search: Search, lines: list[dict]) -> DataFrame:
     table = DataFrame(lines)
     table["configuration"] = table.trial // len(search.seeds)
     table["place"] = table.status.map({"finished": 0, "pruned": 1}).fillna(2)
-    table["loss"] = search.sign * table[search.metric].astype(float)
+    losses = search.sign * table[search.metric].astype(float)
+    table["loss"] = losses.where(table.status != "diverged", math.inf)
     groups = table.groupby("configuration")
     table["seconds"] = groups.seconds.transform("sum")
     table["mean"] = search.sign * groups.loss.transform("mean")
@@ -1650,7 +1698,10 @@ def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
     # The winner, and its test.
     best = evaluate.as_rows(board)[0]
     link = directory / "best"
-    link.unlink(missing_ok=True)
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():  # a copy of the search may have made a folder of it
+        shutil.rmtree(link)
     if best["status"] == "finished":
         command = search.command(best["params"], search.seeds.index(best["seed"]))
         text = value_as_text(best[search.metric], search.metric)
@@ -1806,8 +1857,9 @@ def draw_grid(search: Search, board: DataFrame) -> Any:
     from numpy import ndenumerate
 
     down, across = search.parameters
-    table = DataFrame([*board.params], dtype=object).fillna("-").assign(loss=[*board.loss])
-    cells = table.pivot(index=down, columns=across, values="loss")
+    table = DataFrame([*board.params], columns=[down, across], dtype=object).fillna("-")
+    table[""] = [*board.loss]  # a name that no parameter has
+    cells = table.pivot(index=down, columns=across, values="")
     height, width = cells.shape
     figure = evaluate.new_figure(2.5 + width, 2 + 0.7 * height, search.metric)
     ax = figure.subplots()

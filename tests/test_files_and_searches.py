@@ -125,6 +125,16 @@ def test_weights_are_needed_when_a_trial_begins_and_kept_when_the_images_move():
     assert [trial["args"]["weights"] for trial in trials[1:]] == [moved, moved]
 
 
+def test_a_place_that_is_not_there_is_not_kept():
+    """After a mistake the search goes on where its images are."""
+    pictures("p", {"a": 20, "b": 20})
+    search("--method grid --param lr=0.1,0.01 --count 1")
+    with pytest.raises(records.UsageError, match="typo"):
+        go_on("2 -- --dataset /typo")
+    go_on("2")
+    assert len(list(Path("runs/s").glob("trial-*"))) == 2
+
+
 def test_folders_with_the_same_names_of_files_are_told_apart():
     """A search for the better of two folders trains on each."""
     losses = {}

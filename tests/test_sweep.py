@@ -259,6 +259,11 @@ def test_a_search_stops_after_so_many_failures_in_a_row():
         go_on()  # those of before do not count
     assert len(lines()) == 6
 
+    # What finished before is reported.
+    with fails(match="3 trials in a row failed"):
+        search("--method grid --param k=1,2 --param x=0.1,0.2,0.3 -- --fail raise", "half")
+    assert board("half")[0]["x"] == "0.3"
+
 
 @pytest.mark.parametrize("way", ["die-once", "stop-once"])
 def test_a_trial_whose_process_dies_or_is_stopped_goes_on_from_where_it_was(way):
@@ -334,6 +339,9 @@ def test_several_seeds_have_a_row_and_their_mean_decides(capsys):
     change("args.x > 0.5", "args.x == 0.3 and args.seed == 42")
     best = search("--method grid --param x=0.3,0.1 --seeds 2 -- --fail=diverge", "nan")["best"]
     assert best["params"] == {"x": 0.1}
+    with fails(match="no configuration with all its seeds finished.*the loss became nan"):
+        search("--method grid --param x=0.3 --seeds 2 -- --fail=diverge", "none")
+    assert board("none")[0]["mean"] == "inf"
 
 
 def test_a_bayesian_search_learns_avoids_divergence_and_follows_from_its_seed():
@@ -362,8 +370,8 @@ def test_a_search_whose_configurations_are_used_up_ends_and_draws_them(method, d
     """A parameter without effect in some of them makes them fewer, also where more are asked for
     later."""
     change("    return parser.parse_args(argv)\n", IDLE)
-    search(f"--method {method} --param k=1,2 --param x=0.1,0.2 --count 2 --jobs 2")
-    go_on("--count 4")
+    search(f"--method {method} --param k=1,2 --param x=0.1,0.2 --count 1")
+    go_on("--count 4 --jobs 2")
     params = [{"k": 1}, {"k": 2, "x": 0.1}, {"k": 2, "x": 0.2}]
     assert sorted(column("params"), key=str) == params
     if method == "grid":
@@ -419,6 +427,7 @@ def test_the_gpus_are_dealt_out_in_turn_and_the_threads_divided(monkeypatch):
 ODD = """
 from __future__ import annotations
 import dataclasses
+import optuna
 import other
 
 @dataclasses.dataclass
@@ -426,12 +435,16 @@ class Settings:
     x: int
 
 def main(argv, on_epoch):
-    return other.ANSWERS[int(argv[0][-1])]
+    answer = other.ANSWERS[int(argv[0][-1])]
+    if answer == "pruned":
+        raise optuna.TrialPruned
+    return answer
 """
 ANSWERS = """
 ANSWERS = [
     None,
     {"status": "failed"},
+    "pruned",
     {"status": "finished", "best": None, "epochs": 1},
     {"status": "finished", "best": {"val_loss": float("nan")}, "epochs": 1},
     {"status": "finished", "best": {"val_loss": 1.0}, "epochs": None},
@@ -443,10 +456,10 @@ def test_what_a_script_gives_that_is_no_record_is_a_failed_trial():
     """A script may import what lies beside it, and its main may return anything."""
     Path("odd.py").write_text(ODD)
     Path("other.py").write_text(ANSWERS)
-    search("--method grid --param k=0,1,2,3,4 --max-failures 9", script="odd.py")
-    assert column("status") == ["failed"] * 4 + ["finished"]
-    assert all("returned no record" in error for error in column("error")[:4])
-    search("--method grid --param k=4", "one", script="odd.py")
+    search("--method grid --param k=0,1,2,3,4,5 --max-failures 9", script="odd.py")
+    assert column("status") == ["failed"] * 5 + ["finished"]
+    assert all("record" in error for error in column("error")[:5])
+    search("--method grid --param k=5", "one", script="odd.py")
     assert column("epochs", "one") == [0]
 
 
@@ -481,15 +494,15 @@ def main(argv, on_epoch=None):
     flags = dict(word.split("=", 1) for word in argv if "=" in word)
     directory = pathlib.Path(argv[argv.index("--runs-dir") + 1], argv[argv.index("--run-name") + 1])
     directory.mkdir(exist_ok=True)
-    x = float(flags["--x"])
+    x = float(flags["--loss"])
     if x == 0.2 and not pathlib.Path("killed").exists():
         pathlib.Path("killed").touch()
         (directory / "run.json").write_text(json.dumps({"status": "finished"}))
         os.kill(os.getpid(), 9)
     for epoch in (1, 2):
-        row = {"epoch": np.int64(epoch), "score": np.float32(x * epoch)}
+        row = {"epoch": np.int64(epoch), "val_accuracy": np.float32(x * epoch)}
         on_epoch(row)
-    best = {"score": np.float32(x)}
+    best = {"val_accuracy": np.float32(x)}
     return {"status": "finished", "best": best, "epochs": np.int64(2), "error": None}
 """
 
@@ -499,12 +512,16 @@ def test_a_script_of_ones_own_with_a_metric_of_its_own(drawn):
     for name in ("common.py", "evaluate.py"):
         Path(name).write_text("raise SystemExit(name)")
     Path("own.py").write_text(OWN)
-    argv = "--method grid --param x=0.1,0.2,0.3 --metric score --goal maximize"
-    assert search(argv, script="own.py")["best"]["params"] == {"x": 0.3}
+    Path("own.yaml").write_text(
+        "{method: grid, metric: {name: val_accuracy, goal: maximize},"
+        " parameters: {loss: {values: [0.1, 0.2, 0.3]}, k: {value: 1}}}"
+    )
+    best = search("--config own.yaml", script="own.py")["best"]
+    assert best["params"] == {"loss": 0.3, "k": 1}
     assert Path("killed").exists()
     assert column("status") == ["finished"] * 3
-    assert column("score") == pytest.approx([0.1, 0.2, 0.3])
-    assert "score" in board()[0]
+    assert column("val_accuracy") == pytest.approx([0.1, 0.2, 0.3])
+    assert "val_accuracy" in board()[0]
 
     # The curves are what the script has reported.
     (curves,) = (axis for figure in drawn for axis in figure.axes if axis.get_xlabel() == "epoch")
@@ -601,8 +618,10 @@ def test_a_search_that_never_began_and_a_system_without_locks_are_one_line(monke
 
 def test_a_directory_holds_one_search_and_never_another():
     """What was asked for once is not changed later; a search that has moved goes on there."""
-    search("--method grid --param k=1")
+    change("return parser", "parser.add_argument('--dataset'); return parser")
+    search("--method grid --param k=1 -- --dataset mnist")
     Path("runs/run").mkdir()
+    other = "--dataset cifar10"
     Path("runs/run/run.json").touch()
     new = f"--script toy.py {GRID} --runs-dir runs --name"
     for argv, expected in (
@@ -611,6 +630,7 @@ def test_a_directory_holds_one_search_and_never_another():
         ("--resume runs/s --param x=1,2", "leave out --param"),
         ("--resume runs/s -- --x=1", "leave out --x=1"),
         ("--resume runs/s -- elsewhere", "leave out elsewhere"),
+        (f"--script toy.py --method grid --param k=1 --runs-dir runs --name s -- {other}", "flags"),
         ("--resume runs", "no study.journal"),
         ("--resume none", "none: there is no such directory"),
     ):

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import sys
 from pathlib import Path
@@ -100,8 +101,9 @@ def test_parameters_of_the_command_line():
         assert k in range(4, 65)
         assert 1e-4 <= lr <= 0.1
     assert {flags.split()[3] for flags in found} == {"--flip", "--no-flip"}
-    small, _ = planned("--method random --script any.py --param k=1,2,3")
-    assert sorted(small) == [f"--k={k} --seed 42" for k in (1, 2, 3)]
+    for words in ("1,2,3", "1,nan,9007199254740993"):
+        small, _ = planned(f"--method random --script any.py --param k={words}")
+        assert sorted(small) == [f"--k={k} --seed 42" for k in sorted(words.split(","))]
 
 
 def test_the_tutorials_searches_are_the_defaults():
@@ -166,6 +168,12 @@ def test_a_place_is_kept_as_seen_from_anywhere_and_a_name_is_a_name():
     assert "--dataset=mnist " in trial
 
 
+def test_a_file_of_json_may_be_indented_with_tabs():
+    config = {"program": "any.py", "method": "grid", "parameters": {"x": {"value": 1}}}
+    Path("sweep.json").write_text(json.dumps(config, indent="\t"))
+    assert planned("--config sweep.json")[0] == ["--x=1 --seed 42"]
+
+
 def test_values_and_seeds_of_a_file_in_a_folder_with_its_script():
     Path("sub").mkdir()
     Path("any.py").rename("sub/mine.py")
@@ -195,6 +203,7 @@ val_acc, goal: maximize => Validation_Accuracy, goal: minimize | --metric val_ac
 val_acc, goal: maximize => epoch/val_accuracy, goal: minimize | --metric val_acc
 val_acc, goal: maximize => best_val_acc, goal: minimize | --metric val_acc
 val_acc, => val/loss, | --metric val_loss
+val_acc, => eval/epoch_loss, | --metric val_loss
 {name: val_acc, goal: maximize} => {goal: maximize} | a name and a goal
 min: 48 => min: 480 | not below
 min: 48 => mon: 48 | has min max, not
@@ -258,6 +267,7 @@ WRONG_SEARCHES = """
 --method random --param momentum=0.8,0.9 | momentum
 --method random --param bs=32,64 | --bs: did you mean --batch-size?
 --method random --metric f1 | val_loss, val_acc
+--method grid --script any.py --param x=1 --metric error --goal minimize | another use
 --method grid --script any.py --param x=1 --metric score | --goal
 --method grid --script train_mnist.py | needs its own search
 --method grid --script notes.txt --param c1=1 | no such Python file

@@ -39,7 +39,7 @@ pyagent.queue = types.SimpleNamespace(Queue=Queue, Empty=queue.Empty)
 FLAGS = "--model dense --schedule constant --dataset=synthetic"
 COMMAND = f"${{env}} ${{interpreter}} ${{program}} {FLAGS} ${{args}}"
 SEARCH = "--method random --script mine.py --engine wandb --name s --runs-dir runs --count 4"
-SEARCH += f" --param lr=log:1e-4..1e-1 --param epochs=2,20,5000 -- {FLAGS}"
+SEARCH += f" --param lr=log:1e-4..1e-1 --param epochs=2,20,5000 --bands=[9,3,0] -- {FLAGS}"
 
 # A dummy key and that server, and no pictures.
 PREPARE = """
@@ -77,6 +77,7 @@ def test_trials_that_finish_fail_and_are_told_to_stop():
     space = {"min": 1e-4, "max": 0.1, "distribution": "log_uniform_values"}
     assert config["parameters"]["lr"] == space
     assert " ".join(config["command"]) == COMMAND
+    assert config["early_terminate"] == {"type": "hyperband", "min_iter": 3, "eta": 3}
 
     # W&B compares the best so far.
     assert config["metric"] == {"name": "best_val_loss", "goal": "minimize"}
