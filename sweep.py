@@ -133,9 +133,14 @@ def main(argv: list[str] | None = None) -> dict:
         reason = reasons[-1] if reasons else "W&B gave none out"
         what = "trial" if len(search.seeds) == 1 else "configuration with all its seeds"
         raise RunError(f"{shown(search.directory)}: no {what} finished; the last with: {reason}")
-    result = {"directory": str(search.directory), "trials": lines, "best": best, "error": stopped}
-    status = "interrupted" if stopped else "finished"
-    return {**result, "status": status, "go_on": how_to_go_on(search)}
+    return {
+        "directory": str(search.directory),
+        "trials": lines,
+        "best": best,
+        "error": stopped,
+        "status": "interrupted" if stopped else "finished",
+        "go_on": how_to_go_on(search),
+    }
 
 
 def dry_run(search: "Search") -> dict:
@@ -245,11 +250,13 @@ def seeds_or_count(text: str) -> int | list[int]:
     return seeds if len(seeds) > 1 else common.number(int, 1)(text)
 
 
-# What may be given with --resume. What the sweep gives to a trial. What names a place of data.
+# The flags of sweep.py that may be given with --resume.
 RUNNING = {"--resume", "--count", "--jobs", "--threads", "--max-failures", "--retry-failed"}
 RUNNING |= {"--quiet", "--storage", "--grace"}
+# The flags of a trial that the sweep sets.
 RESERVED = {"--runs-dir", "--run-name", "--resume", "--stop-after", "--quiet", "--no-quiet"}
 RESERVED |= {"--test", "--no-test", "--seed"}
+# The flags of a trial that name a place of its data.
 PLACES = {"--dataset", "--data-dir", "--weights"}
 
 
