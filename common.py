@@ -494,7 +494,7 @@ def with_options(values: dict) -> dict:
 def recorded_arguments(record: dict) -> dict:
     """The arguments in a run.json. One that an older run lacks has its default. RunError."""
     _, defaults = make_parser("", "", {})
-    args = {**defaults, "threads": record["threads"], **record["args"]}
+    args = defaults | {"threads": record["threads"]} | record["args"]
     lacking = [f"--{title} {args[title]}" for title in TABLES if args[title] not in TABLES[title]]
     for text in lacking + [as_flag(name) for name in args if name not in defaults]:
         raise RunError(f"the run {record['name']} has {text}, which is not here")
@@ -813,7 +813,7 @@ class Data:
             key = "checksum" if part == "train" else f"{part}_checksum"
             about[key] = images and images.checksum
         checksum = self.files and checksum_of(self.listing)
-        return {**about, "files": self.files, "files_checksum": checksum}
+        return about | {"files": self.files, "files_checksum": checksum}
 
     def check(self, known: dict, source: Path | str, directory: Path) -> None:
         """RunError where the checksums of the images from `source` are not those in `known`, the
@@ -1641,7 +1641,7 @@ class Loader:
             once = generator_for(self.seed, "flip", device=device)
             in_odd_epochs = torch.rand(len(labels), generator=once, device=device) < amounts["flip"]
             flipped = in_odd_epochs if epoch % 2 == 1 else ~in_odd_epochs
-            amounts = {**amounts, "flip": 0}
+            amounts = amounts | {"flip": 0}
 
         # Each batch: bytes become numbers from 0 to 1, and are changed, resized and normalised.
         for batch in order.split(self.batch_size)[: len(self)]:

@@ -549,5 +549,5 @@ def finish_wandb(run, failed):
     with wandb_failures_told(run):
         if run.wandb:
             tested = {f"test_{name}": value for name, value in (run.record["test"] or {}).items()}
-            run.wandb.summary.update({**(run.record["best"] or {}), **tested})
+            run.wandb.summary.update((run.record["best"] or {}) | tested)
             run.wandb.finish(exit_code=int(failed))

@@ -606,7 +606,7 @@ class Search(Namespace):
 
     def __getstate__(self) -> dict:
         """What a worker is given: it opens the study for itself."""
-        return {**vars(self), "study": None}
+        return vars(self) | {"study": None}
 
     @functools.cached_property
     def parameters(self) -> dict[str, Parameter]:
@@ -646,7 +646,7 @@ class Search(Namespace):
     def corners(self) -> list[dict]:
         """Configurations with each end of a range, and each word of a list."""
         first = {name: parameter.ends[0] for name, parameter in self.parameters.items()}
-        return [{**first, name: end} for name, p in self.parameters.items() for end in p.ends]
+        return [first | {name: end} for name, p in self.parameters.items() for end in p.ends]
 
     def combinations(self) -> Iterator[dict]:
         """All configurations, in order; the last parameter changes first."""
@@ -1055,7 +1055,7 @@ def take_over(search: Search, held: dict) -> None:
                 f"{name} is another search: its flags are {' '.join(held['places'])}; "
                 "take another --name"
             )
-    vars(search).update({**held, "threads": threads, "places": places})
+    vars(search).update(held | {"threads": threads, "places": places})
     search.count = max(held["count"], int(min(count, search.size)))
 
 
@@ -1085,7 +1085,7 @@ def lines_of(search: Search, trials: list[FrozenTrial]) -> list[dict]:
     ended = [trial for trial in trials if trial.state.is_finished()]
     ended.sort(key=lambda trial: trial.datetime_complete)
     lines = [trial.user_attrs["line"] for trial in ended]
-    return [{**line, "run": line["run"].removeprefix(f"{search.machine}/")} for line in lines]
+    return [line | {"run": line["run"].removeprefix(f"{search.machine}/")} for line in lines]
 
 
 # ------------------------ Keeping workers at work ------------------------
@@ -1450,7 +1450,7 @@ def run_trial(search: Search, trial: FrozenTrial) -> None:
 def failure(search: Search, directory: Path, error: BaseException) -> dict:
     """The record of a trial that an error has ended."""
     if type(error) is Exception and search.sweep_id:  # so W&B's agent stops a run
-        return {**record_of_trial(directory), "status": "pruned", "error": None}
+        return record_of_trial(directory) | {"status": "pruned", "error": None}
     text = f"{type(error).__name__}: {error}"
     if isinstance(error, UsageError | RunError):
         text = str(error)
@@ -1486,7 +1486,7 @@ def train_trial(search: Search, trial: FrozenTrial, directory: Path) -> dict:
             rows = records.load_checkpoint(directory / "last.pt")["history"]
         if rows and on_epoch(rows[-1]):
             best = min(rows, key=lambda row: row["val_loss"])
-            return {**record, "status": "pruned", "best": best, "epochs": len(rows)}
+            return record | {"status": "pruned", "best": best, "epochs": len(rows)}
         places = [word for word in search.places if not word.startswith("--weights=")]
         argv = ["--resume", str(directory), "--quiet", *places]
     else:
