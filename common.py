@@ -474,7 +474,7 @@ def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
     elif before == "muon" and after in ("adam", "adamw"):
         recipe |= {"lr": ANY_MODEL_DEFAULTS["lr"]}
 
-    # A net that learns from no mirrored images, as left and right may matter, is tested on none.
+    # A net that learns from no mirrored images is tested on none: left and right may matter.
     mirrors = typed.get("flip", 1) and typed.get("augment", True)
     if recipe.get("tta") == "mirror+shift" and not mirrors:
         recipe |= {"tta": "shift"}
@@ -1077,8 +1077,6 @@ def read_files(args: Namespace, wanted: tuple) -> dict[str, ImageSet]:
             f"{shown(args.dataset)}: expected at least two classes, PATH/<class>/*, "
             "with images in each"
         )
-    if len({name.strip() for name in classes}) < len(classes):
-        raise RunError(f"{shown(args.dataset)}: two classes differ in spaces alone")
     if not args.listing:
         settle_parts(files, classes, args)
 
@@ -1166,6 +1164,8 @@ def settle_parts(files: list[File], classes: list[str], args: Namespace) -> None
     RunError where a class is not trained, UsageError where a flag has no effect.
     """
     # What is validated and tested is what was trained.
+    if len({name.strip() for name in classes}) < len(classes):
+        raise RunError(f"{shown(args.dataset)}: two classes differ in spaces alone")
     for part in PARTS:
         found = {file.label for file in files if file.part == part}
         absent = ", ".join(name for name in classes if name not in found)
@@ -1309,10 +1309,13 @@ def image_files(folder: Path, skipped: Counter) -> list[Path]:
     found = []
     endings = image_endings()
     for here, names, files in os.walk(folder, onerror=fail, followlinks=True):
-        # A link to a folder above would have its files found again and again.
+        # Not into a link to a folder above: its files would be found again and again.
         real = Path(here).resolve()
-        below = filter(lambda name: not real.is_relative_to(Path(here, name).resolve()), names)
-        names[:] = filter(is_visible, below)
+        names[:] = [
+            name
+            for name in filter(is_visible, names)
+            if not real.is_relative_to(Path(here, name).resolve())
+        ]
         for name in filter(is_visible, files):
             ending = Path(name).suffix.lower()
             if ending in endings:

@@ -457,6 +457,8 @@ def test_parts_and_classes_that_do_not_fit_are_refused_and_named(divided, capsys
         assert "train has no images of zebra" in fails_on_p()
         Path("p", part, "zebra").rename(f"p/{part}/a")
     Path("few.csv").write_text("file,class\na/1.png,a\n")
+    Path("spaced.csv").write_text("file,class\np/val/a/0.png,a\np/val/a/1.png,a \n")
+    assert "differ in spaces" in fails_on_p("--dataset spaced.csv")
     for name in ("p/test/a", "few.csv"):
         assert "at least two classes" in fails_on_p(f"--dataset {name}")
     pictures("p/few", dict.fromkeys("abcdef", 2))  # of so few none is taken for the test

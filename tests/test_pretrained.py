@@ -230,6 +230,15 @@ DOWNLOAD = "torchvision.models._api.load_state_dict_from_url"
 IMAGENET = "--dataset p --weights imagenet --quiet"
 
 
+def test_the_images_of_a_named_dataset_keep_their_pixels():
+    """Weights bring mean and std; the side and the way to the square are for files."""
+    weights_file()
+    flags = "--dataset synthetic --model resnet18 --weights weights.pth"
+    args = train_cifar.parse_arguments(flags.split())
+    assert (args.image_size, args.resize) == (32, "stretch")
+    assert args.mean == pytest.approx([0.485, 0.456, 0.406])
+
+
 def test_imagenet_weights_bring_side_square_mean_and_std(monkeypatch):
     """What torchvision prepared their images with is done here, too."""
     state = models.mobilenet_v3_small().state_dict()
