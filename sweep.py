@@ -1060,12 +1060,10 @@ def take_over(search: Search, held: dict) -> None:
 
 
 def retry(search: Search) -> None:
-    """Have the failed trials run again, from nothing: what they left may be damaged."""
+    """Have the failed trials run again."""
     for trial in trials_of(search):
         if trial.state == TrialState.FAIL:
-            number = trial.user_attrs["trial"]
-            shutil.rmtree(search.directory / f"trial-{number:04}", ignore_errors=True)
-            search.study.add_trial(search.trial(number, trial.params))
+            search.study.add_trial(search.trial(trial.user_attrs["trial"], trial.params))
 
 
 def trials_of(search: Search) -> list[FrozenTrial]:
@@ -1407,7 +1405,8 @@ def run_trial(search: Search, trial: FrozenTrial) -> None:
     starts = trial.user_attrs["starts"]
     directory = search.directory / f"trial-{number:04}"
     if [machine for machine, *_ in starts].count(search.machine) == 1:
-        shutil.rmtree(directory, ignore_errors=True)  # of a trial that failed, and is run again
+        # It begins here: what one of this number has left before it failed may be damaged.
+        shutil.rmtree(directory, ignore_errors=True)
     try:
         if starts.count(starts[-1]) > 2:  # the third time on this machine, at this epoch
             raise RunError("its process died twice, and came no further")
