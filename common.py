@@ -474,9 +474,8 @@ def recipe_for(typed: dict, recipes: dict, listing: Path | None) -> dict:
     elif before == "muon" and after in ("adam", "adamw"):
         recipe |= {"lr": ANY_MODEL_DEFAULTS["lr"]}
 
-    # A net that learns from no mirrored images is tested on none: left and right may matter.
-    mirrors = typed.get("flip", 1) and typed.get("augment", True)
-    if recipe.get("tta") == "mirror+shift" and not mirrors:
+    # Where left and right matter, no mirrored view is averaged either.
+    if typed.get("flip") == 0 and recipe.get("tta") == "mirror+shift":
         recipe |= {"tta": "shift"}
     return recipe
 
@@ -896,8 +895,13 @@ def announce_data(data: Data, args: Namespace) -> None:
         args.quiet,
     )
     learnt = images_behind(args)
-    judging = [file for part in (data.val, data.test) if part for file in part.files or ()]
-    flattered = sum(file.sha256 in learnt for file in judging)
+    judging = {
+        file.name: file.sha256 in learnt
+        for part in (data.val, data.test)
+        if part
+        for file in part.files or ()
+    }
+    flattered = sum(judging.values())
     if flattered:
         say(
             f"{flattered} of the {len(judging)} images that validate or test have trained "
@@ -1250,8 +1254,9 @@ def list_folder(root: Path, quiet: bool) -> list[File]:
     level = 1 if len(parts) > 1 or (parts and len(parts) == len(tops)) else 0  # of the classes
 
     # Beside a part, a folder of another name is hardly a class. Nor are training_set and test_set.
-    words = re.findall("[a-z]+", " ".join(tops).lower())
-    alike = {PART_NAMES[word] for word in words if word in PART_NAMES}
+    form = re.compile(rf"(seg_)?({'|'.join(PART_NAMES)})([_ -]?(set|data|images|\d+))?")
+    named = filter(None, (form.fullmatch(top.lower()) for top in tops))
+    alike = {PART_NAMES[match[2]] for match in named}
     nested = parts and all(len(name) > 2 for name in paths if name[0] in parts)
     if not level and (nested or len(alike) > 1):
         raise RunError(
@@ -1310,11 +1315,10 @@ def image_files(folder: Path, skipped: Counter) -> list[Path]:
     endings = image_endings()
     for here, names, files in os.walk(folder, onerror=fail, followlinks=True):
         # Not into a link to a folder above: its files would be found again and again.
-        real = Path(here).resolve()
+        place = Path(here).absolute()
+        above = {path.resolve() for path in (place, *place.parents)}
         names[:] = [
-            name
-            for name in filter(is_visible, names)
-            if not real.is_relative_to(Path(here, name).resolve())
+            name for name in filter(is_visible, names) if Path(here, name).resolve() not in above
         ]
         for name in filter(is_visible, files):
             ending = Path(name).suffix.lower()
@@ -2106,12 +2110,13 @@ def head_of(model: nn.Module) -> tuple[str, nn.Module]:
 
 
 def images_behind(args: Namespace) -> set[str]:
-    """The SHA-256 of the files that have trained the run --weights. RunError."""
-    directory = Path(args.weights or "imagenet")
-    if args.resume or not directory.is_dir():
+    """The SHA-256 of the files that have trained the run --weights, as far as it is known."""
+    if args.resume or args.weights in (None, "imagenet") or Path(args.weights).is_file():
         return set()
-    listing = listing_of(directory, records.read_record(directory))
-    files = read_csv(listing, directory) if listing else []
+    directory, files = Path(args.weights), []
+    with contextlib.suppress(UsageError, RunError):  # weights alone are enough to begin with
+        listing = listing_of(directory, records.read_record(directory))
+        files = read_csv(listing, directory) if listing else []
     return {file.sha256 for file in files if file.part == "train"}
 
 

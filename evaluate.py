@@ -1173,7 +1173,7 @@ def configuration(record: dict) -> int:
         listing = common.listing_of(Path(record["run"]), record)
         if listing:
             files = common.read_csv(listing, Path())
-            images = sorted((file.name, file.label, file.sha256) for file in files)
+            images = sorted((f.name, f.label, f.sha256, f.part == "test") for f in files)
             del args["dataset"]  # wherever they are
     return common.random_seed(record["script"], images, sorted(args.items()))
 

@@ -68,7 +68,7 @@ warnings.simplefilter("ignore", ExperimentalWarning)
 METRICS = {"val_loss": "minimize", "val_acc": "maximize"}
 # The other names in trials.jsonl and leaderboard.csv: no metric of a script of one's own has them.
 TAKEN = {"trial", "run", "status", "epochs", "seconds", "seed", "params", "error"}
-TAKEN |= {"configuration", "place", "mean", "low", "high", "survived"}
+TAKEN |= {"configuration", "place", "cost", "mean", "low", "high", "survived"}
 
 # The searches of those who name no parameter: those of the tutorials.
 CIFAR_FLAGS = ["--model", "confignet", "--epochs", "10", "--lr", "0.001"]
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> dict:
                 lines = lines_of(search, trials_of(search))
                 records.write_json_lines(search.directory / "trials.jsonl", lines)
             failed = failed_in_a_row(search, lines)
-            is_complete = len(lines) >= search.total or not (stopped or failed)
+            is_complete = not stopped and (not failed or len(lines) >= search.total)
             best = report(search, lines, is_complete)
             if failed:
                 raise RunError(
@@ -1049,21 +1049,23 @@ def take_over(search: Search, held: dict) -> None:
         raise UsageError(f"--count {count}: the search has {held['count']} already")
     threads = search.threads or (None if search.storage else held["threads"])
     places, _ = split_places(held["places"] + search.places)  # of one given twice the last counts
-    for word in {*places} ^ {*held["places"]}:  # a folder may have moved; a name is other data
-        if re.match("--dataset=[^/]", word):
-            raise UsageError(
-                f"{name} is another search: its flags are {' '.join(held['places'])}; "
-                "take another --name"
-            )
     vars(search).update(held | {"threads": threads, "places": places})
+    for word in {*places} ^ {*held["places"]}:  # a folder may have moved; a name is other data
+        flag, _, value = word.partition("=")
+        is_name = value in common.DATASETS if search.is_ours else not Path(value).is_absolute()
+        if flag == "--dataset" and is_name:
+            kept = " ".join(held["places"]) or "no --dataset"
+            raise UsageError(f"{name} is another search, with {kept}; take another --name")
     search.count = max(held["count"], int(min(count, search.size)))
 
 
 def retry(search: Search) -> None:
-    """Have the failed trials run again."""
+    """Have the failed trials run again, from nothing: what they left may be damaged."""
     for trial in trials_of(search):
         if trial.state == TrialState.FAIL:
-            search.study.add_trial(search.trial(trial.user_attrs["trial"], trial.params))
+            number = trial.user_attrs["trial"]
+            shutil.rmtree(search.directory / f"trial-{number:04}", ignore_errors=True)
+            search.study.add_trial(search.trial(number, trial.params))
 
 
 def trials_of(search: Search) -> list[FrozenTrial]:
@@ -1404,9 +1406,6 @@ def run_trial(search: Search, trial: FrozenTrial) -> None:
     number = trial.user_attrs["trial"]
     starts = trial.user_attrs["starts"]
     directory = search.directory / f"trial-{number:04}"
-    if [machine for machine, *_ in starts].count(search.machine) == 1:
-        # It begins here: what one of this number has left before it failed may be damaged.
-        shutil.rmtree(directory, ignore_errors=True)
     try:
         if starts.count(starts[-1]) > 2:  # the third time on this machine, at this epoch
             raise RunError("its process died twice, and came no further")
@@ -1654,20 +1653,20 @@ def leaderboard(search: Search, lines: list[dict]) -> DataFrame:
     table["configuration"] = table.trial // len(search.seeds)
     table["place"] = table.status.map({"finished": 0, "pruned": 1}).fillna(2)
     losses = search.sign * table[search.metric].astype(float)
-    table["loss"] = losses.where(table.status != "diverged", math.inf)
+    table["cost"] = losses.where(table.status != "diverged", math.inf)
     groups = table.groupby("configuration")
     table["seconds"] = groups.seconds.transform("sum")
-    table["mean"] = search.sign * groups.loss.transform("mean")
-    half = t.ppf(0.975, groups.loss.transform("count") - 1) * groups.loss.transform("sem")
+    table["mean"] = search.sign * groups.cost.transform("mean")
+    half = t.ppf(0.975, groups.cost.transform("count") - 1) * groups.cost.transform("sem")
     table["low"] = table["mean"] - half
     table["high"] = table["mean"] + half
 
     # The best seed stands for all, unless one of them did not finish.
-    table = table.sort_values(["place", "loss"], ascending=[False, True])
+    table = table.sort_values(["place", "cost"], ascending=[False, True])
     table = table.drop_duplicates("configuration")
-    table["loss"] = search.sign * table["mean"]
+    table["cost"] = search.sign * table["mean"]
     table["survived"] = -table.epochs * (table.place == 1)
-    return table.sort_values(["place", "survived", "loss"])
+    return table.sort_values(["place", "survived", "cost"])
 
 
 def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
@@ -1706,15 +1705,14 @@ def report(search: Search, lines: list[dict], complete: bool) -> dict | None:
     link = directory / "best"
     if link.is_symlink():
         link.unlink()
-    elif link.exists():  # a copy of the search may have made a folder of it
-        shutil.rmtree(link)
     if best["status"] == "finished":
         command = search.command(best["params"], search.seeds.index(best["seed"]))
         text = value_as_text(best[search.metric], search.metric)
         remarks += [f"best: {best['run']}, {search.metric} {text}", f"  {command}"]
         if (directory / best["run"]).is_dir():
-            link.symlink_to(best["run"])
-            if complete and (link / "best.pt").exists():
+            if not link.exists():  # a copy of the search may have made a folder of it
+                link.symlink_to(best["run"])
+            if complete and (directory / best["run"] / "best.pt").exists():
                 remarks.append(f"  {test_winner(search, best['run'])}")
     say("\n".join(remarks), search.quiet)
 
@@ -1788,7 +1786,7 @@ def draw_sweep(search: Search, board: DataFrame) -> dict[str, bytes]:
         return pictures
 
     # Optuna's pictures, where there are trials to compare.
-    losses, note = cut_off(search, board.loss)
+    losses, note = cut_off(search, board.cost)
     seen = study_to_draw(search, board.params, search.sign * losses)
     drawings = {"slices": optunas.plot_slice, "parallel": optunas.plot_parallel_coordinate}
     if len(board) >= 8:
@@ -1864,12 +1862,12 @@ def draw_grid(search: Search, board: DataFrame) -> Any:
 
     down, across = search.parameters
     table = DataFrame([*board.params], columns=[down, across], dtype=object).fillna("-")
-    table[""] = [*board.loss]  # a name that no parameter has
+    table[""] = [*board.cost]  # a name that no parameter has
     cells = table.pivot(index=down, columns=across, values="")
     height, width = cells.shape
     figure = evaluate.new_figure(2.5 + width, 2 + 0.7 * height, search.metric)
     ax = figure.subplots()
-    worst = cut_off(search, board.loss)[0].max()  # a loss beyond it has its colour
+    worst = cut_off(search, board.cost)[0].max()  # a loss beyond it has its colour
     ax.imshow(cells, evaluate.colormap("viridis_r"), aspect="auto", vmax=worst)
     ax.set_xticks(range(width), cells.columns, rotation=45)
     ax.set_yticks(range(height), cells.index)

@@ -230,6 +230,7 @@ def test_the_figures_are_those_of_run_json_to_the_bit(digits, photos, undrawn, c
     bf16 = photos.result
     assert photos.record["test"] == {"loss": bf16["loss"], "acc": bf16["accuracy"]}
     assert "tta" not in bf16
+    assert "tta" not in evaluated(digits.directory, "--split val --out=val --quiet")
 
     # Views that are asked for come before the run's.
     again = evaluated(digits.directory, "--tta=mirror --out=out --json")
@@ -689,6 +690,18 @@ def test_an_exported_model_answers_as_the_model_does(digits, kind, capsys):
     assert np.allclose(answer, expected, atol=1e-5)
     assert told["classes"] == list("0123456789")
     assert told["mode"] == "L"
+    assert told["resize"].startswith("bilinear")
+
+
+def test_an_exported_model_names_the_filter_of_its_run(digits):
+    """Whoever makes images square for it needs to know."""
+    shutil.copytree(digits.directory, "copy")
+    path = Path("copy/best.pt")
+    state = records.load_checkpoint(path)
+    records.save_checkpoint(path, state | {"resize": "crop:0.9:bicubic"})
+    texts = {"metadata.json": ""}
+    torch.export.load(evaluated("copy --export torch.export")["file"], extra_files=texts)
+    assert json.loads(texts["metadata.json"])["resize"].startswith("bicubic")
 
 
 @pytest.mark.parametrize("value", [0.0, math.nan])

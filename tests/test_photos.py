@@ -64,7 +64,6 @@ def test_where_left_and_right_matter_no_mirrored_view_is_averaged(folder):
     for flags, views in (
         ("", "mirror+shift"),
         ("--flip 0", "shift"),
-        ("--no-augment", "shift"),
         ("--flip 0 --tta mirror", "mirror"),
     ):
         assert chosen(flags).tta == views

@@ -220,6 +220,7 @@ def test_images_that_have_trained_the_weights_are_told(capsys):
     said = []
     folded, *_ = train(f"{SMALL} --model dense --fold 1/3")
     for flags in ("--seed 42", "--fold 1/3"):
+        Path("imagenet").mkdir(exist_ok=True)  # which is no run
         train(f"{SMALL} --no-quiet --weights {folded} --epochs 1 {flags}")
         said.append(f"have trained runs/{folded.name}" in capsys.readouterr().out)
     assert said == [True, False]

@@ -235,6 +235,12 @@ def test_trials_that_fail_end_no_search_and_they_alone_run_again(capsys, way, er
     assert path.read_text().splitlines()[:3] == kept
 
 
+def test_words_that_look_like_numbers_are_words():
+    """Not a number is not even equal to itself, so it would run for ever."""
+    search("--method grid --param fail=nan,inf --count 3")
+    assert column("params") == [{"fail": "nan"}, {"fail": "inf"}]
+
+
 def test_trials_that_diverge_are_results():
     """They are not run again. A journal that is damaged is told."""
     search("--method grid --param x=0.1,0.6,0.2 -- --fail diverge")
@@ -630,7 +636,10 @@ def test_a_directory_holds_one_search_and_never_another():
         ("--resume runs/s --param x=1,2", "leave out --param"),
         ("--resume runs/s -- --x=1", "leave out --x=1"),
         ("--resume runs/s -- elsewhere", "leave out elsewhere"),
-        (f"--script toy.py --method grid --param k=1 --runs-dir runs --name s -- {other}", "flags"),
+        (
+            f"--script toy.py --method grid --param k=1 --runs-dir runs --name s -- {other}",
+            "another search, with",
+        ),
         ("--resume runs", "no study.journal"),
         ("--resume none", "none: there is no such directory"),
     ):
