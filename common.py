@@ -1254,9 +1254,9 @@ def list_folder(root: Path, quiet: bool) -> list[File]:
     level = 1 if len(parts) > 1 or (parts and len(parts) == len(tops)) else 0  # of the classes
 
     # Beside a part, a folder of another name is hardly a class. Nor are training_set and test_set.
-    form = re.compile(rf"(seg_)?({'|'.join(PART_NAMES)})([_ -]?(set|data|images|\d+))?")
+    form = re.compile(rf"(seg_)?(?P<part>{'|'.join(PART_NAMES)})([_ -]?(set|data|images|\d+))?")
     named = filter(None, (form.fullmatch(top.lower()) for top in tops))
-    alike = {PART_NAMES[match[2]] for match in named}
+    alike = {PART_NAMES[match["part"]] for match in named}
     nested = parts and all(len(name) > 2 for name in paths if name[0] in parts)
     if not level and (nested or len(alike) > 1):
         raise RunError(
@@ -1466,6 +1466,14 @@ def read_image(path: Path, side: int, grey: bool, resize: str = "stretch") -> Te
         raise RunError(f"{shown(path)} cannot be used ({reason_of(error)})") from error
 
 
+def way_of(resize: str) -> tuple[str, float, str]:
+    """What --resize says: stretch, pad or crop, the part of the shorter side, and the filter."""
+    if ":" not in resize:
+        return resize, 1.0, "bilinear"
+    way, part, kernel = resize.split(":")
+    return way, float(part), kernel
+
+
 def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
     """The bytes of an image file of any size and mode as uint8 [C, side, side].
 
@@ -1479,8 +1487,9 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
     with Image.open(io.BytesIO(content)) as image:
         # A JPEG is read in half, a quarter or an eighth of its size, where that is enough.
         image.draft(None, (2 * side, 2 * side))
+        # Turn it as its EXIF data say. The rest of them is not kept, as it may be malformed.
         image.getexif()
-        image.info.pop("exif", None)  # what else is in it may be malformed
+        image.info.pop("exif", None)
         image = ImageOps.exif_transpose(image)
 
         # Bring it to 8 bits a channel, without transparency.
@@ -1494,11 +1503,11 @@ def decode(content: bytes, side: int, grey: bool, resize: str) -> Tensor:
         image = image.convert("L" if grey else "RGB")
 
         # Make it square.
-        way, part, kernel = resize.split(":") if ":" in resize else (resize, 1, "bilinear")
+        way, part, name = way_of(resize)
         square = (side, side)
-        kernel = Image.Resampling[kernel.upper()]
+        kernel = Image.Resampling[name.upper()]
         if way == "crop":
-            image = ImageOps.fit(image, square, kernel, bleed=(1 - float(part)) / 2)
+            image = ImageOps.fit(image, square, kernel, bleed=(1 - part) / 2)
         elif way == "pad":
             image = ImageOps.pad(image, square, kernel)
         else:

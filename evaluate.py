@@ -1454,7 +1454,7 @@ def export(args: Namespace) -> dict:
     ).eval()
 
     # What the file leaves to its user: as common.read_image does it.
-    kernel = config["resize"].split(":")[2] if ":" in config["resize"] else "bilinear"
+    *_, kernel = common.way_of(config["resize"])
     metadata = {
         "classes": config["classes"],
         "image_shape": shape,

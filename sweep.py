@@ -108,10 +108,11 @@ def main(argv: list[str] | None = None) -> dict:
             lines = lines_of(search, trials_of(search))
             records.write_json_lines(search.directory / "trials.jsonl", lines)
             search.ended_before = len(lines)
-            if not is_over(search, lines):
+            has_ended = is_over(search, lines)
+            if not has_ended:
                 keep_data(search, *(data or check_data(search)))
             keep_search(search)  # with new places, now that the data were found there
-            if not is_over(search, lines):
+            if not has_ended:
                 stopped = run_trials(search, lines)
                 lines = lines_of(search, trials_of(search))
                 records.write_json_lines(search.directory / "trials.jsonl", lines)
@@ -733,11 +734,11 @@ def metric_of(search: Search) -> str:
     if search.sweep_id:  # perhaps one that `make_sweep` has made
         asked = asked.removeprefix("best_")
     known = re.fullmatch(
-        r"(best.)?(epoch.)?(val|valid|validation|eval)[_/ .-](epoch.)?(loss|acc)(uracy)?",
+        r"(best.)?(epoch.)?(val|valid|validation|eval)[_/ .-](epoch.)?(?P<kind>loss|acc)(uracy)?",
         asked,
         re.IGNORECASE,
     )
-    return f"val_{known[5].lower()}" if known and search.is_ours else asked
+    return f"val_{known['kind'].lower()}" if known and search.is_ours else asked
 
 
 def check_flags(search: Search) -> None:
